@@ -1,0 +1,1 @@
+"""CUDA kernels, and the PTX of Triton kernels, executed and checked on a CPU."""
