@@ -1,0 +1,28 @@
+// Work over threads: torch's own OpenMP pool, as many threads as torch was told to use.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace lspm::cpu {
+
+// Calls body(begin, end) for consecutive ranges of [0, n), one for each thread. `work` is the number of
+// elements all in all: below kSerialWork a second thread costs more than it brings. Above it all threads are
+// used, never a number between, for which OpenMP would resize the pool it shares with torch.
+constexpr int64_t kSerialWork = 32 * 1024;
+
+template <class Body>
+void parallel_for(int64_t n, int64_t work, int threads, Body body) {
+  if (n == 0) return;
+  if (threads <= 1 || n == 1 || work < kSerialWork) return body(int64_t{0}, n);
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t count = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t share = n / count, rest = n % count;
+    const int64_t begin = me * share + std::min(me, rest);
+    body(begin, begin + share + (me < rest));
+  }
+}
+
+}  // namespace lspm::cpu

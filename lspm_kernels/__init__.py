@@ -1,0 +1,15 @@
+"""Fused kernels that make large pretrained models faster and smaller in PyTorch, on GPUs and on CPUs."""
+
+from lspm_kernels.dispatch import FallbackWarning, use_backend
+from lspm_kernels.ops.attention import attention
+from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+
+__all__ = [
+    "FallbackWarning",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "layer_norm",
+    "rms_norm",
+    "use_backend",
+]

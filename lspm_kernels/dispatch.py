@@ -1,0 +1,112 @@
+"""The one rule that picks a backend: the first row of an op's table whose stated limits admit the call.
+
+A row states its limits as data; no kernel is tried to see whether it fails. What no row admits is computed by
+the op's reference, with one FallbackWarning for each reason.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+_forced: ContextVar[str | None] = ContextVar("lspm_backend", default=None)
+_warned: set[str] = set()
+
+REFERENCE = "reference"
+
+
+class FallbackWarning(UserWarning):
+    """No kernel admits a call, so plain PyTorch computes it."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a backend needs of the op's arguments: `needs` in words, `holds` and `got` as functions of them."""
+
+    needs: str
+    holds: Callable[..., bool]
+    got: Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of an op's table.
+
+    forward and backward take the tensors of the op's contract, outputs allocated. missing() says why the row
+    cannot run on this machine at all, or gives None.
+    """
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+    missing: Callable[[], str | None]
+    limits: tuple[Limit, ...] = field(default=())
+
+    def refusal(self, op: str, *args) -> str | None:
+        """Why this row does not take the call `op(*args)`, whose first argument is a tensor; None if it does."""
+        x = args[0]
+        if x.device.type != self.device:
+            return f"{op}: {self.name} needs a tensor on {self.device}, got {x.device}"
+        if x.dtype not in self.dtypes:
+            dtypes = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            return f"{op}: {self.name} needs dtype {dtypes}, got {str(x.dtype).removeprefix('torch.')}"
+        if reason := self.missing():
+            return f"{op}: {self.name} needs {reason}"
+        for limit in self.limits:
+            if not limit.holds(*args):
+                return f"{op}: {self.name} needs {limit.needs}, got {limit.got(*args)}"
+        return None
+
+
+def pick(op: str, backends: tuple[Backend, ...], requested: str | None, *args) -> Backend | None:
+    """The row that runs `op(*args)`; None stands for the reference.
+
+    Raises:
+        ValueError: no row has the requested name.
+        NotImplementedError: the requested row does not take this call.
+    """
+    requested = requested or _forced.get()
+    if requested is not None:
+        return _requested(op, backends, requested, *args)
+    refusals = []
+    for row in backends:
+        refusal = row.refusal(op, *args)
+        if refusal is None:
+            return row
+        refusals.append(refusal)
+    if not args[0].is_meta:  # a meta tensor has no data: there is nothing that a kernel could do faster
+        _warn("; ".join(refusals) + f": {op} runs on plain PyTorch")
+    return None
+
+
+def _requested(op: str, backends: tuple[Backend, ...], requested: str, *args) -> Backend | None:
+    if requested == REFERENCE:
+        return None
+    for row in backends:
+        if row.name == requested:
+            if refusal := row.refusal(op, *args):
+                raise NotImplementedError(refusal)
+            return row
+    names = ", ".join([*(row.name for row in backends), REFERENCE])
+    raise ValueError(f"{op}: backend must be one of {names}, got {requested!r}")
+
+
+def _warn(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(reason, FallbackWarning, stacklevel=4)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Every op called within runs on the backend `name` ("cpu", "cuda", "triton", "reference") or raises."""
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
