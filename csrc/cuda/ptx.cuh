@@ -56,10 +56,10 @@ EMU_RAW inline void do_mma_1688_tf32(void* io[32], unsigned) {
 // Lane 8i + r gives the address of row r of 8x8 matrix i (16 bytes per row); r[i] of lane l then is
 // row l / 4, columns 2 (l % 4) + {0, 1} of matrix i, or of its transpose.
 struct LdMatrix { uint32_t r[4]; const void* row; };
-template <bool TRANS> EMU_RAW inline void do_ldmatrix(void* io[32], unsigned) {
+template <bool TRANS, int N = 4> EMU_RAW inline void do_ldmatrix(void* io[32], unsigned) {
   emu::count(emu::LDMATRIX);
-  uint16_t m[4][8][8];
-  for (int i = 0; i < 4; ++i) {
+  uint16_t m[N][8][8];
+  for (int i = 0; i < N; ++i) {
     unsigned banks = 0;
     for (int r = 0; r < 8; ++r) {
       const void* p = ((LdMatrix*)io[8 * i + r])->row;
@@ -69,7 +69,7 @@ template <bool TRANS> EMU_RAW inline void do_ldmatrix(void* io[32], unsigned) {
     emu::count(emu::LDMATRIX_CONFLICT, 8 - __builtin_popcount(banks));
   }
   for (int l = 0; l < 32; ++l)
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < N; ++i) {
       int r = l / 4, c = 2 * (l % 4);
       ((LdMatrix*)io[l])->r[i] = TRANS ? m[i][c][r] | (uint32_t)m[i][c + 1][r] << 16 : m[i][r][c] | (uint32_t)m[i][r][c + 1] << 16;
     }

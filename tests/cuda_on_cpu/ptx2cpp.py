@@ -181,15 +181,15 @@ class Kernel:
         if op == "cp.async.commit_group": return "emu::cp_async_commit();"
         if op == "cp.async.wait_group": return f"emu::cp_async_wait({a[0]});"
         if op == "cp.async.wait_all": return "emu::cp_async_wait(-1);"
-        if o == "ldmatrix" and "x4" in p:
-            r = [ident(e) for e in lst(a[0])]
-            return (f"{{ ptx::LdMatrix m = {{{{}}, {self.addr(a[1], 'shared')}}}; emu::check_access(m.row, 16, emu::READ, true, \"ldmatrix\", {HERE}); "
-                    f"emu::collective(\"ldmatrix\", ~0u, true, ptx::do_ldmatrix<{'true' if 'trans' in p else 'false'}>, &m, {HERE}); "
-                    + " ".join(f"{e} = m.r[{i}];" for i, e in enumerate(r)) + " }")
-        if o == "stmatrix" and "x4" in p:
-            r = lst(a[1])
-            return (f"{{ ptx::LdMatrix m = {{{{{', '.join(v(e, 'u32') for e in r)}}}, {self.addr(a[0], 'shared')}}}; emu::check_access(m.row, 16, emu::WRITE, true, \"stmatrix\", {HERE}); "
-                    f"emu::collective(\"stmatrix\", ~0u, true, ptxrt::do_stmatrix<{'true' if 'trans' in p else 'false'}>, &m, {HERE}); }}")
+        if o in ("ldmatrix", "stmatrix") and "m8n8" in p:
+            load, n = o == "ldmatrix", int(next(q for q in p if q in ("x1", "x2", "x4"))[1])
+            registers, address = (a[0], a[1]) if load else (a[1], a[0])
+            values = "" if load else ", ".join(v(e, "u32") for e in lst(registers))
+            model = f"{'ptx' if load else 'ptxrt'}::do_{o}<{'true' if 'trans' in p else 'false'}, {n}>"
+            return (f"{{ ptx::LdMatrix m = {{{{{values}}}, {self.addr(address, 'shared')}}}; "
+                    f"if (emu::cur->lane < {8 * n}) emu::check_access(m.row, 16, emu::{'READ' if load else 'WRITE'}, true, \"{o}\", {HERE}); "
+                    f"emu::collective(\"{o}\", ~0u, true, {model}, &m, {HERE}); "
+                    + " ".join(f"{ident(e)} = m.r[{i}];" for i, e in enumerate(lst(registers) if load else [])) + " }")
         if op == "wgmma.fence.sync.aligned": return ""
         if op == "wgmma.commit_group.sync.aligned": return "wg.commit();"
         if op == "wgmma.wait_group.sync.aligned": return f"wg.wait({a[0]});"
