@@ -1,0 +1,1 @@
+"""Models, data and training on lspm_kernels: data -> features -> task -> output."""

@@ -1,0 +1,1 @@
+"""Models: tokens, pixels or ratings in, features out."""

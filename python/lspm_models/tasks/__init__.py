@@ -1,0 +1,1 @@
+"""Tasks: the head and the loss that give a model its job."""
