@@ -71,11 +71,11 @@ class Kernel:
         if o in ("min", "max") and len(a) == 4 and t == "f32" and "NaN" not in p: return put(f"std::f{o}(std::f{o}({x(1)}, {x(2)}), {x(3)})")  # sm_100
         arity = {"add": 3, "sub": 3, "mul": 3, "div": 3, "and": 3, "or": 3, "xor": 3, "min": 3, "max": 3, "fma": 4, "mad": 4, "neg": 2, "abs": 2, "ex2": 2}
         if arity.get(o, len(a)) != len(a): raise KeyError(op)  # e.g. a third operand that would be dropped silently
+        if t.removesuffix("x2") in ("bf16", "f16") and o in ("add", "sub", "mul", "fma") and p[-2] != "f32":
+            T, fn = "bf16" if t[0] == "b" else "__half", {"add": "a + b", "sub": "a - b", "mul": "a * b", "fma": "std::fma(a, b, c)"}[o]
+            r = "u32" if t.endswith("x2") else "u16"
+            return put(f"halves<{T}, {r}>([](float a, float b, [[maybe_unused]] float c) {{ return {fn}; }}, {', '.join(v(e, r) for e in a[1:])})")
         if t in ("bf16", "f16") and o not in ("cvt", "mma", "wgmma"):  # sm_100 mixes types: d = a - c, d = a * b + c with a, b in 16 bits
-            if p[-2] != "f32" and o in ("add", "sub", "mul", "fma"):  # computed in float, then rounded: exact but for a product's last bit
-                T = "bf16" if t == "bf16" else "__half"
-                h = [f"(float)as<{T}>({v(e)})" for e in a[1:]]
-                return put(f"as<u16>({T}({f'std::fma({chr(44).join(h)})' if o == 'fma' else {'add': ' + ', 'sub': ' - ', 'mul': ' * '}[o].join(h)}))")
             if p[-2] != "f32" or o not in ("add", "sub", "fma"): raise KeyError(op)
             h = [f"(float)as<{'bf16' if t == 'bf16' else '__half'}>({v(e)})" for e in a[1:-1]] + [v(a[-1], "float")]
             return put(f"std::fma({', '.join(h)})" if o == "fma" else f"{h[0]} {'+' if o == 'add' else '-'} {h[1]}")
