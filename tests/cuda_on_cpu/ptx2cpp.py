@@ -71,9 +71,9 @@ class Kernel:
         if o in ("min", "max") and len(a) == 4 and t == "f32" and "NaN" not in p: return put(f"std::f{o}(std::f{o}({x(1)}, {x(2)}), {x(3)})")  # sm_100
         arity = {"add": 3, "sub": 3, "mul": 3, "div": 3, "and": 3, "or": 3, "xor": 3, "min": 3, "max": 3, "fma": 4, "mad": 4, "neg": 2, "abs": 2, "ex2": 2}
         if arity.get(o, len(a)) != len(a): raise KeyError(op)  # e.g. a third operand that would be dropped silently
-        if t.removesuffix("x2") in ("bf16", "f16") and o in ("add", "sub", "mul", "fma") and p[-2] != "f32":
-            T, fn = "bf16" if t[0] == "b" else "__half", {"add": "a + b", "sub": "a - b", "mul": "a * b", "fma": "std::fma(a, b, c)"}[o]
-            r = "u32" if t.endswith("x2") else "u16"
+        if p[-1].removesuffix("x2") in ("bf16", "f16") and o in ("add", "sub", "mul", "fma") and p[-2] != "f32":
+            T, fn = "bf16" if p[-1][0] == "b" else "__half", {"add": "a + b", "sub": "a - b", "mul": "a * b", "fma": "std::fma(a, b, c)"}[o]
+            r = "u32" if p[-1].endswith("x2") else "u16"
             return put(f"halves<{T}, {r}>([](float a, float b, [[maybe_unused]] float c) {{ return {fn}; }}, {', '.join(v(e, r) for e in a[1:])})")
         if t in ("bf16", "f16") and o not in ("cvt", "mma", "wgmma"):  # sm_100 mixes types: d = a - c, d = a * b + c with a, b in 16 bits
             if p[-2] != "f32" or o not in ("add", "sub", "fma"): raise KeyError(op)
