@@ -1,40 +1,150 @@
-// common.cuh - included by every kernel file: the few things nvcc and g++ spell differently.
+// What every kernel file includes: launching, checking, converting, moving vectors, summing over a row.
+//
+// The kernels are compiled by nvcc and, for the tests, by g++ against stand-ins for NVIDIA's headers
+// (tests/cuda_on_cpu/README.md). So shared memory is declared by SHARED and DYNAMIC_SHARED, kernels start
+// through launch(), and PTX instructions stand in ptx.cuh.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <stdint.h>
 
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #ifdef __CUDACC__
-#define SHARED(T, name, dims) __shared__ T name dims
+#define SHARED(type, name, extents) __shared__ type name extents
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
-// Launch a kernel: launch(kernel, grid, block, dynamic shared memory, stream, args...).
-template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, A&&... args) {
-  if (smem > 48 * 1024)
-    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem)) return e;
-#ifdef __CUDACC__
-  cudaLaunchConfig_t cfg = {};
-  cfg.gridDim = grid, cfg.blockDim = block, cfg.dynamicSmemBytes = smem, cfg.stream = stream;
-  return cudaLaunchKernelEx(&cfg, kernel, std::forward<A>(args)...);
-#else
-  (void)stream;
-  return emu_launch(kernel, grid, block, smem, std::forward<A>(args)...);
-#endif
+namespace lspm::cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+// Throws what CUDA says about a failed call, and clears it so that the next caller does not meet it again.
+inline void check(cudaError_t error, const char* call, const char* file, int line) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  const char* slash = strrchr(file, '/');
+  throw std::runtime_error(std::string(call) + " failed at " + (slash ? slash + 1 : file) + ":" +
+                           std::to_string(line) + ": " + cudaGetErrorString(error));
+}
+#define LSPM_CUDA_CHECK(call) ::lspm::cuda::check(call, #call, __FILE__, __LINE__)
+
+// Makes a device current for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    LSPM_CUDA_CHECK(cudaGetDevice(&previous_));
+    if (device != previous_) LSPM_CUDA_CHECK(cudaSetDevice(device));
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_;
+};
+
+// Where and how a kernel starts; remembers the line that says so, for the error message.
+struct LaunchConfig {
+  LaunchConfig(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+               const char* file = __builtin_FILE(), int line = __builtin_LINE())
+      : grid(grid), block(block), shared_bytes(shared_bytes), stream(stream), file(file), line(line) {}
+  dim3 grid, block;
+  size_t shared_bytes;
+  cudaStream_t stream;
+  const char* file;
+  int line;
+};
+
+// launch({grid, block, shared_bytes, stream}, kernel, arguments...)
+template <class... Parameters, class... Arguments>
+void launch(const LaunchConfig& at, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  constexpr size_t kWithoutOptIn = 48 * 1024;  // CUDA's limit for a kernel that has not asked for more
+  if (at.shared_bytes > kWithoutOptIn)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(at.shared_bytes)),
+          "cudaFuncSetAttribute", at.file, at.line);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = at.grid;
+  config.blockDim = at.block;
+  config.dynamicSmemBytes = at.shared_bytes;
+  config.stream = at.stream;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "cudaLaunchKernelEx",
+        at.file, at.line);
 }
 
-typedef __nv_bfloat16 bf16;
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
-template <class T> __device__ __forceinline__ T from_float(float v);
-template <> __device__ __forceinline__ float from_float<float>(float v) { return v; }
-template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) { return __float2bfloat16_rn(v); }
-template <> __device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(bf16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(f16 value) { return __half2float(value); }
 
-// VEC elements moved as one 4, 8 or 16 byte access.
-template <class T, int VEC> struct alignas(sizeof(T) * VEC) Vec { T v[VEC]; };
+template <class T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __forceinline__ f16 from_float<f16>(float value) {
+  return __float2half_rn(value);
+}
+
+constexpr int kVectorBytes = 16;  // the widest access of one thread
+
+// kWidth elements moved together, in accesses of at most 16 bytes.
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth < kVectorBytes ? sizeof(T) * kWidth : kVectorBytes) Vec {
+  T at[kWidth];
+};
+template <int kWidth, class T>
+__device__ __forceinline__ Vec<T, kWidth> load(const T* from) {
+  return *reinterpret_cast<const Vec<T, kWidth>*>(from);
+}
+// For what is read once: it leaves the caches first, and the weights stay.
+template <int kWidth, class T>
+__device__ __forceinline__ Vec<T, kWidth> load_streaming(const T* from) {
+  static_assert(sizeof(Vec<T, kWidth>) == kVectorBytes, "one 16-byte access");
+  const int4 bits = __ldcs(reinterpret_cast<const int4*>(from));
+  Vec<T, kWidth> vector;
+  memcpy(&vector, &bits, kVectorBytes);
+  return vector;
+}
+template <class T, int kWidth>
+__device__ __forceinline__ void store(T* to, const Vec<T, kWidth>& vector) {
+  *reinterpret_cast<Vec<T, kWidth>*>(to) = vector;
+}
+template <class... T>
+bool aligned_for_vectors(const T*... pointers) {  // null counts as aligned
+  return ((reinterpret_cast<uintptr_t>(pointers) | ...) % kVectorBytes) == 0;
+}
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+// The sum over the threads of equal threadIdx.y, given to each. blockDim.x is a multiple of the warp size,
+// and every thread of the block calls.
+__device__ __forceinline__ float row_sum(float value) {
+  value = warp_sum(value);
+  if (blockDim.x == kWarp) return value;
+  SHARED(float, warp_sums, [32]);
+  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+  __syncthreads();  // the previous call has read its sums
+  if (lane == 0) warp_sums[threadIdx.y * warps + threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return warp_sum(lane < warps ? warp_sums[threadIdx.y * warps + lane] : 0.0f);
+}
+
+}  // namespace lspm::cuda

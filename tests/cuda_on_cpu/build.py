@@ -1,7 +1,13 @@
-"""Compiles kernels for the CPU, on demand, into a cache keyed by everything that goes in."""
+"""Compiles kernels for the CPU, on demand, into a cache keyed by the content of everything that goes in.
+
+Flavours of a kernel library:
+    fast      g++, NaN-poisoned memory, red zones, adversarial schedules
+    check     and every load and store checked: bounds, initialisation, alignment, races
+    ptxcheck  the checks of `check` on nvcc's own PTX, inline assembly included, translated to C++
+    asan      AddressSanitizer and UBSan: local arrays, shifts, host code
+"""
 
 import functools
-import glob
 import hashlib
 import os
 import shutil
@@ -12,13 +18,24 @@ from cuda_on_cpu import ptx2cpp
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-CACHE = ROOT / "build" / "cuda_on_cpu"
-INCLUDES = (HERE / "runtime", ROOT / "csrc", ROOT / "csrc" / "cuda")
+CACHE = Path(os.environ.get("LSPM_TEST_CACHE", ROOT / "build" / "cuda_on_cpu"))
+INCLUDES = (HERE / "runtime", ROOT / "csrc" / "cuda", ROOT / "csrc")
+FLAVOURS = ("fast", "check", "ptxcheck", "asan")
+PTX_ARCHITECTURE = "sm_80"
 
-COMMON = ["-std=c++17", "-g", "-march=x86-64-v3", "-fPIC", "-fno-gnu-unique", "-DEMU_SERIAL"]
-# GCC's thread sanitizer calls a hook at every load and store; the runtime has its own hooks, libtsan is never linked.
+COMMON = ["-std=c++17", "-g1", "-march=x86-64-v3", "-fPIC", "-fno-gnu-unique", "-fno-strict-aliasing"]
+COMMON += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-sign-compare"]
+# GCC puts a call around every load and store; the runtime has these functions, libtsan is never linked.
 HOOKS = ["-fno-tree-vectorize", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+POISON = ["-ftrivial-auto-var-init=pattern"]  # uninitialised locals become visible, as large values
+KERNEL_OPTIONS = {
+    "fast": ["-O2", *POISON],
+    "check": ["-O1", *HOOKS, *POISON],
+    "ptxcheck": ["-O1"],  # only the host code is g++'s
+    "asan": ["-O1", *SANITIZERS],
+}
+TRANSLATED_OPTIONS = ["-w", "-ffp-contract=off"]
 
 
 class BuildError(RuntimeError):
@@ -26,57 +43,92 @@ class BuildError(RuntimeError):
 
 
 def digest(*parts):
-    return hashlib.sha256("\0".join(str(p) for p in parts).encode()).hexdigest()[:20]
+    return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()[:20]
 
 
 @functools.cache
 def headers():
-    """The text of every header and runtime source: part of each key."""
-    files = sorted(f for d in INCLUDES for p in ("*.h", "*.cuh") for f in glob.glob(f"{d}/{p}"))
-    return "\0".join(Path(f).read_text() for f in files)
+    """The text of all that a source may include."""
+    files = [f for folder in INCLUDES for pattern in ("*.h", "*.cuh") for f in sorted(folder.glob(pattern))]
+    return "\0".join(f.read_text() for f in files)
 
 
 def cached(key, suffix, command):
-    """Path of the file that `command(path)` makes, made once; safe with several processes."""
+    """The file that `command(path)` makes, made once; several processes may ask for it."""
     path = CACHE / (key + suffix)
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         unfinished = CACHE / f"{key}.{os.getpid()}{suffix}"
-        result = subprocess.run([str(c) for c in command(unfinished)], capture_output=True, text=True)
+        result = subprocess.run([str(word) for word in command(unfinished)], capture_output=True, text=True)
         if result.returncode:
             raise BuildError(result.stderr[-4000:])
         os.replace(unfinished, path)
     return path
 
 
-def compile_cpp(source, options):
-    """An object file of a C++ source."""
-    options = [*COMMON, *options]
-    key = digest(Path(source).read_text(), headers(), options, shutil.which("g++"))
-    includes = [f"-I{d}" for d in INCLUDES]
-    return cached(key, ".o", lambda out: ["g++", *options, *includes, "-x", "c++", "-c", source, "-o", out])
+def compiled(source, options):
+    """The object file of a C++ source."""
+    options = [*COMMON, *options, *(f"-I{folder}" for folder in INCLUDES)]
+    key = digest(source.read_text(), headers(), [o for o in options if not o.startswith("-I")])
+    return cached(key, ".o", lambda out: ["g++", *options, "-x", "c++", "-c", source, "-o", out])
+
+
+def ptx_of(source):
+    """nvcc's PTX of a kernel file, with source lines."""
+    options = ["-std=c++17", "-O3", f"-arch={PTX_ARCHITECTURE}", "-lineinfo", f"-I{ROOT / 'csrc'}"]
+    options += [f"-I{ROOT / 'csrc' / 'cuda'}"]
+    key = digest("ptx", source.read_text(), headers(), PTX_ARCHITECTURE)
+    return cached(
+        key, ".ptx", lambda out: [shutil.which("nvcc"), *options, "-ptx", "-o", out, source]
+    ).read_text()
+
+
+def translated(ptx, options, export=False):
+    """The object file of PTX text."""
+    text = ptx2cpp.translate(ptx, export)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    source = CACHE / f"{digest(text)}.cpp"
+    if not source.exists():
+        unfinished = source.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(text)
+        os.replace(unfinished, source)
+    return compiled(source, [*TRANSLATED_OPTIONS, *options])
 
 
 def runtime(flavour):
     """The machinery as a shared library: one for each flavour, so that several live in one process."""
     options = ["-O1", "-DEMU_ASAN", *SANITIZERS] if flavour == "asan" else ["-O2"]
-    objects = [compile_cpp(f, options) for f in sorted(glob.glob(f"{HERE}/runtime/*.cpp"))]
-    key = digest(flavour, *objects)
-    return cached(key, f".{flavour}.so", lambda out: ["g++", "-shared", *objects, "-ldl", "-o", out, *(SANITIZERS if flavour == "asan" else [])])
+    objects = [compiled(source, options) for source in sorted((HERE / "runtime").glob("*.cpp"))]
+    options = SANITIZERS if flavour == "asan" else []
+    return cached(
+        digest(flavour, *objects),
+        f".{flavour}.so",
+        lambda out: ["g++", "-shared", *options, *objects, "-ldl", "-o", out],
+    )
+
+
+def linked(objects, flavour):
+    """A shared library over the runtime of its flavour."""
+    machinery = runtime(flavour)
+    options = [*(SANITIZERS if flavour == "asan" else []), f"-Wl,-rpath,{CACHE}"]
+    return cached(
+        digest(machinery, *objects),
+        ".so",
+        lambda out: ["g++", "-shared", *options, *objects, machinery, "-o", out],
+    )
+
+
+def kernels(sources, flavour):
+    """The library of kernel files (.cu) and of C entries to them (.cpp)."""
+    objects = []
+    for source in map(Path, sources):
+        objects.append(compiled(source, KERNEL_OPTIONS[flavour]))
+        if flavour == "ptxcheck" and source.suffix == ".cu":
+            objects.append(translated(ptx_of(source), ["-O1", *HOOKS]))
+    return linked(objects, flavour)
 
 
 def exported(ptx, flavour="check", optimise="-O1"):
-    """A shared library with a C function ptx_NAME, and its thread count ptx_NAME_threads, for each kernel of PTX text."""
-    text = ptx2cpp.translate(ptx, export=True)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    source = CACHE / (digest(text) + ".cpp")
-    source.write_text(text)
+    """A library with a function ptx_NAME, and its block size ptx_NAME_threads, for each kernel of PTX text."""
     hooks = HOOKS if flavour == "check" else []
-    return link([compile_cpp(source, [optimise, "-w", "-ffp-contract=off", *hooks])], flavour)
-
-
-def link(objects, flavour):
-    machinery = runtime(flavour)
-    key = digest(machinery, *objects)
-    options = SANITIZERS if flavour == "asan" else []
-    return cached(key, ".so", lambda out: ["g++", "-shared", *options, *objects, machinery, f"-Wl,-rpath,{CACHE}", "-o", out])
+    return linked([translated(ptx, [optimise, *hooks], export=True)], flavour)
