@@ -25,7 +25,8 @@ struct LayerNormShape {
 };
 
 namespace cpu {
-// residual, weight, bias: or null. sum: null where residual is. mean, rstd: (rows); mean null in RMS norm.
+// residual, weight, bias: or null. sum: null where residual is. mean, rstd: (rows), or null; mean is null in
+// RMS norm too.
 void layer_norm_forward(const void* x, const void* residual, const void* weight, const void* bias, void* sum,
                         void* y, float* mean, float* rstd, const LayerNormShape& shape, float eps,
                         int threads);

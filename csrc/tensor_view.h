@@ -55,11 +55,16 @@ struct TensorView {
 
   DType dtype() const {
     switch (t.dtype.code << 8 | t.dtype.bits) {
-      case 0x220: return DType::f32;
-      case 0x410: return DType::bf16;
-      case 0x210: return DType::f16;
-      case 0x040: return DType::i64;
-      default: return DType::other;
+      case 0x220:
+        return DType::f32;
+      case 0x410:
+        return DType::bf16;
+      case 0x210:
+        return DType::f16;
+      case 0x040:
+        return DType::i64;
+      default:
+        return DType::other;
     }
   }
   bool is_contiguous() const {
@@ -73,20 +78,22 @@ struct TensorView {
 
   // The data, after the checks that keep a kernel from touching what is not the tensor's. Python has checked
   // the same and said it better; these stand between a mistake there and the memory.
-  enum Device { kCpu = 1, kCuda = 2 };
-  void* data(const char* name, Device device, DType expected) const {
-    const auto refuse = [&](const char* rule) { throw std::invalid_argument(std::string(name) + " must " + rule); };
-    if (t.device.device_type != device) refuse(device == kCpu ? "be on the CPU" : "be on a GPU");
-    if (dtype() != expected) refuse("have the dtype that the contract names");
-    if (!t.data && numel()) refuse("have data");  // a fake tensor has none
+  void* data(const char* name, const TensorView& beside, DType expected) const {
+    if (t.device.device_type != beside.t.device.device_type ||
+        t.device.device_id != beside.t.device.device_id)
+      refuse(name, "be on the device of the others");
+    if (dtype() != expected) refuse(name, "have the dtype that the contract names");
+    if (!t.data && numel()) refuse(name, "have data");  // a fake tensor has none
     return static_cast<char*>(t.data) + t.byte_offset;
   }
-  void* contiguous(const char* name, Device device, DType expected, int64_t elements) const {
-    if (!is_contiguous()) throw std::invalid_argument(std::string(name) + " must be contiguous");
-    if (numel() != elements)
-      throw std::invalid_argument(std::string(name) + " must have " + std::to_string(elements) + " elements, got " +
-                                  std::to_string(numel()));
-    return data(name, device, expected);
+  void* contiguous(const char* name, const TensorView& beside, DType expected, int64_t elements) const {
+    if (!is_contiguous()) refuse(name, "be contiguous");
+    if (numel() != elements) refuse(name, "have another number of elements");
+    return data(name, beside, expected);
+  }
+
+  [[noreturn]] static void refuse(const char* name, const char* rule) {
+    throw std::invalid_argument(std::string(name) + " must " + rule);
   }
 };
 

@@ -14,6 +14,9 @@ import torch
 
 _forced: ContextVar[str | None] = ContextVar("lspm_backend", default=None)
 _warned: set[str] = set()
+# The rows that take tensors of a device and dtype on this machine, by (op, device, dtype): asked for at every call,
+# and only the limits on the arguments can change from one to the next.
+_admitted: dict[tuple, tuple["Backend", ...]] = {}
 
 REFERENCE = "reference"
 
@@ -49,18 +52,24 @@ class Backend:
 
     def refusal(self, op: str, *args) -> str | None:
         """Why this row does not take the call `op(*args)`, whose first argument is a tensor; None if it does."""
-        x = args[0]
-        if x.device.type != self.device:
-            return f"{op}: {self.name} needs a tensor on {self.device}, got {x.device}"
-        if x.dtype not in self.dtypes:
-            dtypes = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
-            return f"{op}: {self.name} needs dtype {dtypes}, got {str(x.dtype).removeprefix('torch.')}"
-        if reason := self.missing():
-            return f"{op}: {self.name} needs {reason}"
-        for limit in self.limits:
+        reason = self.refusal_of(args[0])
+        for limit in () if reason else self.limits:
             if not limit.holds(*args):
-                return f"{op}: {self.name} needs {limit.needs}, got {limit.got(*args)}"
-        return None
+                reason = f"{limit.needs}, got {limit.got(*args)}"
+                break
+        return f"{op}: {self.name} needs {reason}" if reason else None
+
+    def refusal_of(self, x: torch.Tensor) -> str | None:
+        """What a tensor or this machine lacks for this row, whatever the other arguments are."""
+        if x.device.type != self.device:
+            return f"a tensor on {self.device}, got {x.device}"
+        if x.dtype not in self.dtypes:
+            return f"dtype {', '.join(map(_dtype_name, self.dtypes))}, got {_dtype_name(x.dtype)}"
+        return self.missing()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def pick(op: str, backends: tuple[Backend, ...], requested: str | None, *args) -> Backend | None:
@@ -73,14 +82,16 @@ def pick(op: str, backends: tuple[Backend, ...], requested: str | None, *args) -
     requested = requested or _forced.get()
     if requested is not None:
         return _requested(op, backends, requested, *args)
-    refusals = []
-    for row in backends:
-        refusal = row.refusal(op, *args)
-        if refusal is None:
+    key = (op, args[0].device, args[0].dtype)
+    rows = _admitted.get(key)
+    if rows is None:
+        rows = _admitted[key] = tuple(row for row in backends if row.refusal_of(args[0]) is None)
+    for row in rows:
+        if all(limit.holds(*args) for limit in row.limits):
             return row
-        refusals.append(refusal)
     if not args[0].is_meta:  # a meta tensor has no data: there is nothing that a kernel could do faster
-        _warn("; ".join(refusals) + f": {op} runs on plain PyTorch")
+        refusals = "; ".join(row.refusal(op, *args) for row in backends)
+        _warn(f"{refusals}: {op} runs on plain PyTorch")
     return None
 
 

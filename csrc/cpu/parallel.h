@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace lspm::cpu {
@@ -23,6 +24,18 @@ void parallel_for(int64_t n, int64_t work, int threads, Body body) {
     const int64_t begin = me * share + std::min(me, rest);
     body(begin, begin + share + (me < rest));
   }
+}
+
+// For items of unequal cost: calls body(next, thread) once in each thread, and next() hands out 0, 1, 2, ... to
+// whoever is free, n or more when there is none left. `work` as above.
+template <class Body>
+void parallel_claim(int64_t n, int64_t work, int threads, Body body) {
+  std::atomic<int64_t> claimed{0};
+  const auto next = [&] { return claimed.fetch_add(1, std::memory_order_relaxed); };
+  if (n == 0) return;
+  if (threads <= 1 || n == 1 || work < kSerialWork) return body(next, 0);
+#pragma omp parallel num_threads(threads)
+  body(next, omp_get_thread_num());
 }
 
 }  // namespace lspm::cpu

@@ -31,6 +31,16 @@ inline F load(const float* p) {
 }
 inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 
+inline F broadcast(float x) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#else
+  return F{x, x, x, x};
+#endif
+}
+
 inline F load(const bf16* p) {
 #if defined(__AVX512F__)
   __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -101,6 +111,50 @@ inline void store(f16* p, F v) {
 #endif
 }
 
+// v as it is after a store to T and a load from it.
+template <class T>
+inline F rounded(F v) {
+  T lanes[kLanes];
+  store(lanes, v);
+  return load(lanes);
+}
+template <>
+inline F rounded<float>(F v) {
+  return v;
+}
+
+// Stores past the cache, which spares reading the line first: for what is too large to stay there anyway.
+// p is a multiple of the vector's size in memory.
+inline void stream(float* p, F v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+inline void stream(bf16* p, F v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(v));
+#else
+  store(p, v);
+#endif
+}
+inline void stream(f16* p, F v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  store(p, v);
+#endif
+}
+// Streamed stores are ordered with nothing; this orders those of the calling thread before what follows.
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 inline float sum(F v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(v);
@@ -109,6 +163,83 @@ inline float sum(F v) {
   for (int i = 0; i < kLanes; ++i) s += v[i];
   return s;
 #endif
+}
+
+// The larger of two lanes; b where either is NaN.
+inline F max(F a, F b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline float max(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+
+// Lanes [0, n) of v, the others of `rest`.
+inline F first_lanes(F v, int64_t n, F rest) {
+#if defined(__AVX512F__)
+  return _mm512_mask_mov_ps(rest, n < 0 ? 0 : n < kLanes ? __mmask16((1u << n) - 1) : __mmask16(0xffff), v);
+#else
+  F lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = float(i);
+  return lane < float(n) ? v : rest;
+#endif
+}
+
+// e ** x for x < 88: 0 at -inf, NaN at NaN. Within 1 ulp with fused multiply-add, 2 without; results below the
+// normal range lose only what they round away.
+inline F exp(F x) {
+  x = max(broadcast(-110.0f), x);
+#if defined(__AVX512F__)
+  const F n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2 ** 23, which leaves no bit for a fraction
+  const F shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+#endif
+  // x = n log 2 + r, with log 2 in two parts, the first so short that its product with n is exact.
+  const F r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  // The minimax polynomial on |r| <= log(2) / 2 (Remez); its relative error is 1.9e-9.
+  F p = r * 1.38368382e-3f + 8.37482207e-3f;
+  p = p * r + 4.16682260e-2f;
+  p = p * r + 1.66664201e-1f;
+  p = p * r + 4.99999921e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  // In two factors, as 2 ** n alone may be below the normal range.
+  using I = int32_t __attribute__((vector_size(sizeof(F))));
+  const I i = reinterpret_cast<I>(shifted) - 0x4b400000, half = i >> 1;
+  return p * reinterpret_cast<F>((half + 127) << 23) * reinterpret_cast<F>((i - half + 127) << 23);
+#endif
+}
+
+// Turns kLanes rows of kLanes 32-bit elements into columns.
+inline void transpose(F (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    U low, high;  // which lanes of (a, b) the two results take
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i & half ? kLanes + i - half : i;
+      high[i] = i & half ? kLanes + i : i + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & half) continue;
+      const F a = rows[i], b = rows[i + half];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
 }
 
 // Whole vectors, or the first n lanes of one: for_each_vector() hands one of the two to its body.
@@ -143,6 +274,23 @@ struct FirstLanes {
     return v;
   }
 };
+
+// The sum over [0, n) of body(i, lanes), a vector. Four sums run side by side: one alone would wait for each
+// addition to finish before the next.
+template <class Body>
+inline float sum_of(int64_t n, Body body) {
+  F a{}, b{}, c{}, d{};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    a += body(i, AllLanes{});
+    b += body(i + kLanes, AllLanes{});
+    c += body(i + 2 * kLanes, AllLanes{});
+    d += body(i + 3 * kLanes, AllLanes{});
+  }
+  for (; i + kLanes <= n; i += kLanes) a += body(i, AllLanes{});
+  if (i < n) b += body(i, FirstLanes{int(n - i)});
+  return sum((a + b) + (c + d));
+}
 
 // Calls body(i, lanes) for each vector of [0, n); the last one may have fewer lanes.
 template <class Body>

@@ -1,0 +1,99 @@
+"""The compiled kernels: `cpu`, built for the best instruction set this machine has, and `cuda` where it was built.
+
+The CPU module is picked once, at import, from what the processor and the operating system allow; LSPM_ISA=base,
+avx2, avx512 or amx forces one. Nothing else in the package loads a compiled file.
+"""
+
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+from types import ModuleType
+
+import torch  # before the modules, so that they share its OpenMP runtime
+
+# What each build needs, by the names in /proc/cpuinfo; the best build first.
+_V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+NEEDS: dict[str, set[str]] = {
+    "amx": _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    "avx512": _V4,
+    "avx2": _V3,
+    "base": set(),
+}
+
+# Why a build that would be better is not used, by instruction set; for `python -m lspm_kernels info`.
+refusals: dict[str, str] = {}
+
+
+def cpu_flags() -> set[str]:
+    """This processor's features, as far as the operating system supports them."""
+    if platform.machine() == "x86_64" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("flags"):
+                    return set(line.split(":")[1].split())
+    return set()
+
+
+def load_cpu(isa: str) -> ModuleType:
+    """The module built for `isa`.
+
+    Raises:
+        ValueError: there is no such instruction set.
+        ImportError: this machine lacks it, or it was not built.
+    """
+    if isa not in NEEDS:
+        raise ValueError(f"lspm_kernels: LSPM_ISA must be one of {', '.join(reversed(NEEDS))}, got {isa!r}")
+    if lacking := NEEDS[isa] - cpu_flags():
+        raise ImportError(f"lspm_kernels: {isa} needs {', '.join(sorted(lacking))}, which this processor lacks")
+    try:
+        return importlib.import_module(f"lspm_kernels._cpu.{isa}._C")
+    except ModuleNotFoundError:
+        raise ImportError(f"lspm_kernels: {isa} was not built") from None
+
+
+def _best_cpu() -> ModuleType:
+    forced = os.environ.get("LSPM_ISA")
+    if forced is not None:
+        return load_cpu(forced)
+    for isa in NEEDS:
+        try:
+            return load_cpu(isa)
+        except ImportError as error:
+            refusals[isa] = str(error).removeprefix("lspm_kernels: ")
+    raise ImportError(
+        f"lspm_kernels: no compiled kernels in {os.path.dirname(__file__)}: if this is the source tree, "
+        "run `pip install -e .` in it, or start Python from another folder"
+    )
+
+
+def _cuda() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("lspm_kernels._C_cuda"), None
+    except ModuleNotFoundError:
+        return None, "the CUDA module, which was not built (it needs nvcc)"
+    except ImportError as error:
+        return None, f"the CUDA module, which does not load: {error}"
+
+
+cpu = _best_cpu()
+cuda, _cuda_refusal = _cuda()
+sys.modules["lspm_kernels._C"] = cpu
+
+
+def cuda_missing() -> str | None:
+    """Why the CUDA kernels cannot run here; None where they can."""
+    return _cuda_refusal or (None if torch.cuda.is_available() else "a CUDA GPU, which this machine lacks")
+
+
+def triton_missing() -> str | None:
+    """Why the Triton kernels cannot run here; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton, which is not installed"
+    return None if torch.cuda.is_available() else "a CUDA GPU, which this machine lacks"
+
+
+def nothing_missing() -> None:
+    """The CPU kernels can run wherever this package was imported."""

@@ -1,0 +1,133 @@
+"""Turns the rows of an op's table into an operator: fast in eager mode, and known to everything else in torch.
+
+Eager calls on ordinary tensors go straight to the kernel, through a torch.autograd.Function where a gradient is
+wanted: by way of torch's dispatcher they would take 10 to 20 microseconds more. Everything that traces,
+transforms or intercepts tensors (torch.compile, torch.export, torch.func, fake tensors) meets the operator
+torch.ops.lspm.<name>, which runs the same row.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lspm_kernels.dispatch import Backend
+
+_library = torch.library.Library("lspm", "DEF")
+_is_compiling = torch.compiler.is_compiling
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_grad_enabled = torch.is_grad_enabled
+_PLAIN = {type(None), bool, int, float, str}
+
+
+class Operator:
+    """torch.ops.lspm.<name>(*args, backend), called as operator(row, *args).
+
+    Args:
+        schema: "name(Tensor first, ...) -> ...", without the name of the backend, which is added as the last
+            argument.
+        backends: the op's table.
+        compute: compute(row, *args, saves=True) allocates the outputs and has the row's kernel fill them; with row
+            None it only allocates them, which is all that a fake tensor needs. Where saves is False no backward
+            follows, and an output that only the backward reads may be None.
+        save, backward: as setup_context and backward of torch.library.register_autograd, without the backend:
+            save(ctx, inputs, output) and backward(ctx, *grads) -> a gradient for each of args. ctx.row is the row
+            that the forward ran on; ctx.needs_input_grad begins with args. backward is traced too, so it calls
+            only Operators and torch functions. An Operator without them has no gradient: to ask is an error.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        backends: tuple[Backend, ...],
+        compute: Callable,
+        save: Callable | None = None,
+        backward: Callable | None = None,
+    ):
+        name = schema.split("(")[0]
+        rows = {row.name: row for row in backends}
+
+        def no_gradient(ctx, *grads):
+            raise NotImplementedError(f"{name}: a second derivative is not implemented")
+
+        def setup_context(ctx, inputs, output):
+            *args, backend = inputs
+            ctx.row = rows[backend]
+            if save is not None:
+                save(ctx, args, output)
+
+        gradient = backward or no_gradient
+        _library.define(schema.replace(") ->", ", str backend) ->", 1))
+        op = getattr(torch.ops.lspm, name).default
+        _library.impl(name, lambda *args: compute(rows[args[-1]], *args[:-1]), "CompositeExplicitAutograd")
+        torch.library.register_fake(op, lambda *args: compute(None, *args[:-1]), lib=_library)
+        torch.library.register_vmap(op, self._vmap, lib=_library)
+        # Even where there is no gradient: else torch drops it with no more than a warning.
+        torch.library.register_autograd(
+            op, lambda ctx, *grads: (*gradient(ctx, *grads), None), setup_context=setup_context, lib=_library
+        )
+
+        class Eager(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *args_and_row):
+                *args, row = args_and_row
+                output = compute(row, *args)
+                ctx.row = row
+                if save is not None:
+                    save(ctx, args, output)
+                return output
+
+            @staticmethod
+            def backward(ctx, *grads):
+                return *gradient(ctx, *grads), None
+
+        # torch.func differentiates no operator, only a Function that has setup_context; that takes 20
+        # microseconds a call, so eager mode does without.
+        class Transformed(torch.autograd.Function):
+            generate_vmap_rule = True
+
+            @staticmethod
+            def forward(*args):
+                return op(*args)
+
+            @staticmethod
+            def setup_context(ctx, inputs, output):
+                setup_context(ctx, inputs, output)
+
+            @staticmethod
+            def backward(ctx, *grads):
+                return *gradient(ctx, *grads), None
+
+        self._op, self._compute = op, compute
+        self._eager, self._transformed = Eager.apply, Transformed.apply
+
+    def __call__(self, row: Backend, *args):
+        if _is_compiling():
+            return self._op(*args, row.name)
+        if _transforms_active():
+            return self._transformed(*args, row.name)
+        if _dispatch_modes():
+            return self._op(*args, row.name)
+        wants_grad = False
+        for a in args:
+            kind = type(a)
+            if kind is Tensor or kind is Parameter:
+                wants_grad = wants_grad or a.requires_grad
+            elif kind not in _PLAIN and isinstance(a, Tensor):  # of another class: it may have no data of its own
+                return self._op(*args, row.name)
+        if wants_grad and _is_grad_enabled():
+            return self._eager(*args, row)
+        return self._compute(row, *args, saves=False)
+
+    def _vmap(self, info, in_dims, *args):
+        """Runs the operator once for each sample."""
+        samples = [
+            self._op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        outputs = tuple(torch.stack(o) for o in zip(*samples, strict=True))
+        return outputs, (0,) * len(outputs)

@@ -1,0 +1,145 @@
+"""Compiles csrc/ with ninja. Needs neither torch nor a GPU.
+
+Every CPU module has the same bindings over the same kernels, the kernels compiled for another instruction set:
+lspm_kernels._cpu.<isa>._C. The CUDA module lspm_kernels._C_cuda is built where a suitable nvcc is found.
+
+Environment: LSPM_ISAS=avx2,avx512 builds only these; LSPM_CUDA=0 leaves CUDA out and LSPM_CUDA=1 insists on it
+(default: auto); LSPM_CUDA_ARCHS=80;90 sets the GPUs to compile for; CXX, NVCC and MAX_JOBS are as ever.
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CXX = os.environ.get("CXX", "g++")
+OLDEST_NVCC = (12, 0)
+AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+ISAS = {
+    "base": [],
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": AVX512,
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
+INCLUDES = ["-Icsrc", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
+# GCC 12's AVX-512 headers set off these two warnings by themselves.
+KERNEL = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
+
+def chosen_isas():
+    known = list(ISAS) if platform.machine() == "x86_64" else ["base"]
+    names = os.environ.get("LSPM_ISAS", ",".join(known)).split(",")
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"setup: LSPM_ISAS must name some of {', '.join(known)}, got {name!r}")
+    return names
+
+
+def find_nvcc():
+    """The nvcc to use, or None where CUDA is left out; says why where it was asked for and cannot be had."""
+    wish = os.environ.get("LSPM_CUDA", "auto")
+    if wish not in ("0", "1", "auto"):
+        raise SystemExit(f"setup: LSPM_CUDA must be 0, 1 or auto, got {wish!r}")
+    if wish == "0":
+        return None
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    reason = None if nvcc else "nvcc is not on PATH"
+    if nvcc:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+        release = re.search(r"release (\d+)\.(\d+)", text)
+        if not release or tuple(map(int, release.groups())) < OLDEST_NVCC:
+            found = release.group(0) if release else "no version"
+            reason = f"{nvcc} must be release {'.'.join(map(str, OLDEST_NVCC))} or later, got {found}"
+    if reason and wish == "1":
+        raise SystemExit(f"setup: LSPM_CUDA=1, but {reason}")
+    if reason:
+        print(f"setup: the CUDA module is left out: {reason}", file=sys.stderr)
+    return None if reason else nvcc
+
+
+def gencode():
+    archs = os.environ.get("LSPM_CUDA_ARCHS", "80;90;100").split(";")
+    if not all(re.fullmatch(r"\d+[af]?", arch) for arch in archs):
+        raise SystemExit(f"setup: LSPM_CUDA_ARCHS must be numbers such as 80;90, got {';'.join(archs)!r}")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX, for later GPUs
+
+
+class NinjaBuildExt(build_ext):
+    """Writes one build.ninja for all modules and runs it."""
+
+    def build_extensions(self):
+        if not shutil.which(shlex.split(CXX)[0]):
+            raise SystemExit(f"setup: a C++ compiler is needed: {CXX!r} is not on PATH (set CXX, or install g++)")
+        temp = Path(self.build_temp).resolve()
+        temp.mkdir(parents=True, exist_ok=True)
+        self.edges = {}
+        for module in self.extensions:
+            self.add_module(module, temp)
+        rule = "rule {0}\n  command = {1} {2}\n  depfile = $out.d\n  deps = gcc"
+        rules = [
+            rule.format("cxx", CXX, "-MMD -MF $out.d $flags -c $in -o $out"),
+            rule.format("nvcc", NVCC, "-MD -MF $out.d $flags -c $in -o $out"),
+            f"rule link\n  command = {CXX} -shared $in -o $out $flags",
+            f"rule nvlink\n  command = {NVCC} -shared -cudart static $in -o $out $flags",
+        ]
+        (temp / "build.ninja").write_text("\n".join([f"builddir = {temp}", *rules, *self.edges.values(), ""]))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        # Run from the project's root, so that the relative paths of the sources hold.
+        command = [sys.executable, "-m", "ninja", "-f", str(temp / "build.ninja"), *jobs]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit("setup: compiling csrc/ failed; the compiler's message stands above")
+
+    def copy_extensions_to_source(self):  # what build_ext --inplace and pip install -e end with
+        for module in self.extensions:
+            Path(*module.name.split(".")).parent.mkdir(parents=True, exist_ok=True)
+        super().copy_extensions_to_source()
+
+    def add_module(self, module, temp):
+        cuda = module.name.endswith("_cuda")
+        folder = temp / module.name
+        flags = [*COMMON, "-O2", *INCLUDES, *(["-DLSPM_CUDA"] if cuda else [])]
+        # All CPU modules share the object of the bindings.
+        objects = [self.add_object("csrc/bindings.cpp", folder if cuda else temp / "bindings", "cxx", flags)]
+        for source in module.sources[1:]:
+            if cuda:
+                flags = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode()]
+            else:
+                flags = [*COMMON, *KERNEL, "-Icsrc", *ISAS[module.name.split(".")[-2]]]
+            objects.append(self.add_object(source, folder, "nvcc" if cuda else "cxx", flags))
+        out = Path(self.get_ext_fullpath(module.name)).resolve()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if cuda:
+            self.add_edge(out, "nvlink", objects, ["-Xlinker", "-s"])
+        else:
+            self.add_edge(out, "link", objects, ["-fopenmp", "-Wl,-s"])
+
+    def add_object(self, source, folder, rule, flags):
+        out = folder / (Path(source).name + ".o")
+        self.add_edge(out, rule, [source], flags)
+        return out
+
+    def add_edge(self, out, rule, inputs, flags):
+        escaped = [str(path).replace(" ", "$ ") for path in (out, *inputs)]
+        self.edges[out] = f"build {escaped[0]}: {rule} {' '.join(escaped[1:])}\n  flags = {shlex.join(flags)}"
+
+
+def sources(folder, ending):
+    return ["csrc/bindings.cpp", *sorted(map(str, Path("csrc", folder).glob(f"*.{ending}")))]
+
+
+NVCC = find_nvcc()
+modules = [Extension(f"lspm_kernels._cpu.{isa}._C", sources("cpu", "cpp")) for isa in chosen_isas()]
+if NVCC:
+    modules.append(Extension("lspm_kernels._C_cuda", sources("cuda", "cu")))
+setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuildExt})
