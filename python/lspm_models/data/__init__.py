@@ -1,0 +1,1 @@
+"""From files, folders and packages to what a model trains on."""

