@@ -1,0 +1,122 @@
+"""What each case can take at best, and what nvcc made of the CUDA kernels: predicted, not measured.
+
+The bound of a case is the larger of bytes / bandwidth and operations / peak. For this CPU both roofs are
+measured, for GPUs they are of NVIDIA's data sheets.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import bench_attention
+import bench_layer_norm
+import machine
+import results
+import sass
+import tables
+import torch
+
+import harness
+
+PREDICTED = "predicted, not measured"
+# GB/s; GFLOP/s of float32 and, on tensor cores without sparsity, of bfloat16.
+# A100: NVIDIA A100 Tensor Core GPU data sheet, SXM 80 GB. H100: NVIDIA H100 Tensor Core GPU data sheet, SXM.
+# B200: NVIDIA Blackwell data sheet, HGX B200, an eighth of the board's figures.
+GPUS = {
+    "A100": (2039, {torch.float32: 19_500, torch.bfloat16: 312_000}),
+    "H100": (3350, {torch.float32: 67_000, torch.bfloat16: 989_000}),
+    "B200": (8000, {torch.float32: 75_000, torch.bfloat16: 2_250_000}),
+}
+
+
+def this_cpu() -> tuple[float, dict[torch.dtype, float]]:
+    """Copy bandwidth in GB/s and matmul peaks in GFLOP/s: the best of five."""
+    moved = 2**30
+    copy = machine.copy_roof()
+    bandwidth = moved / 1e9 / best(lambda: copy(moved))
+    peaks = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matmul, flops = machine.matmul_roof(dtype)
+        peaks[dtype] = flops / 1e9 / best(matmul)
+    return bandwidth, peaks
+
+
+def best(function) -> float:
+    run = harness.repeated(function, "cpu")
+    return min(run(1) for _ in range(5))
+
+
+def bound(case: harness.Case, bandwidth: float, peaks: dict[torch.dtype, float]) -> tuple[float, str]:
+    """Microseconds that the case takes at least, and which roof says so."""
+    moving = case.bytes / bandwidth / 1e3
+    # Element by element nothing is multiplied on tensor cores or AMX tiles, and arithmetic is in float32.
+    computing = case.flops / peaks[case.dtype if case.roof == "matmul" else torch.float32] / 1e3
+    return max((moving, "memory"), (computing, "compute"))
+
+
+def rooflines() -> Iterator[dict]:
+    machines = {"this CPU": this_cpu()} | GPUS
+    for case in (*bench_layer_norm.cases(), *bench_attention.cases()):
+        if case.roof is None:
+            continue
+        columns = {"case": str(case), "MiB moved": tables.mebibytes(case.bytes)}
+        columns["GFLOP"] = tables.number(case.flops / 1e9)
+        columns["FLOP/byte"] = tables.number(case.flops / case.bytes)
+        for name, roofs in machines.items():
+            microseconds, limit = bound(case, *roofs)
+            columns[f"{name}, us"] = f"{tables.number(microseconds)} {limit}"
+        yield {"benchmark": "roofline", "case": str(case), "columns": columns}
+
+
+def machine_code() -> Iterator[dict]:
+    """One row for each kernel and architecture, over the types and shapes that it is compiled for."""
+    for source in sorted((machine.ROOT / "csrc" / "cuda").glob("*.cu")):
+        for arch in sass.SHARED:
+            families: dict[str, list[sass.Kernel]] = {}
+            for kernel in sass.kernels(source, arch):
+                families.setdefault(kernel.name, []).append(kernel)
+            for name, family in families.items():
+                occupancies = [kernel.occupancy() for kernel in family if kernel.most_threads]
+                tensor, other = max(kernel.inner_loop() for kernel in family)
+                columns = {
+                    "kernel": name,
+                    "for": arch,
+                    "compiled": f"{len(family)} times",
+                    "registers": span(kernel.registers for kernel in family),
+                    "spilled, bytes": str(sum(kernel.spilled for kernel in family)),
+                    "shared, bytes": span(kernel.shared for kernel in family),
+                    "occupancy, %": span(round(100 * occupancy) for occupancy in occupancies),
+                    "inner loop": f"{tensor} tensor-core, {other} other",
+                }
+                yield {"benchmark": "sass", "case": f"{name}/{arch}", "columns": columns}
+
+
+def span(values: Iterable[int]) -> str:
+    ends = sorted(set(values))
+    return " to ".join(str(end) for end in dict.fromkeys(ends[:1] + ends[-1:]))
+
+
+def main() -> int:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="put the rows into this result file")
+    parser.add_argument("--smoke", action="store_true", help="do not compile the CUDA kernels")
+    options = parser.parse_args()
+    about = {"variant": PREDICTED} | machine.description() | {"command": "python benchmarks/roofline.py"}
+    rows = [row | about for row in rooflines()]
+    print(f"Bounds: {PREDICTED}\n\n{tables.table(rows)}\n")
+    reason = "--smoke leaves them out" if options.smoke else sass.missing()
+    if reason is None:
+        compiled = [row | about for row in machine_code()]
+        print(f"CUDA kernels as compiled: {PREDICTED}\n\n{tables.table(compiled)}")
+        rows += compiled
+    else:
+        print(f"CUDA kernels: {reason}")
+    if options.json:
+        results.save(options.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

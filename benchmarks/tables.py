@@ -1,0 +1,75 @@
+"""Rows as tables, for a terminal or for a README."""
+
+from results import PREDICTED, Rows
+
+GOALS = {"speedup": "x torch >= {:.2f}", "roof": "roof >= {:.0f} %", "extra_us": "more <= {:.0f} us"}
+
+
+def table(rows: Rows, markdown: bool = False) -> str:
+    """One line for each of our kernels in each case, with the command that prints it again.
+
+    "x torch" is how many times as fast as torch it is, "more" how much longer a call takes than torch's.
+    """
+    if rows and rows[0]["benchmark"] in PREDICTED:
+        lines = [row["columns"] | {"again": row["command"]} for row in rows]
+    else:
+        torch = {row["case"]: row for row in rows if row["variant"] == "torch"}
+        lines = [_line(row, torch.get(row["case"])) for row in rows if row["variant"].startswith("lspm")]
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    columns = [column for column in columns if any(line.get(column) for line in lines)]
+    columns.sort(key=lambda column: column == "again")  # last; the rest as they are
+    grid = [columns, *([line.get(column, "") for column in columns] for line in lines)]
+    return _markdown(grid) if markdown else _aligned(grid)
+
+
+def about(rows: Rows) -> str:
+    """Where, with what and when the rows were made."""
+    first = rows[0]
+    versions = [f"{name} {first[name]}" for name in ("torch", "triton", "gcc") if first[name]]
+    commits = dict.fromkeys(f"commit {row['commit']} of {row['date']}" for row in rows)
+    label = "Predicted, not measured: " if first["benchmark"] in PREDICTED else ""
+    return f"{label}{first['processor']}, {first['threads']} threads; {', '.join([*versions, *commits])}"
+
+
+def _line(row: dict, torch: dict | None) -> dict[str, str]:
+    start = {"case": row["case"], "kernel": row["variant"].removeprefix("lspm-")}
+    if "wrong" in row:
+        return start | {"goals": f"WRONG, so no time: {row['wrong']}", "again": row["command"]}
+    times = [number(row[name]) for name in ("median_us", "low_us", "high_us")]
+    speedup = row["speedup"]
+    return start | {
+        "us": f"{times[0]} ({times[1]} to {times[2]})",
+        "torch, us": number(torch["median_us"]),
+        "x torch": f"{speedup['torch']:.2f}",
+        "x compile": f"{speedup['compile']:.2f}" if "compile" in speedup else "",
+        "more, us": "" if row["rate"] else f"{row['extra_us']:+.1f}",
+        "rate": f"{number(row['rate'])} {row['unit']}" if row["rate"] else "",
+        "of roof": f"{row['roof_percent']:.0f} % {row['roof']}" if row["roof"] else "",
+        "MiB": mebibytes(row["peak_bytes"]),
+        "torch, MiB": mebibytes(torch["peak_bytes"]),
+        "goals": ", ".join(_goal(goal) for goal in row["goals"]),
+        "again": row["command"],
+    }
+
+
+def _goal(goal: dict) -> str:
+    return f"{GOALS[goal['what']].format(goal['bound'])} {'pass' if goal['met'] else 'MISS'}"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:,.1f}"
+
+
+def _aligned(grid: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in grid)
+
+
+def _markdown(grid: list[list[str]]) -> str:
+    head, *lines = grid
+    lines = [[*line[:-1], f"`{line[-1]}`"] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))

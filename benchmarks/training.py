@@ -1,0 +1,81 @@
+"""One training step of a GPT on our kernels and of the very same model on plain PyTorch."""
+
+import dataclasses
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import machine
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lspm_models.models.gpt import GPT, GPTConfig
+from lspm_models.models.operations import FUSED, PLAIN
+from lspm_models.tasks.language_modelling import LanguageModelling
+
+VARIANTS = {"lspm": FUSED, "torch": PLAIN}
+TINY = GPTConfig(vocabulary_size=128, context=32, layers=2, heads=2, width=64)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Forward, loss, backward and AdamW on batch x tokens ids; bfloat16 is autocast over float32 weights."""
+
+    name: str
+    config: GPTConfig
+    dtype: torch.dtype
+    batch: int
+    tokens: int
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"gpt/training-step/{dtype}/{self.name}-B{self.batch}-T{self.tokens}"
+
+    def step(self, variant: str, device: str) -> Callable[[], None]:
+        """A function that trains a new model by one step."""
+        model, tokens, targets = self._model(variant, device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def train() -> None:
+            with self._autocast(device):
+                loss = model.loss(tokens, targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return train
+
+    def results(self, variant: str, device: str, exact: bool = False) -> list[Tensor]:
+        """Every token's loss and every parameter's gradient; in float64 where exact."""
+        model, tokens, targets = self._model(variant, device)
+        with self._autocast(device, enabled=not exact):
+            logits = model.double()(tokens) if exact else model(tokens).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return [losses.detach(), *torch.autograd.grad(losses.mean(), list(model.parameters()))]
+
+    def peak_bytes(self, variant: str, device: str) -> int | None:
+        """The most memory that model, gradients, optimizer and two steps take, in a process of their own."""
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(_peak_bytes, (self, variant, device))
+
+    def _autocast(self, device: str, enabled: bool = True) -> torch.autocast:
+        return torch.autocast(device, torch.bfloat16, enabled=enabled and self.dtype == torch.bfloat16)
+
+    def _model(self, variant: str, device: str) -> tuple[LanguageModelling, Tensor, Tensor]:
+        torch.manual_seed(0)
+        model = LanguageModelling(GPT(self.config, ops=VARIANTS[variant])).to(device)
+        ids = torch.randint(self.config.vocabulary_size, (self.batch, self.tokens + 1), device=device)
+        return model, ids[:, :-1], ids[:, 1:]
+
+
+def _peak_bytes(training: Training, variant: str, device: str) -> int | None:
+    # A tiny model first: the libraries that a first step loads belong to nobody's model.
+    dataclasses.replace(training, config=TINY, batch=1, tokens=TINY.context).step(variant, device)()
+
+    def train_twice() -> None:
+        train = training.step(variant, device)
+        train()
+        train()
+
+    return machine.peak_bytes(train_twice, device)
