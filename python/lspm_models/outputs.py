@@ -1,6 +1,7 @@
 """From what a model gives to what a person reads."""
 
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 
 class TextStream:
@@ -51,3 +52,42 @@ class TextStream:
                 self._held = text[-size:]
                 return text[:-size]
         return text
+
+
+class Transcript:
+    """Several continuations of a text on a terminal: the first as its tokens arrive, the others at the end.
+
+    Args:
+        file: where it is written.
+        prompt: stands before each.
+        sequences: how many; more than one get headings.
+        decode, stop: see TextStream.
+    """
+
+    def __init__(
+        self,
+        file: TextIO,
+        prompt: str,
+        sequences: int,
+        decode: Callable[[Sequence[int]], str],
+        stop: str | None = None,
+    ):
+        self.file = file
+        self._streams = [TextStream(decode, stop) for _ in range(sequences)]
+        headings = [f"--- {i + 1} of {sequences} ---\n" for i in range(sequences)] if sequences > 1 else [""]
+        self._unwritten = [heading + prompt for heading in headings]
+
+    def push(self, sequence: int, token: int) -> bool:
+        """Adds a token to a sequence; true where that sequence has met its stop text."""
+        self._unwritten[sequence] += self._streams[sequence].push(token)
+        if sequence == 0:
+            self.file.write(self._unwritten[0])
+            self.file.flush()
+            self._unwritten[0] = ""
+        return self._streams[sequence].stopped
+
+    def finish(self) -> None:
+        """Writes what is left."""
+        for stream, rest in zip(self._streams, self._unwritten, strict=True):
+            self.file.write(rest + stream.finish() + "\n")
+        self.file.flush()

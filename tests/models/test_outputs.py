@@ -1,8 +1,10 @@
 """Text that comes token by token is the text of all tokens, and no character comes before it is certain."""
 
+import io
+
 import pytest
 
-from lspm_models.outputs import TextStream
+from lspm_models.outputs import TextStream, Transcript
 
 
 def decode(tokens):
@@ -59,6 +61,28 @@ def test_stop_may_come_within_one_token():
     stream = TextStream(lambda tokens: "".join("left<end>right" for _ in tokens), stop="<end>")
     assert stream.push(0) == "left"
     assert stream.stopped
+
+
+def test_transcript_shows_the_first_sequence_at_once_and_the_others_at_the_end():
+    file = io.StringIO()
+    transcript = Transcript(file, "1+", 2, decode, stop="!")
+    assert file.getvalue() == ""
+    assert not transcript.push(0, ord("1"))
+    assert file.getvalue() == "--- 1 of 2 ---\n1+1"
+    assert not transcript.push(1, ord("2"))
+    assert not transcript.push(0, "é".encode()[0])
+    assert transcript.push(1, ord("!"))
+    assert file.getvalue() == "--- 1 of 2 ---\n1+1"
+    transcript.finish()
+    assert file.getvalue() == "--- 1 of 2 ---\n1+1\ufffd\n--- 2 of 2 ---\n1+2\n"
+
+
+def test_transcript_of_one_has_no_heading():
+    file = io.StringIO()
+    transcript = Transcript(file, "a", 1, decode)
+    transcript.push(0, ord("b"))
+    transcript.finish()
+    assert file.getvalue() == "ab\n"
 
 
 def test_refuses_an_empty_stop():
