@@ -54,6 +54,7 @@ def main() -> int:
     sampling = asdict(Sampling(**options["sampling"]))
     if "greedy" in arguments:
         sampling["temperature"] = 0.0
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Ctrl-C, or `| head`: end without a traceback
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     with errors_in_one_line(parser.prog):

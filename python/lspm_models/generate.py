@@ -51,7 +51,7 @@ def candidates(
 @torch.no_grad()
 def generate(
     task: LanguageModelling,
-    tokens: Sequence[int] | Tensor,
+    prompt: Sequence[int] | Tensor,
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -69,7 +69,7 @@ def generate(
 
     Args:
         task: a language model; it runs in eval mode and gets its own mode back.
-        tokens: (T,) ids of the prompt, 1 <= T <= context.
+        prompt: (T,) ids, 1 <= T <= context.
         max_new_tokens: most tokens to add.
         temperature: 0 takes the most probable token; see candidates for others.
         top_k, top_p: see candidates.
@@ -86,8 +86,9 @@ def generate(
     Raises:
         ValueError: an argument breaks its rule, or the model gives a logit that is NaN or positive infinity.
     """
-    text = _prompt(tokens, task)
-    _check(max_new_tokens, temperature, top_k, top_p, sequences)
+    text = _as_text(prompt, task)
+    _check_counts(max_new_tokens=max_new_tokens, top_k=top_k, sequences=sequences)
+    _check_sampling(temperature, top_p, seed)
     generator = None if seed is None else torch.Generator(text.device).manual_seed(seed)
     reader = _Reader(task, sequences, text.shape[1] + max_new_tokens, use_cache)
     results: list[list[int]] = [[] for _ in range(sequences)]
@@ -153,23 +154,26 @@ def _choose(
     return ids.gather(-1, probabilities.multinomial(1, generator=generator))
 
 
-def _prompt(tokens: Sequence[int] | Tensor, task: LanguageModelling) -> Tensor:
+def _as_text(prompt: Sequence[int] | Tensor, task: LanguageModelling) -> Tensor:
     """(1, T) on the model's device."""
-    tokens = torch.as_tensor(tokens, dtype=torch.int64, device=task.model.wte.weight.device)
+    text = torch.as_tensor(prompt, dtype=torch.int64, device=task.model.wte.weight.device)
     context = task.config.context
-    if tokens.ndim != 1 or not 1 <= tokens.shape[0] <= context:
-        got = len(tokens) if tokens.ndim == 1 else f"shape {tuple(tokens.shape)}"
-        raise ValueError(f"generate: tokens must be 1 to {context} ids, the context, got {got}")
-    return tokens[None]
+    if text.ndim != 1 or not 1 <= text.shape[0] <= context:
+        got = len(text) if text.ndim == 1 else f"shape {tuple(text.shape)}"
+        raise ValueError(f"generate: prompt must be 1 to {context} tokens, the context, got {got}")
+    return text[None]
 
 
-def _check(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, sequences: int
-) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("sequences", sequences), ("top_k", top_k)):
-        if not (name == "top_k" and value is None) and value < 1:
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise ValueError(f"generate: {name} must be at least 1, got {value}")
+
+
+def _check_sampling(temperature: float, top_p: float | None, seed: int | None) -> None:
     if not 0 <= temperature < math.inf:
         raise ValueError(f"generate: temperature must be finite and at least 0, got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ValueError(f"generate: seed must be in [0, 2**64), got {seed}")

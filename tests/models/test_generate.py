@@ -209,10 +209,10 @@ def test_takes_tensors_and_bfloat16_models():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokens": []}, "generate: tokens must be 1 to 24 ids, the context, got 0"),
-        ({"tokens": [0] * 25}, "generate: tokens must be 1 to 24 ids, the context, got 25"),
-        ({"tokens": [[0, 1]]}, "generate: tokens must be 1 to 24 ids, the context, got shape (1, 2)"),
-        ({"tokens": [61]}, "GPT: tokens must be in [0, 61), got 61"),
+        ({"prompt": []}, "generate: prompt must be 1 to 24 tokens, the context, got 0"),
+        ({"prompt": [0] * 25}, "generate: prompt must be 1 to 24 tokens, the context, got 25"),
+        ({"prompt": [[0, 1]]}, "generate: prompt must be 1 to 24 tokens, the context, got shape (1, 2)"),
+        ({"prompt": [61]}, "GPT: tokens must be in [0, 61), got 61"),
         ({"max_new_tokens": 0}, "generate: max_new_tokens must be at least 1, got 0"),
         ({"sequences": 0}, "generate: sequences must be at least 1, got 0"),
         ({"top_k": 0}, "generate: top_k must be at least 1, got 0"),
@@ -221,12 +221,14 @@ def test_takes_tensors_and_bfloat16_models():
         ({"top_p": float("nan")}, "generate: top_p must be in (0, 1], got nan"),
         ({"temperature": -0.1}, "generate: temperature must be finite and at least 0, got -0.1"),
         ({"temperature": float("inf")}, "generate: temperature must be finite and at least 0, got inf"),
+        ({"seed": -1}, "generate: seed must be in [0, 2**64), got -1"),
+        ({"seed": 2**64}, "generate: seed must be in [0, 2**64), got 18446744073709551616"),
     ],
     ids=str,
 )
 def test_refuses(arguments, message):
     with pytest.raises(ValueError) as error:
-        generate(make_task(), **{"tokens": PROMPT, "max_new_tokens": 4, **arguments})
+        generate(make_task(), **{"prompt": PROMPT, "max_new_tokens": 4, **arguments})
     assert str(error.value) == message
 
 
