@@ -92,7 +92,7 @@ def add_sub_mul(i):
 @opcode("and", "or", "xor", "div", operands=3)
 def logic_and_division(i):
     ty = "bool" if i.type == "pred" else i.type
-    i.require(not ty.endswith("16"))
+    i.require(not ty.endswith("f16"))
     return i.put(f"({ty})({i.operand(1, ty)} {ARITHMETIC[i.parts[0]]} {i.operand(2, ty)})")
 
 
