@@ -28,10 +28,14 @@ def option(value, text: str, **metadata):
 
 @dataclass(frozen=True)
 class Text:
-    prompt: str | None = option(None, "text to continue; - reads standard input", default="begin a new text")
+    prompt: str | None = option(
+        None, "text to continue; - reads standard input", default="begin a new text", metavar="TEXT"
+    )
     tokens: int = option(200, "most tokens to add")
     sequences: int = option(1, "continuations to make")
-    stop: str | None = option(None, "end each before this text", default="where the model ends it")
+    stop: str | None = option(
+        None, "end each before this text", default="where the model ends it", metavar="TEXT"
+    )
 
 
 @dataclass(frozen=True)

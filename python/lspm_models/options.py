@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
             elif kind is tuple:
                 keywords |= {"nargs": "+", "metavar": "TEXT"}
             else:
-                metavar = {int: "N", float: "X", str: "NAME"}[kind]
+                metavar = item.metadata.get("metavar", {int: "N", float: "X", str: "NAME"}[kind])
                 keywords |= {"type": {int: _whole, float: _number, str: str}[kind], "metavar": metavar}
             group.add_argument(f"--{item.name.replace('_', '-')}", **keywords)
 
