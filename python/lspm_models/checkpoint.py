@@ -58,7 +58,7 @@ def save_checkpoint(
         (partial / "state.json").write_text(json.dumps(content, indent=1))
         if path.exists():
             remove(path)
-    for old in checkpoints(folder)[:-keep]:
+    for old in (*checkpoints(folder)[:-keep], *path.parent.glob(".step-*")):  # hidden ones: a kill left them
         remove(old)
     return path
 

@@ -39,7 +39,10 @@ class Processes:
         """Returns the device called `name`; "auto" is this process's GPU, or the CPU where there is none."""
         if name == "auto":
             name = f"cuda:{self.local_rank}" if torch.cuda.is_available() else "cpu"
-        device = torch.device(name)
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"fit: device must be one like cpu, cuda or cuda:1, got {name!r}") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"fit: device must be one this machine has, got {name!r} without a CUDA GPU")
         return device

@@ -61,6 +61,11 @@ def quantity(value: float) -> str:
     return f"{value:.0f}"
 
 
+def counted(count: int, thing: str) -> str:
+    """Returns a number of things: 1 layer, 2,000 layers."""
+    return f"{count:,} {thing}" + "s" * (count != 1)
+
+
 def duration(seconds: float) -> str:
     """Returns a time as people say it: 08:15, 3:08:15, or --:-- where it is not known."""
     if seconds == float("inf"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import time
 from pathlib import Path
 
 from lspm_models.files import replaced, write_atomically
 
+SECONDS_BETWEEN_PLOTS = 30
 COLUMNS = (
     "step",
     "train_loss",
@@ -31,11 +33,13 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "log.csv"
         rows = [row for row in read_log(self.path) if step and int(row["step"]) <= step]
         lines = [",".join(COLUMNS), *(",".join(row[column] for column in COLUMNS) for row in rows)]
         write_atomically(self.path, ("\n".join(lines) + "\n").encode())
         self._file = self.path.open("a")
+        self._plotted = time.monotonic()
         self._events = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else None)
 
     def write(self, **values: float) -> None:
@@ -47,15 +51,20 @@ class RunLog:
                 self._events.add_scalar(name, values[name], values["step"])
 
     def plot(self) -> None:
-        """Draws the losses so far."""
-        self._events.flush()
-        plot_losses(self.path, self.folder / "loss.png", self.folder.name)
+        """Draws the losses so far, but not all the time: drawing takes as long as some steps."""
+        if time.monotonic() - self._plotted > SECONDS_BETWEEN_PLOTS:
+            self._draw()
 
     def close(self) -> None:
         """Draws the plot and closes the files."""
-        self.plot()
+        self._draw()
         self._file.close()
         self._events.close()
+
+    def _draw(self) -> None:
+        self._events.flush()
+        plot_losses(self.path, self.folder / "loss.png", self.folder.name)
+        self._plotted = time.monotonic()
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

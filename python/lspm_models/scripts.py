@@ -22,7 +22,7 @@ from lspm_models.files import remove
 from lspm_models.fit_config import FREE, FitConfig
 from lspm_models.models.gpt import GPT
 from lspm_models.options import Parser, fail, given, merge, read_config
-from lspm_models.progress import duration, quantity
+from lspm_models.progress import counted, duration, quantity
 from lspm_models.run_folder import ModelConfig, create_run, read_run
 from lspm_models.tasks.language_modelling import LanguageModelling
 from lspm_models.train import fit
@@ -97,8 +97,11 @@ def opened_run(
     resume, processes = "resume" in arguments, Processes.join()
     if resume and "out" in arguments:
         raise ValueError(f"run: --out must be absent with --resume, got {arguments.out}")
-    asked = [read_config(arguments.config)] if "config" in arguments else []
-    asked.append(given(arguments, SECTIONS))
+    asked = [given(arguments, SECTIONS)]
+    if "config" in arguments:
+        file = read_config(arguments.config)
+        file.pop("init", None)  # config.json of a run may serve as a config file
+        asked.insert(0, file)
     if resume:
         folder = Path(arguments.resume)
         stored = read_run(folder)
@@ -109,6 +112,7 @@ def opened_run(
         folder = Path(getattr(arguments, "out", time.strftime("runs/%Y%m%d-%H%M%S")))
         folder = processes.gather(folder)[0]
         configs = _configs([defaults or {}, *asked])
+        processes.device(configs["training"].device)
         with processes.first_before_others():
             if processes.first:
                 create_run(folder, {"init": init, **_plain(configs)})
@@ -130,8 +134,8 @@ def train(program: str, run: Run, task: LanguageModelling, data: TextData) -> in
     config, device = run.training, run.processes.device(run.training.device)
     parameters, shape = sum(parameter.numel() for parameter in task.parameters()), task.config
     run.report(
-        f"model      {quantity(parameters)} parameters: {shape.layers} layers, {shape.width} wide, "
-        f"{shape.heads} heads, {shape.context} tokens of context"
+        f"model      {quantity(parameters)} parameters: {counted(shape.layers, 'layer')}, "
+        f"{shape.width} wide, {counted(shape.heads, 'head')}, {counted(shape.context, 'token')} of context"
     )
     run.report(f"training   on {device}, {config.precision}, into {run.folder}\n")
     began = time.monotonic()

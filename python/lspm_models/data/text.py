@@ -13,6 +13,7 @@ from torch import Tensor
 from lspm_models.data.corpus import NAMED, Corpus, open_corpus
 from lspm_models.data.tokenizers import KINDS, Tokenizer, load_tokenizer, save_tokenizer
 from lspm_models.data.tokens import Tokens, tokens_for
+from lspm_models.progress import counted
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,9 @@ def prepare_text(
     corpus = open_corpus(config.corpus)
     if config.max_bytes is not None:
         corpus = corpus.subset(config.max_bytes)
+    count = counted(len(corpus.documents), "document")
     skipped = f", {corpus.skipped} binary left out" if corpus.skipped else ""
-    report(
-        f"corpus     {corpus.name}: {len(corpus.documents):,} documents, {corpus.size / 1e6:,.1f} MB{skipped}"
-    )
+    report(f"corpus     {corpus.name}: {count}, {corpus.size / 1e6:,.1f} MB{skipped}")
     path = Path(folder) / "tokenizer.json"
     if path.exists():
         tokenizer = load_tokenizer(path)

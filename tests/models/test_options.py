@@ -1,0 +1,51 @@
+"""Config files: checked like flags, and the bundled ones."""
+
+from pathlib import Path
+
+import pretrain
+import pytest
+
+from lspm_models.options import merge, read_config
+from lspm_models.scripts import SECTIONS
+
+CONFIGS = Path(pretrain.__file__).parent / "configs"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "[model]\nwidht = 3",
+            "config: model.widht must be an option, got an unknown one; did you mean width?",
+        ),
+        ("[models]\nwidth = 3", "config: section must be one of model, data, training, got 'models'"),
+        ("[model]\nwidth = '3'", "config: model.width must be a whole number, got '3'"),
+        ("[model]\nbias = 1", "config: model.bias must be true or false, got 1"),
+        ("[training]\nclip = 'no'", "config: training.clip must be a number, got 'no'"),
+    ],
+)
+def test_config_files_are_checked(tmp_path, content, message):
+    (tmp_path / "c.toml").write_text(content)
+    with pytest.raises(ValueError) as error:
+        merge(SECTIONS, [read_config(tmp_path / "c.toml")])
+    assert str(error.value) == message
+
+
+def test_a_config_file_that_is_none(tmp_path):
+    (tmp_path / "c.toml").write_text("[model\n")
+    with pytest.raises(ValueError, match=r"^config: .*c\.toml must be TOML or JSON, got "):
+        read_config(tmp_path / "c.toml")
+
+
+def test_the_bundled_configs_are_valid():
+    parameters = {}
+    for path in sorted(CONFIGS.glob("gpt*.toml")):
+        configs = {
+            name: SECTIONS[name](**options) for name, options in merge(SECTIONS, [read_config(path)]).items()
+        }
+        shape = configs["model"].with_vocabulary(configs["data"].vocabulary_size)
+        table = (shape.vocabulary_size + shape.context) * shape.width
+        block = 12 * shape.width**2 + 13 * shape.width
+        parameters[path.stem] = table + shape.layers * block + 2 * shape.width
+    assert parameters["gpt2_124m"] == 124_439_808  # as published
+    assert parameters["gpt_tiny"] < 1e6 < parameters["gpt_demo"] < 1e7

@@ -1,0 +1,90 @@
+"""Tokenizers: what goes in comes out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lspm_models.data import corpus as corpora
+from lspm_models.data.tokenizers import (
+    ByteBpe,
+    Characters,
+    load_tokenizer,
+    save_tokenizer,
+    without_surrogates,
+)
+
+SAMPLE = Path(corpora.__file__).read_text(encoding="utf-8")
+ANY_TEXT = st.text(st.characters(exclude_categories=[]))  # surrogates too
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return ByteBpe.train([SAMPLE], 300)
+
+
+@pytest.fixture(scope="module")
+def characters():
+    return Characters.train([SAMPLE], 100)
+
+
+@given(ANY_TEXT)
+def test_bpe_gives_any_text_back(bpe, text):
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == without_surrogates(text)
+    assert bpe.end_of_text not in ids
+    assert bpe.decode([*ids, bpe.end_of_text]) == without_surrogates(text)
+    np.testing.assert_array_equal(bpe.encode_batch([text, "a"])[0], ids)
+
+
+@given(ANY_TEXT)
+def test_characters_give_known_text_back_and_mark_the_rest(characters, text):
+    known = set(SAMPLE)
+    ids = characters.encode(text)
+    expected = "".join(c if c in known else "\ufffd" for c in without_surrogates(text))
+    assert characters.decode(ids) == expected
+    np.testing.assert_array_equal(characters.encode_batch([text])[0], ids)
+
+
+def test_a_surrogate_pair_is_its_character_and_a_lone_one_is_marked():
+    assert without_surrogates("a\ud83d\ude00b") == "a\U0001f600b"
+    assert without_surrogates("\ude00a\ud83d") == "\ufffda\ufffd"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_text_without_surrogates_stays_itself(text):
+    assert without_surrogates(text) is text
+
+
+def test_sizes_and_special_ids(bpe, characters):
+    assert (bpe.vocabulary_size, bpe.end_of_text) == (300, 299)
+    assert "<|endoftext|>" == bpe.decode(bpe.encode("<|endoftext|>"))
+    assert characters.vocabulary_size == len(set(SAMPLE)) + 2
+    assert characters.encode("é") == [0]
+    assert Characters.train(["aabbbc"], 4).encode("abc") == [2, 1, 0]  # the two most frequent
+
+
+def test_saved_tokenizers_come_back(tmp_path, bpe, characters):
+    for tokenizer in (bpe, characters):
+        save_tokenizer(tokenizer, tmp_path / "t.json")
+        again = load_tokenizer(tmp_path / "t.json")
+        assert again.encode(SAMPLE) == tokenizer.encode(SAMPLE)
+        assert again.vocabulary_size == tokenizer.vocabulary_size
+        assert json.loads((tmp_path / "t.json").read_text())["kind"] == tokenizer.kind
+
+
+def test_tokenizer_errors(tmp_path, bpe):
+    with pytest.raises(ValueError, match=r"^tokenizer: vocabulary_size must be at least 257 .*, got 256$"):
+        ByteBpe.train(["a"], 256)
+    with pytest.raises(ValueError, match=r"^tokenizer: vocabulary_size must be at least 3 .*, got 2$"):
+        Characters.train(["a"], 2)
+    with pytest.raises(ValueError, match=r"^decode: ids must lie in 0\.\.299, got 300$"):
+        bpe.decode([1, 300])
+    with pytest.raises(ValueError, match=r"must be a tokenizer file, got no such file$"):
+        load_tokenizer(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"kind": "sentencepiece"}')
+    with pytest.raises(ValueError, match=r"must be a tokenizer file, got KeyError"):
+        load_tokenizer(tmp_path / "bad.json")
