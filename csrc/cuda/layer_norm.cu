@@ -114,22 +114,27 @@ __device__ __forceinline__ void add_to(float* to, const Vec<float, kWidth>& valu
 template <int kVectors, int kWidth>
 __device__ __forceinline__ void store_column_sums(const float (&own)[kVectors][kWidth], float* out,
                                                   int64_t cols) {
-  SHARED(float, tile, [kBackwardBlock * kElements]);
+  using Sums = Vec<float, kWidth>;
+  SHARED(Sums, tile, [kBackwardBlock * kVectors]);
+  const int row_vectors = int(cols / kWidth);
   if (blockDim.y > 1) {
     __syncthreads();  // the previous call has read its sums
     for_each_vector<kVectors, kWidth, true>(cols, [&](int v, int64_t col) {
+      Sums& to = tile[threadIdx.y * row_vectors + col / kWidth];
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) tile[threadIdx.y * cols + col + e] = own[v][e];
+      for (int e = 0; e < kWidth; ++e) to.at[e] = own[v][e];
     });
     __syncthreads();
   }
   if (threadIdx.y > 0) return;
   for_each_vector<kVectors, kWidth, true>(cols, [&](int v, int64_t col) {
-    Vec<float, kWidth> sums;
+    Sums sums;
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e) {
-      sums.at[e] = own[v][e];
-      for (int y = 1; y < blockDim.y; ++y) sums.at[e] += tile[y * cols + col + e];
+    for (int e = 0; e < kWidth; ++e) sums.at[e] = own[v][e];
+    for (int y = 1; y < blockDim.y; ++y) {
+      const Sums added = tile[y * row_vectors + col / kWidth];
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) sums.at[e] += added.at[e];
     }
     store(out + col, sums);
   });
@@ -287,7 +292,7 @@ void layer_norm_forward(const void* x, const void* residual, const void* weight,
   with_types("layer_norm_forward", shape, [&](auto types) {
     using T = typename decltype(types)::Data;
     using W = typename decltype(types)::Weight;
-    if (shape.rows == 0) return;
+    if (shape.rows == 0 || shape.cols == 0) return;
     constexpr int kWidth = kVectorBytes / sizeof(T);
     auto* kernel = layer_norm_forward_kernel<T, W, 1, false>;
     if (shape.cols % kWidth == 0 && aligned_for_vectors(x, residual, weight, bias, sum, y))
@@ -309,6 +314,7 @@ void layer_norm_backward(const void* dy, const void* dsum, const void* sum, cons
     using T = typename decltype(types)::Data;
     using W = typename decltype(types)::Weight;
     constexpr int kWidth = kVectorBytes / sizeof(T);
+    if (shape.cols == 0) return;
     const bool weights = dweight || dbias;
     const DeviceGuard guard(device);
     if (shape.rows > 0) {

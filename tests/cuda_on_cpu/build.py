@@ -19,7 +19,7 @@ from cuda_on_cpu import ptx2cpp
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = Path(os.environ.get("LSPM_TEST_CACHE", ROOT / "build" / "cuda_on_cpu"))
-INCLUDES = (HERE / "runtime", ROOT / "csrc" / "cuda", ROOT / "csrc")
+INCLUDES = (HERE / "entries", HERE / "runtime", ROOT / "csrc" / "cuda", ROOT / "csrc")
 FLAVOURS = ("fast", "check", "ptxcheck", "asan")
 PTX_ARCHITECTURE = "sm_80"
 
@@ -30,10 +30,10 @@ HOOKS = ["-fno-tree-vectorize", "-fsanitize=thread", "--param", "tsan-instrument
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 POISON = ["-ftrivial-auto-var-init=pattern"]  # uninitialised locals become visible, as large values
 KERNEL_OPTIONS = {
-    "fast": ["-O2", *POISON],
+    "fast": ["-O1", *POISON],
     "check": ["-O1", *HOOKS, *POISON],
-    "ptxcheck": ["-O1"],  # only the host code is g++'s
-    "asan": ["-O1", *SANITIZERS],
+    "ptxcheck": ["-O1"],  # of g++ only the host code runs
+    "asan": ["-O0", *SANITIZERS],
 }
 TRANSLATED_OPTIONS = ["-w", "-ffp-contract=off"]
 
@@ -59,7 +59,9 @@ def cached(key, suffix, command):
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         unfinished = CACHE / f"{key}.{os.getpid()}{suffix}"
-        result = subprocess.run([str(word) for word in command(unfinished)], capture_output=True, text=True)
+        result = subprocess.run(
+            [str(word) for word in command(unfinished)], capture_output=True, text=True, check=False
+        )
         if result.returncode:
             raise BuildError(result.stderr[-4000:])
         os.replace(unfinished, path)
@@ -75,17 +77,17 @@ def compiled(source, options):
 
 def ptx_of(source):
     """nvcc's PTX of a kernel file, with source lines."""
-    options = ["-std=c++17", "-O3", f"-arch={PTX_ARCHITECTURE}", "-lineinfo", f"-I{ROOT / 'csrc'}"]
-    options += [f"-I{ROOT / 'csrc' / 'cuda'}"]
+    options = ["-std=c++17", "-O3", f"-arch={PTX_ARCHITECTURE}", "-lineinfo"]
+    options += [f"-I{folder}" for folder in INCLUDES if folder != HERE / "runtime"]
     key = digest("ptx", source.read_text(), headers(), PTX_ARCHITECTURE)
     return cached(
         key, ".ptx", lambda out: [shutil.which("nvcc"), *options, "-ptx", "-o", out, source]
     ).read_text()
 
 
-def translated(ptx, options, export=False):
+def translated(ptx, options, export=False, only=""):
     """The object file of PTX text."""
-    text = ptx2cpp.translate(ptx, export)
+    text = ptx2cpp.translate(ptx, export, only)
     CACHE.mkdir(parents=True, exist_ok=True)
     source = CACHE / f"{digest(text)}.cpp"
     if not source.exists():
@@ -118,17 +120,23 @@ def linked(objects, flavour):
     )
 
 
-def kernels(sources, flavour):
-    """The library of kernel files (.cu) and of C entries to them (.cpp)."""
+def kernels(sources, flavour, ptx_kernels=""):
+    """The library of kernel files (.cu) and of C entries to them (.cpp).
+
+    ptx_kernels: a regular expression that the mangled names of the kernels to translate match, in ptxcheck.
+    """
     objects = []
     for source in map(Path, sources):
-        objects.append(compiled(source, KERNEL_OPTIONS[flavour]))
-        if flavour == "ptxcheck" and source.suffix == ".cu":
-            objects.append(translated(ptx_of(source), ["-O1", *HOOKS]))
+        is_kernel = source.suffix == ".cu"
+        objects.append(
+            compiled(source, KERNEL_OPTIONS[flavour if is_kernel or flavour == "asan" else "ptxcheck"])
+        )
+        if is_kernel and flavour == "ptxcheck":
+            objects.append(translated(ptx_of(source), ["-O1", *HOOKS], only=ptx_kernels))
     return linked(objects, flavour)
 
 
 def exported(ptx, flavour="check", optimise="-O1"):
-    """A library with a function ptx_NAME, and its block size ptx_NAME_threads, for each kernel of PTX text."""
+    """A library with a function ptx_NAME and its block size ptx_NAME_threads for each kernel of PTX text."""
     hooks = HOOKS if flavour == "check" else []
     return linked([translated(ptx, [optimise, *hooks], export=True)], flavour)

@@ -3,9 +3,10 @@
 #include <exception>
 #include <string>
 
+static std::string message;
+
 template <class Body>
 const char* message_of(Body body) {
-  static std::string message;
   try {
     body();
     return nullptr;

@@ -15,7 +15,7 @@ NOT_MODELLED = {"sat", "satfinite", "relu", "xorsign"}
 TABLE = {}  # first part of the name -> (number of operands or None, translation)
 
 
-class UnknownInstruction(Exception):
+class UnknownInstructionError(Exception):
     """The table has no such instruction, or not with these modifiers or operands."""
 
 
@@ -43,11 +43,11 @@ class Instruction:
 
     def require(self, condition):
         if not condition:
-            raise UnknownInstruction(self.name)
+            raise UnknownInstructionError(self.name)
 
 
 def opcode(*names, operands=None):
-    """Registers the translation of instructions; another number of operands is then refused, never dropped."""
+    """Registers a translation. Another number of operands is then refused, so that none is ever dropped."""
 
     def register(translation):
         for name in names:
@@ -102,7 +102,7 @@ def fma(i):
 
 
 def of_packed_or_half(i):
-    """Arithmetic of two floats in a register, of 16-bit floats, or of 16-bit floats with a float; else None."""
+    """Arithmetic of two floats in a register, or of 16-bit floats, perhaps with a float; else None."""
     root, ty = i.parts[0], i.parts[-1]
     if ty == "f32x2":
         arguments = ", ".join(i.value(o, "u64") for o in i.operands[1:])

@@ -3,7 +3,7 @@
 import math
 import re
 
-from cuda_on_cpu.ptx2cpp.instructions import UnknownInstruction, instruction
+from cuda_on_cpu.ptx2cpp.instructions import UnknownInstructionError, instruction
 from cuda_on_cpu.ptx2cpp.operands import TYPES, Scope, identifier, split_operands
 
 SHARED = re.compile(r"\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d*)\]\s*;")
@@ -13,18 +13,20 @@ NUMBERED_REGISTERS = re.compile(r"^\s*\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>;", re.M)
 INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([\w.:]+)\s*(.*)")
 # An instruction that writes its first operand, behind a guard or not.
 WRITE = re.compile(
-    r"(?:^|[;{}])\s*(?:@!?%\w+\s+)?(?!st\.|red\.|bra|bar|cp\.)[a-z][\w.:]*\s+(\{[^}]*\}|[%\w|]+)\s*,"
+    r"(?:^|[;{}])\s*(?:@!?%\w+\s+)?(?!st\.|red\.|bra|bar|cp\.)[a-z][\w.:]*\s+(\{[^}]*\}|[%\w|]+)\s*,",
+    re.M,
 )
 MOST_THREADS = 1024
 
 
-def translate(ptx, export=False):
+def translate(ptx, export=False, only=""):
     """Translates a module.
 
     Args:
         ptx: its text.
         export: kernels become C functions ptx_NAME, with ptx_NAME_threads; otherwise they register themselves
             and replace at launch the kernels of the same names that g++ compiled.
+        only: a regular expression that the names of the kernels wanted match.
 
     Returns:
         C++ source text.
@@ -42,7 +44,8 @@ def translate(ptx, export=False):
         lines.append(f"alignas(16) const u8 {table}_data[] = {values};")
         lines.append(f"const u64 {table} = (u64){table}_data;")
     lines.append("}")
-    for number, match in enumerate(ENTRY.finditer(ptx)):
+    entries = [match for match in ENTRY.finditer(ptx) if re.search(only, match.group(1))]
+    for number, match in enumerate(entries):
         kernel = Kernel(match, function_body(ptx, match.end()), shared, files, export)
         lines += kernel.definition(number)
     return "\n".join(lines) + "\n"
@@ -120,11 +123,9 @@ class Kernel:
         body = NUMBERED_REGISTERS.sub("", self.body)
         body = re.sub(r"^(\s*\.loc[^\n]*)$", r"\1;", body, flags=re.M)
         body = re.sub(r"^(\s*\$?\w+:)", r"\1;", body, flags=re.M)
-        for statement in body.split(";"):
-            statement = " ".join(statement.split())
-            while statement.startswith(("{", "}")):
-                yield statement[0]
-                statement = statement[1:].strip()
+        for piece in body.split(";"):
+            braces, statement = re.fullmatch(r"([{}\s]*)(.*)", " ".join(piece.split())).groups()
+            yield from braces.replace(" ", "")
             if statement:
                 yield statement
 
@@ -134,7 +135,7 @@ class Kernel:
             return [statement]
         if statement.endswith(":"):
             return [f"{identifier(statement[:-1])}:;"]
-        if statement.startswith(".loc"):
+        if statement.startswith(".loc "):
             file, line = re.match(r"\.loc (?:.*inlined_at )?(\d+) (\d+)", statement).groups()
             return [f'#line {line} "{self.files[file]}"'] if line != "0" and file in self.files else []
         if match := re.match(r"\.local \.align \d+ \.b8 ([\w$]+)\[(\d+)\]", statement):
@@ -142,9 +143,7 @@ class Kernel:
             return []
         if match := re.match(r"\.reg \.(\w+) (.*)", statement):
             return [self.declare_registers(*match.groups())]
-        if statement.startswith("."):
-            return []
-        return [self.guarded(statement)]
+        return [] if statement.startswith(".") else [self.guarded(statement)]
 
     def declare_stack(self, name, size):
         name = identifier(name)
@@ -168,7 +167,7 @@ class Kernel:
         self.number += 1
         try:
             code = instruction(opcode, operands, self.scope, self.number)
-        except UnknownInstruction:
+        except UnknownInstructionError:
             raise ValueError(f"ptx2cpp: {self.name}: unknown instruction: {statement}") from None
         if not guard:
             return code
