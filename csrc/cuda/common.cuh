@@ -134,17 +134,19 @@ __device__ __forceinline__ float warp_sum(float value) {
     value += __shfl_xor_sync(kAllLanes, value, distance);
   return value;
 }
-// The sum over the threads of equal threadIdx.y, given to each. blockDim.x is a multiple of the warp size,
-// and every thread of the block calls.
-__device__ __forceinline__ float row_sum(float value) {
+__device__ __forceinline__ float2 warp_sum(float2 pair) { return float2{warp_sum(pair.x), warp_sum(pair.y)}; }
+// The sum over the threads of equal threadIdx.y, given to each; T is float or float2. blockDim.x is a
+// multiple of the warp size, and every thread of the block calls.
+template <class T>
+__device__ __forceinline__ T row_sum(T value) {
   value = warp_sum(value);
   if (blockDim.x == kWarp) return value;
-  SHARED(float, warp_sums, [32]);
+  SHARED(T, warp_sums, [32]);
   const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
   __syncthreads();  // the previous call has read its sums
   if (lane == 0) warp_sums[threadIdx.y * warps + threadIdx.x / kWarp] = value;
   __syncthreads();
-  return warp_sum(lane < warps ? warp_sums[threadIdx.y * warps + lane] : 0.0f);
+  return warp_sum(lane < warps ? warp_sums[threadIdx.y * warps + lane] : T{});
 }
 
 }  // namespace lspm::cuda

@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
     store(y + start + col, held[v]);
   });
   if (threadIdx.x == 0 && row < rows) {
-    if (centered) mean[row] = row_mean;
-    rstd[row] = row_rstd;
+    if (mean) mean[row] = row_mean;
+    if (rstd) rstd[row] = row_rstd;
   }
 }
 
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     const float row_mean = centered && own_cols ? mean[row] : 0.0f;
     const float row_rstd = own_cols ? rstd[row] : 0.0f;
 
-    float total = 0.0f, projection = 0.0f;
+    float2 sums = {0.0f, 0.0f};  // of the gradient of the normalised row, and of that times the row
     for_each_vector<kVectors, kWidth, kHeld>(own_cols, [&](int v, int64_t col) {
       grad[v] = load_first<kHeld, kWidth>(dy + start + col);
       held[v] = load_first<kHeld, kWidth>(sum + start + col);
@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       for (int e = 0; e < kWidth; ++e) {
         const float normalised = (to_float(held[v].at[e]) - row_mean) * row_rstd;
         const float dnormalised = to_float(grad[v].at[e]) * scale[v][e];
-        total += dnormalised;
-        projection += dnormalised * normalised;
+        sums.x += dnormalised;
+        sums.y += dnormalised * normalised;
         row_dweight.at[e] = to_float(grad[v].at[e]) * normalised;
         row_dbias.at[e] = to_float(grad[v].at[e]);
         if (kHeld) {
@@ -205,8 +205,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
         add_to(run_dbias + col, row_dbias);
       }
     });
-    const float mean_total = centered ? row_sum(total) / cols : 0.0f;
-    const float mean_projection = row_sum(projection) / cols;
+    sums = row_sum(sums);
+    const float mean_total = centered ? sums.x / cols : 0.0f, mean_projection = sums.y / cols;
 
     for_each_vector<kVectors, kWidth, kHeld>(own_cols, [&](int v, int64_t col) {
       if (!kHeld) {

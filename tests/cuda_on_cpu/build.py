@@ -103,7 +103,7 @@ def runtime(flavour):
     objects = [compiled(source, options) for source in sorted((HERE / "runtime").glob("*.cpp"))]
     options = SANITIZERS if flavour == "asan" else []
     return cached(
-        digest(flavour, *objects),
+        digest(flavour, *(o.name for o in objects)),
         f".{flavour}.so",
         lambda out: ["g++", "-shared", *options, *objects, "-ldl", "-o", out],
     )
@@ -112,9 +112,9 @@ def runtime(flavour):
 def linked(objects, flavour):
     """A shared library over the runtime of its flavour."""
     machinery = runtime(flavour)
-    options = [*(SANITIZERS if flavour == "asan" else []), f"-Wl,-rpath,{CACHE}"]
+    options = SANITIZERS if flavour == "asan" else []
     return cached(
-        digest(machinery, *objects),
+        digest(machinery.name, *(o.name for o in objects)),
         ".so",
         lambda out: ["g++", "-shared", *options, *objects, machinery, "-o", out],
     )

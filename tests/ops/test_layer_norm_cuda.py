@@ -55,9 +55,8 @@ class LayerNormFunction(torch.autograd.Function):
         total = None if residual is None else op.empty("sum", x)
         y, rstd = op.empty("y", x), op.library.empty(x.shape[:1])
         mean = op.library.empty(x.shape[:1]) if op.centered else None
-        inputs = [
-            op.copy(n, t) for n, t in zip(("x", "residual", "weight", "bias"), (x, residual, weight, bias))
-        ]
+        names = ("x", "residual", "weight", "bias")
+        inputs = [op.copy(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
         shape = op.shape(x, weight_dtype)
         op.library.call("layer_norm_forward", *inputs, total, y, mean, rstd, shape, EPS, 0, None)
         ctx.op, ctx.weight_dtype, ctx.has_bias = op, weight_dtype, bias is not None
@@ -190,6 +189,18 @@ def test_what_may_be_absent(library, centered, weight_gradients):
 def as_wide(weights, like):
     """In float64 where the reference runs in it."""
     return [w.double() if w is not None and like.dtype == torch.float64 else w for w in weights]
+
+
+@pytest.mark.parametrize("centered", [True, False], ids=["layer_norm", "rms_norm"])
+def test_statistics_that_are_not_wanted(library, centered):
+    x = torch.randn(5, 40)
+    op, inputs, y = (
+        LayerNorm(library, centered=centered),
+        [library.copy(x), *4 * [None]],
+        library.empty((5, 40)),
+    )
+    library.call("layer_norm_forward", *inputs, y, None, None, op.shape(x, x.dtype), EPS, 0, None)
+    torch.testing.assert_close(y.tensor(), plain(centered)(x))
 
 
 @pytest.mark.parametrize("rows, partials", [(0, 0), (0, 3), (2, 5), (7, 4), (9, 9), (12, 1)])

@@ -182,9 +182,6 @@ using namespace emu;
 extern "C" {
 
 void emu_configure(uint64_t seed, int strict, size_t shared_max) { config = {seed, strict != 0, shared_max}; }
-void emu_config(uint64_t seed, int, int strict, size_t shared_max) {
-  emu_configure(seed, strict, shared_max);
-}
 void emu_set_smem_optin(const void* kernel, size_t bytes) { shared_opt_in[kernel] = bytes; }
 
 // A kernel of PTX translated with export=True.
