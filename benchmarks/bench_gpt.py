@@ -1,10 +1,12 @@
 """One training step of a GPT on our kernels, against the very same model on plain PyTorch."""
 
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 
 import command
+import machine
 import torch
 from training import TINY, VARIANTS, Training
 
@@ -12,8 +14,8 @@ import harness
 from lspm_kernels import FallbackWarning
 from lspm_models.models.gpt import GPTConfig
 
-DEMO = GPTConfig(vocabulary_size=4096, context=256, layers=6, heads=6, width=192)
-GPT2 = GPTConfig(vocabulary_size=50257, context=1024, layers=12, heads=12, width=768)
+CONFIGS = machine.ROOT / "python" / "configs"
+BATCHES = {"gpt_demo": (8, 256), "gpt2_124m": (1, 256)}  # sequences and tokens of each
 
 
 def measure(training: Training, device: str, smoke: bool) -> list[dict]:
@@ -43,8 +45,10 @@ def cases(smoke: bool = False) -> Iterator[Training]:
         if smoke:
             yield Training("tiny", TINY, dtype, batch=1, tokens=TINY.context)
         else:
-            yield Training("demo", DEMO, dtype, batch=8, tokens=256)
-            yield Training("gpt2-124m", GPT2, dtype, batch=1, tokens=256)
+            for name, (batch, tokens) in BATCHES.items():
+                config = tomllib.loads((CONFIGS / f"{name}.toml").read_text())
+                shape = GPTConfig(config["data"]["vocabulary_size"], **config["model"])
+                yield Training(name, shape, dtype, batch, tokens)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import machine
+import pytest
 import results
 import tables
 import torch
@@ -55,9 +56,13 @@ def main(
     return 1 if any("wrong" in row for row in rows) else 0
 
 
-def pairs(cases: Iterable[harness.Case]) -> list[tuple[harness.Case, str]]:
-    """Every case with every variant of it that this machine runs."""
-    return [(case, name) for case in cases for name in (*case.kernels(_device()), *case.baselines)]
+def pairs(cases: Iterable[harness.Case]) -> list:
+    """Every case with every variant of it that this machine runs, as parameters of a test."""
+    return [
+        pytest.param(case, name, id=f"{case}-{name}")
+        for case in cases
+        for name in (*case.kernels(_device()), *case.baselines)
+    ]
 
 
 def run(benchmark, case: harness.Case, variant: str) -> None:

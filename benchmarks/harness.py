@@ -45,7 +45,7 @@ class Goal:
         return {"what": self.what, "bound": self.bound, "got": value, "met": met}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One op on one shape and dtype in one mode.
 

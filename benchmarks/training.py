@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import machine
@@ -56,8 +57,9 @@ class Training:
 
     def peak_bytes(self, variant: str, device: str) -> int | None:
         """The most memory that model, gradients, optimizer and two steps take, in a process of their own."""
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_peak_bytes, (self, variant, device))
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
+            return pool.submit(_peak_bytes, self, variant, device).result()
 
     def _autocast(self, device: str, enabled: bool = True) -> torch.autocast:
         return torch.autocast(device, torch.bfloat16, enabled=enabled and self.dtype == torch.bfloat16)

@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: a wrong kernel has no time, ratios are within rounds, the gate shuts."""
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -252,8 +253,10 @@ template __global__ void tensor_kernel<float>(const unsigned*, float*, int, int)
 def test_smoke(name, tmp_path):
     path = tmp_path / "r.json"
     script = ROOT / "benchmarks" / f"bench_{name}.py"
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "python")))
     done = subprocess.run(
         [sys.executable, str(script), "--smoke", "--json", str(path)],
+        env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
         check=False,
@@ -271,3 +274,18 @@ def test_the_cases_of_the_goals_exist():
     assert ("add_layer_norm/forward+backward/float32/4096x1024", "speedup") in goals
     assert ("layer_norm/forward-recorded/bfloat16/1x768", "extra_us") in goals
     assert len({str(case) for case in bench_layer_norm.cases()}) == len(list(bench_layer_norm.cases()))
+
+
+def test_pytest_benchmark_runs_them(tmp_path):
+    one = ["-k", "rms_norm/forward/float32/1x768", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    path = tmp_path / "b.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", f"--benchmark-json={path}", *one],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    groups = [benchmark["group"] for benchmark in json.loads(path.read_text())["benchmarks"]]
+    assert len(groups) >= 2 and set(groups) == {"rms_norm/forward/float32/1x768"}
