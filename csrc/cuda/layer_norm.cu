@@ -1,9 +1,10 @@
 // Layer norm (Ba et al. 2016) and RMS norm (Zhang and Sennrich 2019) after an optional residual addition.
 //
 // Forward: blockDim.x threads own a row, of which each keeps up to 16 elements in registers from the load to
-// the store, so the two passes of the variance cost no memory; wider rows are read again, from L2.
-// Backward: a block owns a run of rows and a thread the same columns of all of them, so weight, dweight and
-// dbias stay in registers too; a block's rows are then added up in 16 KiB of shared memory, once a run.
+// the store, so the two passes of the variance cost no memory. Backward: a block owns a run of rows and a
+// thread the same columns of all of them, so weight, dweight and dbias stay in registers too; what the rows
+// side by side in a block have summed is added up in 16 KiB of shared memory, once a run. Rows wider than
+// 16384 elements (8192 backward) and rows that no vector fits are read again, from L2.
 // Bytes per element of s bytes: forward 2 s, with a residual 4 s; backward 3 s, with dsum 4 s.
 #include "../layer_norm.h"
 #include "common.cuh"
@@ -250,10 +251,9 @@ __global__ void layer_norm_sum_kernel(const float* __restrict__ partial, W* dwei
   out[col] = from_float<W>(total);
 }
 
-// Threads of a row that keeps `elements` a thread, in whole warps; rows that share a block of `block`
-// threads.
-dim3 block_shape(int64_t cols, int elements, int block, int most) {
-  const int64_t warps = (cols + kWarp * elements - 1) / (kWarp * elements);
+// Threads of a row, in whole warps and at most `most`, and how many rows share a block of `block` threads.
+dim3 block_shape(int64_t cols, int block, int most) {
+  const int64_t warps = (cols + kWarp * kElements - 1) / (kWarp * kElements);
   const int threads = int(warps * kWarp < most ? warps * kWarp : most);
   return dim3(threads, threads < block ? block / threads : 1);
 }
@@ -299,7 +299,7 @@ void layer_norm_forward(const void* x, const void* residual, const void* weight,
       kernel = shape.cols <= kForwardThreads * kElements ? layer_norm_forward_kernel<T, W, kWidth, true>
                                                          : layer_norm_forward_kernel<T, W, kWidth, false>;
     const DeviceGuard guard(device);
-    const dim3 block = block_shape(shape.cols, kElements, kForwardBlock, kForwardThreads);
+    const dim3 block = block_shape(shape.cols, kForwardBlock, kForwardThreads);
     launch({unsigned((shape.rows + block.y - 1) / block.y), block, 0, cudaStream_t(stream)}, kernel,
            static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const W*>(weight),
            static_cast<const W*>(bias), static_cast<T*>(sum), static_cast<T*>(y), mean, rstd, shape.rows,
@@ -324,7 +324,7 @@ void layer_norm_backward(const void* dy, const void* dsum, const void* sum, cons
         const bool held = shape.cols <= kBackwardThreads * kElements;
         kernel = held ? layer_norm_backward_kernel<T, W, kWidth, true>
                       : layer_norm_backward_kernel<T, W, kWidth, false>;
-        if (held) block = block_shape(shape.cols, kElements, kBackwardBlock, kBackwardThreads);
+        if (held) block = block_shape(shape.cols, kBackwardBlock, kBackwardThreads);
       }
       // Without weight gradients nothing ties a block to a run: as many rows as it holds at a time.
       const int64_t rows_per_run = weights ? shape.rows_per_partial() : block.y;
