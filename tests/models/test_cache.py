@@ -6,19 +6,21 @@ from tiny_gpt import CONFIG, make_task, make_tokens
 
 from lspm_kernels import use_backend
 from lspm_models.models.cache import KeyValueCache
+from lspm_models.models.operations import FUSED, PLAIN
 from oracle import compare
 
 
 @pytest.mark.parametrize("pieces", [[1] * 24, [24], [7, 1, 1, 15], [5, 19]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("ops", [FUSED, PLAIN], ids=["fused", "plain"])
 @torch.no_grad()
-def test_cache_gives_the_logits_of_the_whole_text(pieces, dtype):
-    task, tokens = make_task().to(dtype), make_tokens(batch=3)
+def test_cache_gives_the_logits_of_the_whole_text(pieces, dtype, ops):
+    task, tokens = make_task(ops=ops).to(dtype), make_tokens(batch=3)
     cache = KeyValueCache(CONFIG.layers, batch=3, capacity=CONFIG.context)
     cached = torch.cat([task(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
     whole = task(tokens)
     with use_backend("reference"):
-        truth = task.double()(tokens)
+        truth = make_task().to(dtype).double()(tokens)
     assert cache.length == CONFIG.context
     for t in range(CONFIG.context):
         compare(f"logits at {t}", cached[:, t], truth[:, t], whole[:, t])

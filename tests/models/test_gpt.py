@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 import textwrap
 from dataclasses import asdict, replace
@@ -150,6 +151,41 @@ def test_names_are_those_of_hugging_face():
     assert list(task.model.state_dict()) == gpt2_model
     ours = [name.replace("model.", "transformer.", 1) for name in task.state_dict()]
     assert [*ours, "lm_head.weight"] == gpt2_lm_head_model
+
+
+def gpt2(weights, tokens, heads, eps=1e-5):
+    """The logits of one text by the formulas of GPT-2, a head at a time, from a state dict in float64."""
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+    x = weights["model.wte.weight"][tokens] + weights["model.wpe.weight"][: len(tokens)]
+    future = torch.ones(len(tokens), len(tokens), dtype=torch.bool).triu(1)
+    for layer in range(CONFIG.layers):
+        h = f"model.h.{layer}"
+        q, k, v = linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").chunk(3, dim=-1)
+        results = []
+        for a, b, c in zip(*(t.chunk(heads, dim=-1) for t in (q, k, v)), strict=True):
+            scores = (a @ b.T / a.shape[-1] ** 0.5).masked_fill(future, -math.inf)
+            results.append(scores.softmax(-1) @ c)
+        x = x + linear(torch.cat(results, dim=-1), f"{h}.attn.c_proj")
+        x = x + linear(gelu(linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")), f"{h}.mlp.c_proj")
+    return norm(x, "model.ln_f") @ weights["model.wte.weight"].T
+
+
+def test_computes_the_formulas_of_gpt2():
+    [tokens] = make_tokens(batch=1)
+    with use_backend("reference"):
+        task = make_task().double()
+        torch.testing.assert_close(task(tokens[None])[0], gpt2(task.state_dict(), tokens, CONFIG.heads))
 
 
 def test_gpt2_has_124_million_parameters():
