@@ -1,10 +1,10 @@
 """Compiles csrc/ with ninja. Needs neither torch nor a GPU.
 
-Every CPU module has the same bindings over the same kernels, the kernels compiled for another instruction set:
-lspm_kernels._cpu.<isa>._C. The CUDA module lspm_kernels._C_cuda is built where a suitable nvcc is found.
+Every CPU module has the same bindings over the same kernels, the kernels compiled for another instruction
+set: lspm_kernels._cpu.<isa>._C. The CUDA module lspm_kernels._C_cuda is built where a suitable nvcc is found.
 
-Environment: LSPM_ISAS=avx2,avx512 builds only these; LSPM_CUDA=0 leaves CUDA out and LSPM_CUDA=1 insists on it
-(default: auto); LSPM_CUDA_ARCHS=80;90 sets the GPUs to compile for; CXX, NVCC and MAX_JOBS are as ever.
+Environment: LSPM_ISAS=avx2,avx512 builds only these; LSPM_CUDA=0 leaves CUDA out and LSPM_CUDA=1 insists on
+it (default: auto); LSPM_CUDA_ARCHS=80;90 sets the GPUs to compile for; CXX, NVCC and MAX_JOBS are as ever.
 """
 
 import os
@@ -52,8 +52,9 @@ def find_nvcc():
         raise SystemExit(f"setup: LSPM_CUDA must be 0, 1 or auto, got {wish!r}")
     if wish == "0":
         return None
-    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
-    reason = None if nvcc else "nvcc is not on PATH"
+    name = os.environ.get("NVCC", "nvcc")
+    nvcc = shutil.which(name)
+    reason = None if nvcc else f"{name} is not on PATH"
     if nvcc:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
         release = re.search(r"release (\d+)\.(\d+)", text)
@@ -68,9 +69,13 @@ def find_nvcc():
 
 
 def gencode():
-    archs = os.environ.get("LSPM_CUDA_ARCHS", "80;90;100").split(";")
-    if not all(re.fullmatch(r"\d+[af]?", arch) for arch in archs):
-        raise SystemExit(f"setup: LSPM_CUDA_ARCHS must be numbers such as 80;90, got {';'.join(archs)!r}")
+    text = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+    known = [arch.removeprefix("compute_") for arch in text.split()]
+    wish = os.environ.get("LSPM_CUDA_ARCHS")
+    archs = wish.split(";") if wish else [arch for arch in ("80", "90", "100") if arch in known]
+    for arch in archs:
+        if arch not in known:
+            raise SystemExit(f"setup: LSPM_CUDA_ARCHS must name some of {';'.join(known)}, got {arch!r}")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX, for later GPUs
 
@@ -80,7 +85,7 @@ class NinjaBuildExt(build_ext):
 
     def build_extensions(self):
         if not shutil.which(shlex.split(CXX)[0]):
-            raise SystemExit(f"setup: a C++ compiler is needed: {CXX!r} is not on PATH (set CXX, or install g++)")
+            raise SystemExit(f"setup: a C++ compiler must be on PATH, got {CXX!r}; set CXX, or install g++")
         temp = Path(self.build_temp).resolve()
         temp.mkdir(parents=True, exist_ok=True)
         self.edges = {}
@@ -95,12 +100,11 @@ class NinjaBuildExt(build_ext):
         ]
         (temp / "build.ninja").write_text("\n".join([f"builddir = {temp}", *rules, *self.edges.values(), ""]))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        # Run from the project's root, so that the relative paths of the sources hold.
         command = [sys.executable, "-m", "ninja", "-f", str(temp / "build.ninja"), *jobs]
         if subprocess.run(command, check=False).returncode:
             raise SystemExit("setup: compiling csrc/ failed; the compiler's message stands above")
 
-    def copy_extensions_to_source(self):  # what build_ext --inplace and pip install -e end with
+    def copy_extensions_to_source(self):  # what pip install -e ends with
         for module in self.extensions:
             Path(*module.name.split(".")).parent.mkdir(parents=True, exist_ok=True)
         super().copy_extensions_to_source()

@@ -1,14 +1,14 @@
-"""The compiled kernels: `cpu`, built for the best instruction set this machine has, and `cuda` where it was built.
+"""The compiled kernels: `cpu`, for the best instruction set this machine has, and `cuda` where it was built.
 
-The CPU module is picked once, at import, from what the processor and the operating system allow; LSPM_ISA=base,
-avx2, avx512 or amx forces one. Nothing else in the package loads a compiled file.
+The CPU module is picked once, at import, from what the processor and the operating system allow;
+LSPM_ISA=base, avx2, avx512 or amx forces one. Nothing else in the package loads a compiled file.
 """
 
 import importlib
-import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import torch  # before the modules, so that they share its OpenMP runtime
@@ -47,7 +47,9 @@ def load_cpu(isa: str) -> ModuleType:
     if isa not in NEEDS:
         raise ValueError(f"lspm_kernels: LSPM_ISA must be one of {', '.join(reversed(NEEDS))}, got {isa!r}")
     if lacking := NEEDS[isa] - cpu_flags():
-        raise ImportError(f"lspm_kernels: {isa} needs {', '.join(sorted(lacking))}, which this processor lacks")
+        raise ImportError(
+            f"lspm_kernels: {isa} needs {', '.join(sorted(lacking))}, which this processor lacks"
+        )
     try:
         return importlib.import_module(f"lspm_kernels._cpu.{isa}._C")
     except ModuleNotFoundError:
@@ -83,16 +85,19 @@ cuda, _cuda_refusal = _cuda()
 sys.modules["lspm_kernels._C"] = cpu
 
 
+def cpu_kernel(name: str) -> Callable[..., None]:
+    """The CPU kernel `name`, on as many threads as torch uses."""
+    return lambda *args: getattr(cpu, name)(*args, torch.get_num_threads())
+
+
+def cuda_kernel(name: str) -> Callable[..., None]:
+    """The CUDA kernel `name`, which has no use for the number of threads."""
+    return lambda *args: getattr(cuda, name)(*args, 0)
+
+
 def cuda_missing() -> str | None:
     """Why the CUDA kernels cannot run here; None where they can."""
     return _cuda_refusal or (None if torch.cuda.is_available() else "a CUDA GPU, which this machine lacks")
-
-
-def triton_missing() -> str | None:
-    """Why the Triton kernels cannot run here; None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton, which is not installed"
-    return None if torch.cuda.is_available() else "a CUDA GPU, which this machine lacks"
 
 
 def nothing_missing() -> None:

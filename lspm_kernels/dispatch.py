@@ -14,8 +14,8 @@ import torch
 
 _forced: ContextVar[str | None] = ContextVar("lspm_backend", default=None)
 _warned: set[str] = set()
-# The rows that take tensors of a device and dtype on this machine, by (op, device, dtype): asked for at every call,
-# and only the limits on the arguments can change from one to the next.
+# The rows that take tensors of a device and dtype on this machine, by (op, device, dtype): asked for at every
+# call, and only the limits on the arguments can change from one to the next.
 _admitted: dict[tuple, tuple["Backend", ...]] = {}
 
 REFERENCE = "reference"
@@ -27,7 +27,7 @@ class FallbackWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Limit:
-    """What a backend needs of the op's arguments: `needs` in words, `holds` and `got` as functions of them."""
+    """What a backend needs of an op's arguments: `needs` in words, `holds` and `got` as functions of them."""
 
     needs: str
     holds: Callable[..., bool]
@@ -51,7 +51,7 @@ class Backend:
     limits: tuple[Limit, ...] = field(default=())
 
     def refusal(self, op: str, *args) -> str | None:
-        """Why this row does not take the call `op(*args)`, whose first argument is a tensor; None if it does."""
+        """Why this row does not take the call `op(*args)`; None if it does. args begin with a tensor."""
         reason = self.refusal_of(args[0])
         for limit in () if reason else self.limits:
             if not limit.holds(*args):

@@ -1,7 +1,7 @@
-"""Turns the rows of an op's table into an operator: fast in eager mode, and known to everything else in torch.
+"""Turns the rows of an op's table into an operator: fast in eager mode, known to everything else in torch.
 
-Eager calls on ordinary tensors go straight to the kernel, through a torch.autograd.Function where a gradient is
-wanted: by way of torch's dispatcher they would take 10 to 20 microseconds more. Everything that traces,
+Eager calls on ordinary tensors go straight to the kernel, through a torch.autograd.Function where a gradient
+is wanted: by way of torch's dispatcher they would take 10 to 20 microseconds more. Everything that traces,
 transforms or intercepts tensors (torch.compile, torch.export, torch.func, fake tensors) meets the operator
 torch.ops.lspm.<name>, which runs the same row.
 """
@@ -29,13 +29,14 @@ class Operator:
         schema: "name(Tensor first, ...) -> ...", without the name of the backend, which is added as the last
             argument.
         backends: the op's table.
-        compute: compute(row, *args, saves=True) allocates the outputs and has the row's kernel fill them; with row
-            None it only allocates them, which is all that a fake tensor needs. Where saves is False no backward
-            follows, and an output that only the backward reads may be None.
+        compute: compute(row, *args, saves=True) allocates the outputs and has the row's kernel fill them;
+            with row None it only allocates them, which is all that a fake tensor needs. Where saves is False
+            no backward follows, and an output that only the backward reads may be None.
         save, backward: as setup_context and backward of torch.library.register_autograd, without the backend:
-            save(ctx, inputs, output) and backward(ctx, *grads) -> a gradient for each of args. ctx.row is the row
-            that the forward ran on; ctx.needs_input_grad begins with args. backward is traced too, so it calls
-            only Operators and torch functions. An Operator without them has no gradient: to ask is an error.
+            save(ctx, inputs, output) and backward(ctx, *grads) -> a gradient for each of args. ctx.row is the
+            row that the forward ran on; ctx.needs_input_grad begins with args. backward is traced too, so it
+            calls only Operators and torch functions. An Operator without them has no gradient: to ask is an
+            error.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Operator:
         save: Callable | None = None,
         backward: Callable | None = None,
     ):
-        name = schema.split("(")[0]
+        name = schema.split("(", maxsplit=1)[0]
         rows = {row.name: row for row in backends}
 
         def no_gradient(ctx, *grads):
@@ -115,7 +116,9 @@ class Operator:
             kind = type(a)
             if kind is Tensor or kind is Parameter:
                 wants_grad = wants_grad or a.requires_grad
-            elif kind not in _PLAIN and isinstance(a, Tensor):  # of another class: it may have no data of its own
+            elif kind not in _PLAIN and isinstance(
+                a, Tensor
+            ):  # of another class: it may have no data of its own
                 return self._op(*args, row.name)
         if wants_grad and _is_grad_enabled():
             return self._eager(*args, row)

@@ -41,7 +41,9 @@ def compare(name: str, actual: Tensor, truth: Tensor, plain: Tensor) -> None:
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-def outputs_and_gradients(function: Callable, tensors: Sequence[Tensor | None], gradients: bool = True) -> dict:
+def outputs_and_gradients(
+    function: Callable, tensors: Sequence[Tensor | None], gradients: bool = True
+) -> dict:
     """{"output 0": ..., "gradient 0": ...}: of function(*tensors), under fixed weights for its outputs' elements."""
     leaves = [t if t is None else t.detach().requires_grad_(gradients) for t in tensors]
     outputs = function(*leaves)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import compiled, dispatch
+from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import layer_norm as reference
@@ -13,41 +13,14 @@ _RUNS = 256  # partial sums of the weights' gradients, at most; csrc/layer_norm.
 _ROWS_A_RUN = 16  # at least, so that a run's own sum is cheap beside its rows
 
 
-def _cpu_forward(*args):
-    compiled.cpu.layer_norm_forward(*args, torch.get_num_threads())
-
-
-def _cpu_backward(*args):
-    compiled.cpu.layer_norm_backward(*args, torch.get_num_threads())
-
-
-def _cuda_forward(*args):
-    compiled.cuda.layer_norm_forward(*args, 0)
-
-
-def _cuda_backward(*args):
-    compiled.cuda.layer_norm_backward(*args, 0)
-
-
-def _triton_forward(x, residual, weight, bias, total, y, statistics, eps, centered):
-    from lspm_kernels.triton import layer_norm
-
-    *mean, rstd = (*statistics,)
-    layer_norm.forward(x, residual, weight, bias, total, y, *(mean or [None]), rstd, eps, centered)
-
-
-def _triton_backward(dy, dsum, total, statistics, *args):
-    from lspm_kernels.triton import layer_norm
-
-    *mean, rstd = (*statistics,)
-    layer_norm.backward(dy, dsum, total, *(mean or [None]), rstd, *args)
-
-
 # On a GPU both move the same bytes; cuda comes first because its launch costs less. Predicted, not measured.
-BACKENDS = (
-    Backend("cpu", "cpu", _FLOATS, _cpu_forward, _cpu_backward, compiled.nothing_missing),
-    Backend("cuda", "cuda", _FLOATS, _cuda_forward, _cuda_backward, compiled.cuda_missing),
-    Backend("triton", "cuda", _FLOATS, _triton_forward, _triton_backward, compiled.triton_missing),
+BACKENDS = tuple(
+    Backend(name, device, _FLOATS, kernel("layer_norm_forward"), kernel("layer_norm_backward"), missing)
+    for name, device, kernel, missing in (
+        ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing),
+        ("cuda", "cuda", compiled.cuda_kernel, compiled.cuda_missing),
+        ("triton", "cuda", triton.kernel, triton.missing),
+    )
 )
 
 
@@ -72,17 +45,14 @@ def _forward(row, x, weight, bias, eps, centered, saves=True):
 def _backward(row, dy, dsum, total, statistics, weight, bias, wants_dweight, centered, saves=True):
     dy = dy.contiguous()
     dx = torch.empty_like(dy)
-    dweight = weight.new_empty(weight.shape) if wants_dweight else None  # contiguous, whatever weight is
-    dbias = None if bias is None else bias.new_empty(bias.shape)
+    new = Tensor.new_empty if row is None or dy.numel() else Tensor.new_zeros
+    dweight = new(weight, weight.shape) if wants_dweight else None  # contiguous, whatever weight is
+    dbias = None if bias is None else new(bias, bias.shape)
     if row is not None and dy.numel():
         dsum, weight = _contiguous(dsum), _contiguous(weight)
         runs = min(_RUNS, -(-_rows(dy) // _ROWS_A_RUN))
         partial = statistics.new_empty(runs, 2, dy.shape[-1])
         row.backward(dy, dsum, total, statistics, weight, dx, dweight, dbias, partial, centered)
-    elif row is not None:
-        for gradient in (dweight, dbias):
-            if gradient is not None:
-                gradient.zero_()
     # An operator's outputs are tensors: an empty one stands for what is not wanted.
     return dx, dy.new_empty(0) if dweight is None else dweight, dy.new_empty(0) if dbias is None else dbias
 
@@ -96,8 +66,8 @@ def _rows(x):
 
 
 _norm_backward = Operator(
-    "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor sum, Tensor statistics, Tensor? weight, Tensor? bias,"
-    " bool wants_dweight, bool centered) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor sum, Tensor statistics, Tensor? weight,"
+    " Tensor? bias, bool wants_dweight, bool centered) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     BACKENDS,
     _backward,
 )
@@ -130,9 +100,16 @@ def _gradients(ctx, dy, dsum, wants_dweight, wants_dbias):
     if dy is None:
         return dsum, dsum, None, None, None, None
     total, statistics, weight, bias = ctx.saved_tensors
-    bias = bias if wants_dbias else None
     dx, dweight, dbias = _norm_backward(
-        ctx.row, dy, dsum, total, statistics, weight, bias, wants_dweight, ctx.centered
+        ctx.row,
+        dy,
+        dsum,
+        total,
+        statistics,
+        weight,
+        bias if wants_dbias else None,
+        wants_dweight,
+        ctx.centered,
     )
     return dx, dx, dweight if wants_dweight else None, dbias if wants_dbias else None, None, None
 
@@ -167,7 +144,7 @@ def layer_norm(
     """Layer norm over the last dimension: y = (x - mean) / sqrt(variance + eps) * weight + bias.
 
     Args:
-        x: (..., C), float32, bfloat16 or float16; statistics are taken in float32.
+        x: (..., C), float32, bfloat16 or float16. Statistics are taken in float32.
         weight, bias: (C,), x's dtype or float32, or None.
         eps: added to the variance.
         backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
@@ -193,7 +170,7 @@ def rms_norm(
 ) -> Tensor:
     """RMS norm over the last dimension: y = x / sqrt(mean(x ** 2) + eps) * weight.
 
-    Args, returns and raises as layer_norm; eps None is torch.finfo(x.dtype).eps, as in torch.
+    The rest is as in layer_norm; eps None is torch.finfo(x.dtype).eps, as in torch.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
@@ -222,8 +199,6 @@ def add_layer_norm(
 
     Returns:
         (y, sum): both (..., C). The sum is rounded to its dtype before the statistics are taken.
-
-    Raises: as layer_norm.
     """
     x, residual = _check_sum("add_layer_norm", x, residual, weight, bias)
     row = dispatch.pick("add_layer_norm", BACKENDS, backend, x)
@@ -240,10 +215,7 @@ def add_rms_norm(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Residual addition and RMS norm in one pass over memory: sum = x + residual, y = rms_norm(sum).
-
-    Args, returns and raises as add_layer_norm; eps as in rms_norm.
-    """
+    """Residual addition and RMS norm: as add_layer_norm, with y = rms_norm(sum) and eps as in rms_norm."""
     x, residual = _check_sum("add_rms_norm", x, residual, weight, None)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     row = dispatch.pick("add_rms_norm", BACKENDS, backend, x)
@@ -254,11 +226,7 @@ def add_rms_norm(
 
 def _check_sum(op, x, residual, weight, bias):
     x = _check(op, x, weight, bias)
-    if not isinstance(residual, Tensor) or residual.shape != x.shape:
-        got = tuple(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
-        raise ValueError(f"{op}: residual must be a tensor of x's shape {tuple(x.shape)}, got {got}")
-    if residual.device != x.device:
-        raise ValueError(f"{op}: residual must be on x's device {x.device}, got {residual.device}")
+    checks.like(op, "residual", residual, x)
     if residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
@@ -274,19 +242,8 @@ def _check(op, x, weight, bias):
         x = x.float()  # as torch's own norms do on a GPU; on a CPU they compute in x's dtype
     dtypes = (x.dtype, torch.float32)
     if weight is not None:
-        _check_parameter(op, "weight", weight, x, dtypes)
+        checks.parameter(op, "weight", weight, x, dtypes)
         dtypes = (weight.dtype,)  # the kernels read both as one type
     if bias is not None:
-        _check_parameter(op, "bias", bias, x, dtypes)
+        checks.parameter(op, "bias", bias, x, dtypes)
     return x
-
-
-def _check_parameter(op, name, t, x, dtypes):
-    if not isinstance(t, Tensor) or t.dim() != 1 or t.numel() != x.shape[-1]:
-        got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-        raise ValueError(f"{op}: {name} must be a tensor of shape ({x.shape[-1]},), got {got}")
-    if t.dtype not in dtypes:
-        rule = " or ".join(dict.fromkeys(map(str, dtypes)))
-        raise ValueError(f"{op}: {name} must have dtype {rule}, got {t.dtype}")
-    if t.device != x.device:
-        raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}")

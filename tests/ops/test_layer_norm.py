@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import lspm_kernels as lk
 import oracle
@@ -16,8 +14,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (5, 1), (6, 40), (2, 3, 37), (300, 257), (33, 768), (7,), (3, 20_000)]
 # name: ours, the reference, and what each takes of (x, residual, weight, bias).
 FORMS = {
-    "layer_norm": (lambda x, r, w, b: lk.layer_norm(x, w, b), lambda x, r, w, b: reference.layer_norm(x, w, b)),
-    "rms_norm": (lambda x, r, w, b: lk.rms_norm(x, w, 1e-6), lambda x, r, w, b: reference.rms_norm(x, w, 1e-6)),
+    "layer_norm": (
+        lambda x, r, w, b: lk.layer_norm(x, w, b),
+        lambda x, r, w, b: reference.layer_norm(x, w, b),
+    ),
+    "rms_norm": (
+        lambda x, r, w, b: lk.rms_norm(x, w, 1e-6),
+        lambda x, r, w, b: reference.rms_norm(x, w, 1e-6),
+    ),
     "add_layer_norm": (lk.add_layer_norm, reference.add_layer_norm),
     "add_rms_norm": (
         lambda x, r, w, b: lk.add_rms_norm(x, r, w, 1e-6),
@@ -156,104 +160,6 @@ def test_streamed_outputs_have_the_bits_of_stored_ones(dtype):
             assert torch.equal(part, all_rows[rows])
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])
-def test_compile(form, mode):
-    torch._dynamo.reset()
-
-    def around(f):
-        return lambda x, r, w, b: f(x.sin(), r, w * 2, b)
-
-    ours, theirs = map(around, FORMS[form])
-    compiled_function = torch.compile(ours, fullgraph=True, backend=mode)
-    for shape in ((6, 40), (9, 40), (3, 2, 40)):
-        oracle.check(compiled_function, theirs, tensors(shape))
-    with torch.no_grad():
-        oracle.check(compiled_function, theirs, tensors(), gradients=False)
-
-
-def test_compile_sees_the_forced_backend():
-    torch._dynamo.reset()
-    function = torch.compile(lambda *t: lk.add_layer_norm(*t)[0], fullgraph=True, backend="aot_eager")
-    with lk.use_backend("reference"):
-        expected = function(*tensors())
-    torch.manual_seed(0)
-    torch.testing.assert_close(function(*tensors()), expected)
-    with lk.use_backend("cuda"), pytest.raises(Exception, match="cuda needs"):
-        function(*tensors())
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_opcheck(dtype):
-    x, residual, weight, bias = (t.requires_grad_() for t in tensors(dtype=dtype))
-    lspm = torch.ops.lspm
-    torch.library.opcheck(lspm.layer_norm.default, (x, weight, bias, 1e-5, True, "cpu"))
-    torch.library.opcheck(lspm.layer_norm.default, (x, None, None, 1e-5, False, "cpu"))
-    torch.library.opcheck(lspm.add_layer_norm.default, (x, residual, weight, bias, 1e-5, True, "cpu"))
-    y, total, saved = (t.detach() for t in lspm.add_layer_norm(x, residual, weight, bias, 1e-5, True, "cpu"))
-    weight, bias = weight.detach(), bias.detach()
-    backward = lspm.layer_norm_backward.default
-    torch.library.opcheck(backward, (y, None, total, saved, weight, bias, True, True, "cpu"))
-    torch.library.opcheck(backward, (y, y, total, saved, weight, None, False, True, "cpu"))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_second_derivative_is_an_error(form):
-    x, residual, weight, bias = (t.requires_grad_() for t in tensors())
-    outputs = FORMS[form][0](x, residual, weight, bias)
-    y = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-    for y in (y, torch.ops.lspm.layer_norm(x, weight, bias, 1e-5, True, "cpu")[0]):
-        (gradient,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match="layer_norm_backward: a second derivative is not implemented"):
-            torch.autograd.grad(gradient.sum(), x)
-
-
-def test_func_transforms():
-    def loss(f):
-        return lambda *t: f(*t)[0].pow(3).sum()
-
-    x, residual, weight, bias = tensors()
-    many = torch.randn(3, 6, 40)
-    batched = (0, None, None, None)
-    for transform, arguments in (
-        (lambda f: torch.func.grad(loss(f), argnums=(0, 2)), (x, residual, weight, bias)),
-        (lambda f: torch.vmap(f, in_dims=batched), (many, residual, weight, bias)),
-        (lambda f: torch.vmap(torch.func.grad(loss(f)), in_dims=batched), (many, residual, weight, bias)),
-    ):
-        actual = transform(lk.add_layer_norm)(*arguments)
-        torch.testing.assert_close(actual, transform(reference.add_layer_norm)(*arguments), rtol=1e-4, atol=1e-4)
-
-
-def test_autocast_computes_in_the_dtype_of_x():
-    x, _, weight, bias = (t.requires_grad_() for t in tensors())
-    linear = torch.nn.Linear(40, 40)
-    for f in (lk.layer_norm, torch.compile(lk.layer_norm, fullgraph=True)):
-        weight.grad = None
-        with torch.autocast("cpu", torch.bfloat16):
-            y = f(linear(x), weight, bias)
-            assert y.dtype == F.layer_norm(linear(x), (40,), weight, bias).dtype == torch.bfloat16
-            assert f(x, weight, bias).dtype == torch.float32
-            total = lk.add_layer_norm(linear(x), x, weight, bias)[1]
-            assert total.dtype == (linear(x) + x).dtype == torch.float32
-        y.float().sum().backward()
-        assert weight.grad.dtype == torch.float32
-
-
-def test_export_checkpoint_fake_and_meta():
-    class Module(torch.nn.Module):
-        def forward(self, *t):
-            return lk.add_layer_norm(*t)
-
-    arguments = tensors()
-    program = torch.export.export(Module(), tuple(arguments))
-    assert "lspm.add_layer_norm" in str(program.graph)
-    torch.testing.assert_close(program.module()(*arguments), lk.add_layer_norm(*arguments))
-    oracle.check(lambda *t: checkpoint(lk.add_layer_norm, *t, use_reentrant=False), *FORMS["add_layer_norm"][1:], arguments)
-    with FakeTensorMode() as mode:
-        assert lk.add_layer_norm(*[mode.from_tensor(t) for t in arguments])[0].shape == (6, 40)
-    assert lk.add_layer_norm(*[t.to("meta") for t in arguments])[0].is_meta
-
-
 def test_defaults_are_torchs():
     x, _, weight, bias = tensors()
     torch.testing.assert_close(lk.layer_norm(x, weight, bias), F.layer_norm(x, (40,), weight, bias))
@@ -262,14 +168,19 @@ def test_defaults_are_torchs():
 
 BAD = {
     "layer_norm: x must be a floating-point tensor of one dimension or more, got list": ([1.0],),
-    "layer_norm: x must be a floating-point tensor of one dimension or more, got () torch.float32": (torch.ones(()),),
+    "layer_norm: x must be a floating-point tensor of one dimension or more, got () torch.float32": (
+        torch.ones(()),
+    ),
     "layer_norm: x must be a floating-point tensor of one dimension or more, got (2, 3) torch.int64": (
         torch.ones(2, 3, dtype=torch.int64),
     ),
     "layer_norm: weight must be a tensor of shape (4,), got (3,)": (torch.ones(2, 4), torch.ones(3)),
     "layer_norm: weight must be a tensor of shape (4,), got float": (torch.ones(2, 4), 1.0),
     "layer_norm: bias must be a tensor of shape (4,), got (1, 4)": (torch.ones(2, 4), None, torch.ones(1, 4)),
-    "layer_norm: weight must have dtype torch.float32, got torch.float16": (torch.ones(2, 4), torch.ones(4).half()),
+    "layer_norm: weight must have dtype torch.float32, got torch.float16": (
+        torch.ones(2, 4),
+        torch.ones(4).half(),
+    ),
     "layer_norm: weight must have dtype torch.bfloat16 or torch.float32, got torch.float16": (
         torch.ones(2, 4).bfloat16(),
         torch.ones(4).half(),
@@ -279,7 +190,10 @@ BAD = {
         torch.ones(4),
         torch.ones(4).bfloat16(),
     ),
-    "layer_norm: weight must be on x's device cpu, got meta": (torch.ones(2, 4), torch.ones(4, device="meta")),
+    "layer_norm: weight must be on x's device cpu, got meta": (
+        torch.ones(2, 4),
+        torch.ones(4, device="meta"),
+    ),
 }
 
 
@@ -292,7 +206,9 @@ def test_bad_arguments(message):
 
 def test_bad_residual():
     x, residual, weight, bias = tensors()
-    with pytest.raises(ValueError, match=r"add_layer_norm: residual must be a tensor of x's shape \(6, 40\), got \(40,\)"):
+    with pytest.raises(
+        ValueError, match=r"add_layer_norm: residual must be a tensor of x's shape \(6, 40\), got \(40,\)"
+    ):
         lk.add_layer_norm(x, residual[0], weight, bias)
     with pytest.raises(ValueError, match="add_rms_norm: residual must be on x's device cpu, got meta"):
         lk.add_rms_norm(x, residual.to("meta"), weight)
@@ -306,7 +222,15 @@ def test_the_binding_refuses_what_would_touch_other_memory():
         "y must have another number of elements": (x, None, weight, bias, None, y[:3], statistics),
         "weight must have another number of elements": (x, None, weight[:7], bias, None, y, statistics),
         "x must be contiguous": (torch.ones(40, 6).t(), None, weight, bias, None, y, statistics),
-        "y must have the dtype that the contract names": (x, None, weight, bias, None, y.double(), statistics),
+        "y must have the dtype that the contract names": (
+            x,
+            None,
+            weight,
+            bias,
+            None,
+            y.double(),
+            statistics,
+        ),
         "sum must be there exactly where residual is": (x, x, weight, bias, None, y, statistics),
         "statistics must have another number": (x, None, weight, bias, None, y, statistics[:1]),
     }.items():
@@ -318,5 +242,7 @@ def test_only_the_rows_of_the_table_run():
     assert [row.name for row in ops.BACKENDS] == ["cpu", "cuda", "triton"]
     with pytest.raises(NotImplementedError, match="layer_norm: triton needs a tensor on cuda, got cpu"):
         lk.layer_norm(torch.ones(2, 4), backend="triton")
-    with pytest.warns(lk.FallbackWarning, match="layer_norm: cpu needs dtype float32, bfloat16, float16, got float64"):
+    with pytest.warns(
+        lk.FallbackWarning, match="layer_norm: cpu needs dtype float32, bfloat16, float16, got float64"
+    ):
         lk.layer_norm(torch.ones(2, 4, dtype=torch.float64))

@@ -1,0 +1,54 @@
+from torch import Tensor
+
+isa: str
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    delta: Tensor,
+    causal: bool,
+    scale: float,
+    threads: int,
+) -> None: ...
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    threads: int,
+) -> None: ...
+def layer_norm_backward(
+    dy: Tensor,
+    dsum: Tensor | None,
+    sum: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    partial: Tensor,
+    centered: bool,
+    threads: int,
+) -> None: ...
+def layer_norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sum: Tensor | None,
+    y: Tensor,
+    statistics: Tensor | None,
+    eps: float,
+    centered: bool,
+    threads: int,
+) -> None: ...

@@ -1,0 +1,64 @@
+"""`python -m lspm_kernels info`: what was built, what this machine has, and why a backend is refused."""
+
+import argparse
+import importlib
+import pkgutil
+from importlib import metadata, util
+
+import torch
+
+from lspm_kernels import compiled, ops
+
+
+def info() -> str:
+    """What `python -m lspm_kernels info` prints."""
+    lines = [f"lspm_kernels {_version()}, torch {torch.__version__}, {_triton()}"]
+    lines += ["", "CPU kernels"]
+    for isa in reversed(compiled.NEEDS):
+        try:
+            compiled.load_cpu(isa)
+            state = "in use" if isa == compiled.cpu.isa else "available; LSPM_ISA=" + isa + " takes it"
+        except ImportError as error:
+            state = "not available: " + str(error).removeprefix(f"lspm_kernels: {isa} ")
+        lines.append(f"  {isa:8s}{state}")
+    lines.append(f"  threads {torch.get_num_threads()}, as torch.set_num_threads says")
+    lines += ["", "Backends of each op, the first that admits a call runs it"]
+    for op, rows in _tables().items():
+        for row in rows:
+            reason = row.missing()
+            state = f"not available: it needs {reason}" if reason else "available"
+            lines.append(f"  {op:12s}{row.name:10s}{state}")
+        lines.append(f"  {op:12s}{'reference':10s}plain PyTorch, for what no row above admits")
+    return "\n".join(lines)
+
+
+def _tables() -> dict[str, tuple]:
+    names = sorted(module.name for module in pkgutil.iter_modules(ops.__path__))
+    return {name: importlib.import_module(f"lspm_kernels.ops.{name}").BACKENDS for name in names}
+
+
+def _version() -> str:
+    try:
+        return metadata.version("lspm-kernels")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _triton() -> str:
+    if util.find_spec("triton") is None:
+        return "no triton"
+    return f"triton {metadata.version('triton')}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lspm_kernels", description="What lspm_kernels has here.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "info", help="what was built, what this machine has, why a backend is refused"
+    )
+    command.set_defaults(run=lambda: print(info()))
+    parser.parse_args().run()
+
+
+if __name__ == "__main__":
+    main()

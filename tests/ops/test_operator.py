@@ -1,0 +1,118 @@
+"""Operator: what torch.compile, export, autocast, torch.func and fake tensors make of layer norm's two operators."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops.test_layer_norm import DTYPES, FORMS, tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import lspm_kernels as lk
+import oracle
+from lspm_kernels.reference import layer_norm as reference
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])
+def test_compile(form, mode):
+    torch._dynamo.reset()
+
+    def around(f):
+        return lambda x, r, w, b: f(x.sin(), r, w * 2, b)
+
+    ours, theirs = map(around, FORMS[form])
+    compiled_function = torch.compile(ours, fullgraph=True, backend=mode)
+    for shape in ((6, 40), (9, 40), (3, 2, 40)):
+        oracle.check(compiled_function, theirs, tensors(shape))
+    with torch.no_grad():
+        oracle.check(compiled_function, theirs, tensors(), gradients=False)
+
+
+def test_compile_sees_the_forced_backend():
+    torch._dynamo.reset()
+    function = torch.compile(lambda *t: lk.add_layer_norm(*t)[0], fullgraph=True, backend="aot_eager")
+    with lk.use_backend("reference"):
+        expected = function(*tensors())
+    torch.manual_seed(0)
+    torch.testing.assert_close(function(*tensors()), expected)
+    with lk.use_backend("cuda"), pytest.raises(Exception, match="cuda needs"):
+        function(*tensors())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_opcheck(dtype):
+    x, residual, weight, bias = (t.requires_grad_() for t in tensors(dtype=dtype))
+    lspm = torch.ops.lspm
+    torch.library.opcheck(lspm.layer_norm.default, (x, weight, bias, 1e-5, True, "cpu"))
+    torch.library.opcheck(lspm.layer_norm.default, (x, None, None, 1e-5, False, "cpu"))
+    torch.library.opcheck(lspm.add_layer_norm.default, (x, residual, weight, bias, 1e-5, True, "cpu"))
+    y, total, saved = (t.detach() for t in lspm.add_layer_norm(x, residual, weight, bias, 1e-5, True, "cpu"))
+    weight, bias = weight.detach(), bias.detach()
+    backward = lspm.layer_norm_backward.default
+    torch.library.opcheck(backward, (y, None, total, saved, weight, bias, True, True, "cpu"))
+    torch.library.opcheck(backward, (y, y, total, saved, weight, None, False, True, "cpu"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivative_is_an_error(form):
+    x, residual, weight, bias = (t.requires_grad_() for t in tensors())
+    outputs = FORMS[form][0](x, residual, weight, bias)
+    y = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+    for y in (y, torch.ops.lspm.layer_norm(x, weight, bias, 1e-5, True, "cpu")[0]):
+        (gradient,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+        with pytest.raises(
+            NotImplementedError, match="layer_norm_backward: a second derivative is not implemented"
+        ):
+            torch.autograd.grad(gradient.sum(), x)
+
+
+def test_func_transforms():
+    def loss(f):
+        return lambda *t: f(*t)[0].pow(3).sum()
+
+    x, residual, weight, bias = tensors()
+    many = torch.randn(3, 6, 40)
+    batched = (0, None, None, None)
+    for transform, arguments in (
+        (lambda f: torch.func.grad(loss(f), argnums=(0, 2)), (x, residual, weight, bias)),
+        (lambda f: torch.vmap(f, in_dims=batched), (many, residual, weight, bias)),
+        (lambda f: torch.vmap(torch.func.grad(loss(f)), in_dims=batched), (many, residual, weight, bias)),
+    ):
+        actual = transform(lk.add_layer_norm)(*arguments)
+        torch.testing.assert_close(
+            actual, transform(reference.add_layer_norm)(*arguments), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_autocast_computes_in_the_dtype_of_x():
+    x, _, weight, bias = (t.requires_grad_() for t in tensors())
+    linear = torch.nn.Linear(40, 40)
+    for f in (lk.layer_norm, torch.compile(lk.layer_norm, fullgraph=True)):
+        weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            y = f(linear(x), weight, bias)
+            assert y.dtype == F.layer_norm(linear(x), (40,), weight, bias).dtype == torch.bfloat16
+            assert f(x, weight, bias).dtype == torch.float32
+            total = lk.add_layer_norm(linear(x), x, weight, bias)[1]
+            assert total.dtype == (linear(x) + x).dtype == torch.float32
+        y.float().sum().backward()
+        assert weight.grad.dtype == torch.float32
+
+
+def test_export_checkpoint_fake_and_meta():
+    class Module(torch.nn.Module):
+        def forward(self, *t):
+            return lk.add_layer_norm(*t)
+
+    arguments = tensors()
+    program = torch.export.export(Module(), tuple(arguments))
+    assert "lspm.add_layer_norm" in str(program.graph)
+    torch.testing.assert_close(program.module()(*arguments), lk.add_layer_norm(*arguments))
+    oracle.check(
+        lambda *t: checkpoint(lk.add_layer_norm, *t, use_reentrant=False),
+        *FORMS["add_layer_norm"][1:],
+        arguments,
+    )
+    with FakeTensorMode() as mode:
+        assert lk.add_layer_norm(*[mode.from_tensor(t) for t in arguments])[0].shape == (6, 40)
+    assert lk.add_layer_norm(*[t.to("meta") for t in arguments])[0].is_meta

@@ -1,0 +1,111 @@
+"""The rule that picks a backend, on a table made up for the purpose."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+
+from lspm_kernels import dispatch, layer_norm, use_backend
+from lspm_kernels.dispatch import Backend, FallbackWarning, Limit
+
+SMALL = Limit("at most 4 columns", lambda x: x.shape[-1] <= 4, lambda x: x.shape[-1])
+
+
+def row(name, device="cpu", dtypes=(torch.float32,), missing=lambda: None, limits=()):
+    return Backend(name, device, dtypes, None, None, missing, limits)
+
+
+TABLE = (
+    row("small", limits=(SMALL,)),
+    row("absent", missing=lambda: "a part that was not built"),
+    row("wide", dtypes=(torch.float32, torch.bfloat16)),
+    row("gpu", device="cuda"),
+)
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch):
+    monkeypatch.setattr(dispatch, "_admitted", {})
+    monkeypatch.setattr(dispatch, "_warned", set())
+
+
+def name_of(*args, requested=None):
+    picked = dispatch.pick("op", TABLE, requested, *args)
+    return picked and picked.name
+
+
+def test_the_first_row_that_admits_the_call():
+    assert name_of(torch.ones(2, 4)) == "small"
+    assert name_of(torch.ones(2, 5)) == "wide"
+    assert name_of(torch.ones(2, 4).bfloat16()) == "wide"
+
+
+def test_no_row_warns_once_for_each_reason_and_names_them_all():
+    reasons = (
+        "op: small needs dtype float32, got float64; op: absent needs dtype float32, got float64; "
+        "op: wide needs dtype float32, bfloat16, got float64; op: gpu needs a tensor on cuda, got cpu: "
+        "op runs on plain PyTorch"
+    )
+    with pytest.warns(FallbackWarning) as caught:
+        assert name_of(torch.ones(2, 4).double()) is None
+        assert name_of(torch.ones(9, 4).double()) is None
+        assert name_of(torch.ones(2, 4).half()) is None
+    assert [str(w.message) for w in caught] == [reasons, reasons.replace("float64", "float16")]
+
+
+def test_meta_tensors_have_nothing_to_warn_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert name_of(torch.ones(2, 4, device="meta")) is None
+
+
+@pytest.mark.parametrize(
+    "requested, message",
+    [
+        ("small", "op: small needs at most 4 columns, got 5"),
+        ("absent", "op: absent needs a part that was not built"),
+        ("gpu", "op: gpu needs a tensor on cuda, got cpu"),
+    ],
+)
+def test_a_requested_row_runs_or_raises(requested, message):
+    with pytest.raises(NotImplementedError) as error:
+        name_of(torch.ones(2, 5), requested=requested)
+    assert str(error.value) == message
+    with use_backend(requested), pytest.raises(NotImplementedError):
+        name_of(torch.ones(2, 5))
+
+
+def test_requested_rows_and_the_reference():
+    assert name_of(torch.ones(2, 4), requested="wide") == "wide"
+    assert name_of(torch.ones(2, 4), requested="reference") is None
+    with use_backend("wide"):
+        assert name_of(torch.ones(2, 4)) == "wide"
+        with use_backend("reference"):
+            assert name_of(torch.ones(2, 4)) is None
+            assert name_of(torch.ones(2, 4), requested="small") == "small"  # the argument is nearer
+        assert name_of(torch.ones(2, 4)) == "wide"
+    assert name_of(torch.ones(2, 4)) == "small"
+
+
+def test_an_unknown_name():
+    with pytest.raises(ValueError) as error:
+        layer_norm(torch.ones(2, 4), backend="cudnn")
+    assert str(error.value) == "layer_norm: backend must be one of cpu, cuda, triton, reference, got 'cudnn'"
+
+
+def test_use_backend_holds_in_its_own_thread_only():
+    seen = []
+    with use_backend("wide"):
+        thread = threading.Thread(target=lambda: seen.append(name_of(torch.ones(2, 4))))
+        thread.start()
+        thread.join()
+    assert seen == ["small"]
+
+
+def test_backward_runs_on_the_backend_of_the_forward():
+    x = torch.randn(3, 5, requires_grad=True)
+    y = layer_norm(x)
+    with use_backend("reference"):
+        y.sum().backward()
+    assert y.grad_fn.row.name == "cpu"
