@@ -67,7 +67,7 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
         axes.invert_yaxis()
         axes.tick_params(axis="y", labelsize=7)
         axes.set_xlabel("times as fast as PyTorch: faster to the right of the line")
-        axes.set_title(tables.about(bars), fontsize=7)
+        figure.suptitle(tables.about(bars), fontsize=7)
         paths.append(folder / f"{bars[0]['machine']}-{benchmark}.png")
         figure.savefig(paths[-1], dpi=110, metadata={"Software": None})
         pyplot.close(figure)

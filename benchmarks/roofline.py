@@ -55,8 +55,8 @@ def bound(case: harness.Case, bandwidth: float, peaks: dict[torch.dtype, float])
     return max((moving, "memory"), (computing, "compute"))
 
 
-def rooflines() -> Iterator[dict]:
-    machines = {"this CPU": this_cpu()} | GPUS
+def rooflines(machines: dict[str, tuple]) -> Iterator[dict]:
+    """One row for each case that has a roof: what it moves and computes, and its bound on each machine."""
     for case in (*bench_layer_norm.cases(), *bench_attention.cases()):
         if case.roof is None:
             continue
@@ -104,7 +104,10 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="do not compile the CUDA kernels")
     options = parser.parse_args()
     about = {"variant": PREDICTED} | machine.description() | {"command": "python benchmarks/roofline.py"}
-    rows = [row | about for row in rooflines()]
+    bandwidth, peaks = cpu = this_cpu()
+    matmul = ", ".join(f"{tables.number(peak)} in {str(dtype)[6:]}" for dtype, peak in peaks.items())
+    print(f"This CPU, measured: copy {tables.number(bandwidth)} GB/s, matmul GFLOP/s: {matmul}\n")
+    rows = [row | about for row in rooflines({"this CPU": cpu} | GPUS)]
     print(f"Bounds: {PREDICTED}\n\n{tables.table(rows)}\n")
     reason = "--smoke leaves them out" if options.smoke else sass.missing()
     if reason is None:
