@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cuda_on_cpu import ptx2cpp
@@ -100,7 +101,9 @@ def translated(ptx, options, export=False, only=""):
 def runtime(flavour):
     """The machinery as a shared library: one for each flavour, so that several live in one process."""
     options = ["-O1", "-DEMU_ASAN", *SANITIZERS] if flavour == "asan" else ["-O2"]
-    objects = [compiled(source, options) for source in sorted((HERE / "runtime").glob("*.cpp"))]
+    sources = sorted((HERE / "runtime").glob("*.cpp"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: compiled(source, options), sources))
     options = SANITIZERS if flavour == "asan" else []
     return cached(
         digest(flavour, *(o.name for o in objects)),
