@@ -101,7 +101,7 @@ def errors_in_one_line(program: str) -> Iterator[None]:
     except OSError as error:
         fail(program, f"{error.filename or 'file'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        fail(program, "interrupted before the first step", code=130)
+        fail(program, "interrupted", code=130)
     except ModuleNotFoundError as error:
         fail(program, f"needs the package {error.name}; install it with: pip install 'lspm-kernels[models]'")
 

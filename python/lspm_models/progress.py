@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -21,9 +22,10 @@ class Progress:
         if report is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=1.0, initial=done, bar_format="{bar:24} {desc}", leave=False, mininterval=0.2
-            )
+            size = shutil.get_terminal_size()  # tqdm shows nothing in a terminal that does not tell its size
+            look = {"bar_format": "{bar:24} {desc}", "leave": False, "mininterval": 0.2}
+            look |= {"ncols": size.columns, "nrows": size.lines}
+            self._bar = tqdm(total=1.0, initial=done, **look)
 
     def update(self, done: float, step: int, loss: float, tokens_per_second: float) -> None:
         """Moves the bar to the share `done` and shows loss, speed and the time left."""

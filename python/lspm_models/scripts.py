@@ -21,7 +21,7 @@ from lspm_models.distributed import Processes
 from lspm_models.files import remove
 from lspm_models.fit_config import FREE, FitConfig
 from lspm_models.models.gpt import GPT
-from lspm_models.options import Parser, fail, given, merge, read_config
+from lspm_models.options import Parser, errors_in_one_line, fail, given, merge, read_config
 from lspm_models.progress import counted, duration, quantity
 from lspm_models.run_folder import ModelConfig, create_run, read_run
 from lspm_models.tasks.language_modelling import LanguageModelling
@@ -140,20 +140,21 @@ def train(program: str, run: Run, task: LanguageModelling, data: TextData) -> in
     run.report(f"training   on {device}, {config.precision}, into {run.folder}\n")
     began = time.monotonic()
     try:
-        result = fit(
-            task,
-            data,
-            config,
-            run.folder,
-            settings={
-                "init": run.init,
-                "model": dataclasses.asdict(task.config),
-                "data": _plain({"": run.data})[""],
-            },
-            resume=run.resume,
-            report=run.report,
-            processes=run.processes,
-        )
+        with errors_in_one_line(program):
+            result = fit(
+                task,
+                data,
+                config,
+                run.folder,
+                settings={
+                    "init": run.init,
+                    "model": dataclasses.asdict(task.config),
+                    "data": _plain({"": run.data})[""],
+                },
+                resume=run.resume,
+                report=run.report,
+                processes=run.processes,
+            )
     except FloatingPointError as error:
         fail(program, str(error), code=1)
     if result.interrupted:

@@ -227,6 +227,18 @@ def test_a_checkpoint_of_another_shape_is_refused(run, trained, text, tmp_path):
     )
 
 
+def test_a_run_is_not_resumed_with_another_text_or_a_broken_checkpoint(run, trained, text):
+    folder, _ = trained
+    path = checkpoints(folder / "checkpoints")[-1]
+    text.write_text(TEXT + "!")
+    message = rf"checkpoint: data_fingerprint must be '\w+' as in {path}, got '\w+'"
+    refused(run(pretrain, "--resume", folder), rf"pretrain\.py: {message}")
+    text.write_text(TEXT)
+    (path / "model.safetensors").write_bytes(b"short")
+    message = r"checkpoint: .*model\.safetensors must be a whole safetensors file, got .*"
+    refused(run(pretrain, "--resume", folder), rf"pretrain\.py: {message}")
+
+
 def test_a_loss_that_is_not_finite_ends_with_one_line(run, text, tmp_path):
     arguments = ("--learning-rate", "1e30", "--clip", "0", "--warmup", "0", "--out", tmp_path / "run")
     message = r"pretrain\.py: fit: .* must be finite, got (nan|inf) at step \d; there is no checkpoint yet"
