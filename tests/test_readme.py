@@ -1,0 +1,30 @@
+"""The README's Python runs, and its table of ops says what the ops' tables say."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+PUBLIC = {
+    "layer_norm": ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"],
+    "attention": ["attention"],
+}
+
+
+def test_the_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) >= 2
+    exec("\n".join(blocks), {})
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+def test_the_table_of_ops(op):
+    table = importlib.import_module(f"lspm_kernels.ops.{op}").BACKENDS
+    backends = ", ".join(row.name for row in table)
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in table[0].dtypes)
+    assert all(row.dtypes == table[0].dtypes for row in table)
+    for name in PUBLIC[op]:
+        (line,) = re.findall(rf"^\| `{name}\(.*$", README, re.M)
+        assert line.endswith(f"| {backends} | {dtypes} |")
