@@ -50,6 +50,14 @@ __global__ void tf32_kernel(const float* in, uint32_t* out) {
 
 __global__ void __launch_bounds__(32) bounds_kernel(int* out) { out[threadIdx.x] = 1; }
 
+__global__ void dynamic_shared_kernel(int* out, int count) {  // reversed through shared memory
+  DYNAMIC_SHARED(raw);
+  int* values = reinterpret_cast<int*>(raw);
+  for (int i = threadIdx.x; i < count; i += blockDim.x) values[i] = i;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += blockDim.x) out[i] = values[count - 1 - i];
+}
+
 __global__ void warp_kernel(const int* in, int* out) {  // 64 threads, 10 results each
   const int t = threadIdx.x, v = in[t];
   int r[10] = {__shfl_sync(kAllLanes, v, 5),         __shfl_up_sync(kAllLanes, v, 3),
@@ -228,6 +236,10 @@ const char* tf32_test(const float* in, uint32_t* out) {
 }
 const char* bounds_test(int* out, int64_t threads) {
   return message_of([&] { launch({1, unsigned(threads), 0, nullptr}, bounds_kernel, out); });
+}
+const char* dynamic_shared_test(int* out, int64_t count) {
+  return message_of(
+      [&] { launch({1, 128, count * sizeof(int), nullptr}, dynamic_shared_kernel, out, int(count)); });
 }
 const char* warp_test(const int* in, int* out) {
   return message_of([&] { launch({1, 64, 0, nullptr}, warp_kernel, in, out); });

@@ -121,6 +121,21 @@ def test_launch_bounds_are_enforced_on_ptx(library):
         library.call("bounds_test", out, 64)
 
 
+@pytest.mark.parametrize("count", [100, 40_000], ids=["400 bytes", "160 KB, which launch() asks for"])
+def test_dynamic_shared_memory(library, count):
+    out = library.empty(count, torch.int32)
+    library.call("dynamic_shared_test", out, count)
+    assert torch.equal(out.tensor(), torch.arange(count - 1, -1, -1, dtype=torch.int32))
+
+
+def test_too_much_shared_memory(library):
+    message = (
+        r"failed at selftest.cu:\d+: .* invalid launch: 200000 bytes of dynamic shared memory, limit 166912$"
+    )
+    with pytest.raises(KernelError, match=message):
+        library.call("dynamic_shared_test", library.empty(50_000, torch.int32), 50_000)
+
+
 def test_shuffles_and_votes(library):
     values, out = torch.randint(0, 1000, (64,), dtype=torch.int32), library.empty((64, 10), torch.int32)
     run(library, "warp_test", values, out, outputs=1)

@@ -24,6 +24,13 @@ MUTATIONS = [
     in_common(name="warp_sum: half of the lanes named", old="0xFFFFFFFFu", new="0xFFFFu"),
     in_common(name="launch: the stream is not passed on", old="  config.stream = at.stream;\n", new=""),
     in_common(name="device guard: does not set the device", old="if (device != previous_)", new="if (false)"),
+    Mutation(
+        name="launch: does not ask for more than 48 KiB of shared memory",
+        file=COMMON,
+        old="if (at.shared_bytes > kWithoutOptIn)",
+        new="if (false)",
+        tests=("tests/cuda_on_cpu/test_emulator.py", "-k", "shared_memory"),
+    ),
     in_common(
         name="device guard: does not restore the device",
         old="~DeviceGuard() { cudaSetDevice(previous_); }",
