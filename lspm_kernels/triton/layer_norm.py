@@ -1,20 +1,20 @@
 """Layer norm and RMS norm on tiles of whole rows, one read and one write per element.
 
-A program owns a tile of rows (one row, or several narrow ones) and keeps it in registers, so the two passes
-of the statistics cost no memory traffic; a row wider than _WIDEST_TILE is walked in blocks instead, again
-from the L2 cache. The backward gives each program one run of consecutive rows and keeps the run's dweight
-and dbias in registers; a second kernel adds the runs in a fixed order, without atomics. Bytes per element of
-a two-byte dtype: forward 4, with a residual 8; backward 6, with dsum 8.
+A program keeps a tile of rows (one row, or several narrow ones) in registers, so the two passes of the
+statistics cost no memory traffic; a row too wide for that is walked in blocks, again from the L2 cache. The
+backward gives each program one run of consecutive rows and keeps the run's dweight and dbias in registers; a
+second kernel adds the runs in a fixed order, without atomics. Bytes per element of a two-byte dtype: forward
+4, with a residual 8; backward 6, with dsum 8.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-_MOST_WARPS = 16  # of a tile: beyond, a thread has 64 registers at most, too few for the backward
-_WIDE_BLOCK = {"COLS": 4096, "num_warps": 8}
+# maxnreg: left to itself, ptxas aims at one more block per multiprocessor and spills for it.
+_WIDE_BLOCK = {"COLS": 4096, "num_warps": 8, "maxnreg": 128}
 _PARTIAL_BLOCK = {"COLS": 1024, "num_warps": 4}
-_SUM_TILE = {"RUNS": 32, "COLS": 32, "num_warps": 4}  # 128-byte reads of partial, 8 a thread in flight
+_SUM_TILE = {"RUNS": 16, "COLS": 32, "num_warps": 4}  # 128-byte reads of partial, 8 a thread in flight
 # Fused, the lanes of a warp that add a product to each other's get sums that differ in the last bit, and all
 # of them store theirs to one shared address: the result would depend on which lane comes last.
 _EXACT = {"enable_fp_fusion": False}
@@ -23,6 +23,20 @@ _EXACT = {"enable_fp_fusion": False}
 @triton.jit
 def _load(pointer, at, inside):
     return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _mean_rstd(statistics, rows, CENTERED: tl.constexpr):
+    """Where the means and the rstds begin; in RMS norm there are no means."""
+    return statistics, statistics + rows if CENTERED else statistics
+
+
+@triton.jit
+def _inside(row_inside, col_inside):
+    """The mask of a tile; a tile of one row has no row outside."""
+    if row_inside.shape[0] == 1:
+        return col_inside[None, :]
+    return row_inside[:, None] & col_inside[None, :]
 
 
 @triton.jit
@@ -36,17 +50,18 @@ def _load_sum(x, residual, sum, start, at, inside):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x, residual, weight, bias, sum, y, mean, rstd, rows, cols, eps,
+    x, residual, weight, bias, sum, y, statistics, rows, cols, eps,
     CENTERED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    mean, rstd = _mean_rstd(statistics, rows, CENTERED)
     first = tl.program_id(0).to(tl.int64) * ROWS
     start = first * cols
     row = first + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     at = tl.arange(0, ROWS)[:, None] * cols + col[None, :]  # (ROWS, COLS), within the tile: 32 bits
-    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    inside = _inside(row < rows, col < cols)
     value = _load_sum(x, residual, sum, start, at, inside)
     if CENTERED:
         row_mean = tl.sum(value, 1) / cols
@@ -62,11 +77,12 @@ def _forward_kernel(
     tl.store(y + start + at, out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _wide_forward_kernel(
-    x, residual, weight, bias, sum, y, mean, rstd, cols, eps,
+    x, residual, weight, bias, sum, y, statistics, rows, cols, eps,
     CENTERED: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    mean, rstd = _mean_rstd(statistics, rows, CENTERED)
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, COLS)
     row_mean = 0.0
@@ -100,53 +116,55 @@ def _wide_forward_kernel(
         tl.store(y + row * cols + col, out.to(y.dtype.element_ty), mask=col < cols)
 
 
-@triton.jit(do_not_specialize=["rows_per_run"])
+@triton.jit(do_not_specialize=["rows", "rows_per_run"])
 def _backward_kernel(
-    dy, dsum, sum, mean, rstd, weight, dx, partial, rows, cols, rows_per_run,
-    CENTERED: tl.constexpr, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    dy, dsum, sum, statistics, weight, dx, partial, rows, cols, rows_per_run,
+    CENTERED: tl.constexpr, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    mean, rstd = _mean_rstd(statistics, rows, CENTERED)
     run = tl.program_id(0).to(tl.int64)
     begin = run * rows_per_run
     end = tl.minimum(begin + rows_per_run, rows)
     col = tl.arange(0, COLS)
-    at = tl.arange(0, ROWS)[:, None] * cols + col[None, :]  # (ROWS, COLS), within the tile: 32 bits
     dweight = tl.zeros((ROWS, COLS), tl.float32)
     dbias = tl.zeros((ROWS, COLS), tl.float32)
     for first in range(begin, end, ROWS):
-        start = first * cols
         row = first + tl.arange(0, ROWS)
-        inside = (row < end)[:, None] & (col < cols)[None, :]
+        at = row[:, None] * cols + col[None, :]  # (ROWS, COLS)
+        inside = _inside(row < end, col < cols)
         row_rstd = _load(rstd, row, row < end)[:, None]
-        normal = _load(sum + start, at, inside)
+        normal = _load(sum, at, inside)
         if CENTERED:
             normal -= _load(mean, row, row < end)[:, None]
         normal *= row_rstd
-        grad = _load(dy + start, at, inside)
+        grad = _load(dy, at, inside)
         if DWEIGHT:
-            dweight += grad * normal
+            dweight = tl.fma(grad, normal, dweight)
         if DBIAS:
             dbias += grad
         if weight is not None:
             grad *= _load(weight, col, col < cols)[None, :]
-        correction = normal * (tl.sum(grad * normal, 1) / cols)[:, None]
+        mean_product = (tl.sum(grad * normal, 1) / cols)[:, None]
         if CENTERED:
-            correction += (tl.sum(grad, 1) / cols)[:, None]
-        grad = (grad - correction) * row_rstd
+            grad -= (tl.sum(grad, 1) / cols)[:, None]
+        grad = tl.fma(-normal, mean_product, grad) * row_rstd
         if dsum is not None:
-            grad += _load(dsum + start, at, inside)
-        tl.store(dx + start + at, grad.to(dx.dtype.element_ty), mask=inside)
-    partial += run * 2 * cols
+            grad += _load(dsum, at, inside)
+        tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=inside)
+    at = run * 2 * cols + col
     if DWEIGHT:
-        tl.store(partial + col, tl.sum(dweight, 0), mask=col < cols)
+        tl.store(partial + at, tl.sum(dweight, 0), mask=col < cols)
     if DBIAS:
-        tl.store(partial + cols + col, tl.sum(dbias, 0), mask=col < cols)
+        tl.store(partial + at + cols, tl.sum(dbias, 0), mask=col < cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _wide_dx_kernel(
-    dy, dsum, sum, mean, rstd, weight, dx, cols,
+    dy, dsum, sum, statistics, weight, dx, rows, cols,
     CENTERED: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    mean, rstd = _mean_rstd(statistics, rows, CENTERED)
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, COLS)
     row_mean = tl.load(mean + row) if CENTERED else 0.0
@@ -180,9 +198,10 @@ def _wide_dx_kernel(
 
 @triton.jit(do_not_specialize=["rows", "rows_per_run"])
 def _wide_partial_kernel(
-    dy, sum, mean, rstd, partial, rows, cols, rows_per_run,
+    dy, sum, statistics, partial, rows, cols, rows_per_run,
     CENTERED: tl.constexpr, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    mean, rstd = _mean_rstd(statistics, rows, CENTERED)
     blocks = tl.cdiv(cols, COLS)
     run = (tl.program_id(0) // blocks).to(tl.int64)
     col = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
@@ -193,7 +212,7 @@ def _wide_partial_kernel(
         if DWEIGHT:
             row_mean = tl.load(mean + row) if CENTERED else 0.0
             normal = (_load(sum, row * cols + col, col < cols) - row_mean) * tl.load(rstd + row)
-            dweight += grad * normal
+            dweight = tl.fma(grad, normal, dweight)
         if DBIAS:
             dbias += grad
     at = run * 2 * cols + col
@@ -229,20 +248,23 @@ def _tile(cols, tensors):
     each: a thread then has registers for fewer elements.
     """
     aligned = cols % 16 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-    warp = 32 * (16 if aligned else 8)  # elements
+    per_thread, most_warps = (16, 16) if aligned else (8, 8)
     width = triton.next_power_of_2(cols)
-    rows = max(1, 4 * warp // width)
-    warps = rows * width // warp
-    return {"ROWS": rows, "COLS": width, "num_warps": warps} if warps <= _MOST_WARPS else None
+    rows = max(1, 4 * 32 * per_thread // width)
+    warps = rows * width // (32 * per_thread)
+    if warps > most_warps:
+        return None
+    registers = 128 if aligned and rows == 1 else 255
+    return {"ROWS": rows, "COLS": width, "num_warps": warps, "maxnreg": registers}
 
 
-def forward(x, residual, weight, bias, sum, y, mean, rstd, eps, centered):
+def forward(x, residual, weight, bias, sum, y, statistics, eps, centered):
     """Normalises the rows of x, or of x + residual; the contract is that of csrc/layer_norm.h.
 
     Args:
         x, residual, sum, y: (..., cols), contiguous; residual and sum None without a residual.
         weight, bias: (cols,) of x's dtype or float32, or None.
-        mean, rstd: (rows,) float32; mean None in RMS norm.
+        statistics: (2, rows) float32, mean and rstd; (1, rows), rstd, in RMS norm.
         eps: added to the variance.
         centered: whether the mean is subtracted (layer norm) or not (RMS norm).
     """
@@ -250,23 +272,24 @@ def forward(x, residual, weight, bias, sum, y, mean, rstd, eps, centered):
         return
     cols = x.shape[-1]
     rows = x.numel() // cols
-    tensors = (x, residual, weight, bias, sum, y, mean, rstd)
+    tensors = (x, residual, weight, bias, sum, y)
     tile = _tile(cols, tensors)
+    arguments = (*tensors, statistics, rows, cols, eps)
     flags = {"CENTERED": centered, **_EXACT}
     with torch.cuda.device_of(x):
         if tile is None:
-            _wide_forward_kernel[(rows,)](*tensors, cols, eps, **flags, **_WIDE_BLOCK)
+            _wide_forward_kernel[(rows,)](*arguments, **flags, **_WIDE_BLOCK)
         else:
             grid = (triton.cdiv(rows, tile["ROWS"]),)
-            _forward_kernel[grid](*tensors, rows, cols, eps, **flags, **tile)
+            _forward_kernel[grid](*arguments, **flags, **tile)
 
 
-def backward(dy, dsum, sum, mean, rstd, weight, dx, dweight, dbias, partial, centered):
+def backward(dy, dsum, sum, statistics, weight, dx, dweight, dbias, partial, centered):
     """The gradients of `forward`, from what it saved; the contract is that of csrc/layer_norm.h.
 
     Args:
         dy, dsum, sum, dx: (..., cols), contiguous; dsum None where sum has no gradient of its own.
-        mean, rstd: (rows,) float32; mean None in RMS norm.
+        statistics: as saved by the forward.
         weight: (cols,), or None.
         dweight, dbias: (cols,) of weight's dtype, or None where not wanted.
         partial: (partials, 2, cols) float32, scratch; unused where neither dweight nor dbias is wanted.
@@ -281,20 +304,23 @@ def backward(dy, dsum, sum, mean, rstd, weight, dx, dweight, dbias, partial, cen
     rows = dy.numel() // cols
     flags = {"CENTERED": centered, **_EXACT}
     grads = {"DWEIGHT": dweight is not None, "DBIAS": dbias is not None}
-    saved = (sum, mean, rstd)
-    tile = _tile(cols, (dy, dsum, *saved, weight, dx, partial))
+    tile = _tile(cols, (dy, dsum, sum, weight, dx))
     with torch.cuda.device_of(dy):
         if tile is None:
-            _wide_dx_kernel[(rows,)](dy, dsum, *saved, weight, dx, cols, **flags, **_WIDE_BLOCK)
+            _wide_dx_kernel[(rows,)](
+                dy, dsum, sum, statistics, weight, dx, rows, cols, **flags, **_WIDE_BLOCK
+            )
             if wanted:
                 runs = partial.shape[0]
                 grid = (runs * triton.cdiv(cols, _PARTIAL_BLOCK["COLS"]),)
                 extent = (rows, cols, triton.cdiv(rows, runs))
-                _wide_partial_kernel[grid](dy, *saved, partial, *extent, **flags, **grads, **_PARTIAL_BLOCK)
+                _wide_partial_kernel[grid](
+                    dy, sum, statistics, partial, *extent, **flags, **grads, **_PARTIAL_BLOCK
+                )
         else:
             runs = partial.shape[0] if wanted else triton.cdiv(rows, tile["ROWS"])
             extent = (rows, cols, triton.cdiv(rows, runs))
-            tensors = (dy, dsum, *saved, weight, dx, partial if wanted else None)
+            tensors = (dy, dsum, sum, statistics, weight, dx, partial if wanted else None)
             _backward_kernel[(runs,)](*tensors, *extent, **flags, **grads, **tile)
         if wanted:
             grid = (triton.cdiv(cols, _SUM_TILE["COLS"]),)
