@@ -6,6 +6,7 @@
 
 #include <utility>
 
+#include "attention.h"
 #include "cpu/isa.h"
 #include "layer_norm.h"
 #include "tensor_view.h"
@@ -96,6 +97,62 @@ void layer_norm_backward(const TensorView& dy, const OptionalView& dsum, const T
                                WHERE(dy, threads));
 }
 
+#ifndef LSPM_CUDA
+lspm::HeadsView heads_view(const TensorView& x, const char* name, const TensorView& q, int64_t batch,
+                           int64_t heads, int64_t rows, int64_t dim) {
+  if (x.dim() != 4 || x.size(0) != batch || x.size(1) != heads || x.size(2) != rows || x.size(3) != dim)
+    TensorView::refuse(name, "have the shape that the contract names");
+  if (dim > 1 && x.stride(3) != 1) TensorView::refuse(name, "have a contiguous last dimension");
+  return {x.data(name, q, q.dtype()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+lspm::AttentionShape attention_shape(const TensorView& q, const TensorView& k, const TensorView& v,
+                                     bool causal, float scale) {
+  check_first(q, "q");
+  const lspm::AttentionShape s{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2),
+                               q.size(3), v.size(3), q.dtype(), scale,     causal};
+  if (s.head_dim < 1 || s.head_dim > 256 || s.value_dim < 1 || s.value_dim > 256)
+    TensorView::refuse("q, k and v", "have 1 to 256 dims to a head");
+  if (s.kv_heads < 1 || s.heads % s.kv_heads)
+    TensorView::refuse("k", "have a number of heads that divides q's");
+  return s;
+}
+
+void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
+                       const TensorView& lse, bool causal, float scale, int threads) {
+  const auto s = attention_shape(q, k, v, causal, scale);
+  const auto tq = heads_view(q, "q", q, s.batch, s.heads, s.queries, s.head_dim);
+  const auto tk = heads_view(k, "k", q, s.batch, s.kv_heads, s.keys, s.head_dim);
+  const auto tv = heads_view(v, "v", q, s.batch, s.kv_heads, s.keys, s.value_dim);
+  const auto to = heads_view(out, "out", q, s.batch, s.heads, s.queries, s.value_dim);
+  auto* pl = static_cast<float*>(lse.contiguous("lse", q, DType::f32, s.batch * s.heads * s.queries));
+  py::gil_scoped_release unlocked;
+  backend::attention_forward(tq, tk, tv, to, pl, s, WHERE(q, threads));
+}
+
+void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
+                        const TensorView& out, const TensorView& lse, const TensorView& dq,
+                        const TensorView& dk, const TensorView& dv, const TensorView& delta, bool causal,
+                        float scale, int threads) {
+  const auto s = attention_shape(q, k, v, causal, scale);
+  const int64_t rows = s.batch * s.heads * s.queries;
+  const auto of_queries = [&](const TensorView& x, const char* name, int64_t dim) {
+    return heads_view(x, name, q, s.batch, s.heads, s.queries, dim);
+  };
+  const auto of_keys = [&](const TensorView& x, const char* name, int64_t dim) {
+    return heads_view(x, name, q, s.batch, s.kv_heads, s.keys, dim);
+  };
+  const auto tdout = of_queries(dout, "dout", s.value_dim), tout = of_queries(out, "out", s.value_dim);
+  const auto tq = of_queries(q, "q", s.head_dim), tdq = of_queries(dq, "dq", s.head_dim);
+  const auto tk = of_keys(k, "k", s.head_dim), tdk = of_keys(dk, "dk", s.head_dim);
+  const auto tv = of_keys(v, "v", s.value_dim), tdv = of_keys(dv, "dv", s.value_dim);
+  const auto* pl = static_cast<const float*>(lse.contiguous("lse", q, DType::f32, rows));
+  auto* pd = static_cast<float*>(delta.contiguous("delta", q, DType::f32, rows));
+  py::gil_scoped_release unlocked;
+  backend::attention_backward(tdout, tq, tk, tv, tout, pl, tdq, tdk, tdv, pd, s, WHERE(q, threads));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(MODULE_NAME, m) {
@@ -112,4 +169,11 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         py::arg("sum"), py::arg("statistics"), py::arg("weight").none(true), py::arg("dx"),
         py::arg("dweight").none(true), py::arg("dbias").none(true), py::arg("partial"), py::arg("centered"),
         py::arg("threads"));
+#ifndef LSPM_CUDA
+  m.def("attention_forward", &attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+        py::arg("lse"), py::arg("causal"), py::arg("scale"), py::arg("threads"));
+  m.def("attention_backward", &attention_backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("out"), py::arg("lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"),
+        py::arg("causal"), py::arg("scale"), py::arg("threads"));
+#endif
 }

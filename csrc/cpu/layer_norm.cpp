@@ -9,21 +9,23 @@
 #include "layer_norm.h"
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 namespace lspm::cpu {
 namespace {
 
-// Outputs from this size on are streamed: they would push everything else out of a 2 MiB second-level cache.
-constexpr int64_t kStreamedBytes = 8 << 20;
-
+// Whether `out` is to be streamed, which it is made ready for.
 template <class T>
-bool streams(const T* out, const LayerNormShape& s) {
-  const bool aligned = reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(T)) == 0 && s.cols % kLanes == 0;
-  return aligned && s.rows * s.cols * int64_t(sizeof(T)) >= kStreamedBytes;
+bool streams(T* out, const LayerNormShape& s) {
+  const int64_t bytes = s.rows * s.cols * int64_t(sizeof(T));
+  if (!out || bytes < kLargeBytes) return false;
+  prefer_huge_pages(out, bytes);
+  return reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(T)) == 0 && s.cols % kLanes == 0;
 }
 
 template <bool kStream, class T, class Lanes>
@@ -34,46 +36,57 @@ void write(T* p, F v, Lanes lanes) {
     lanes.store(p, v);
 }
 
-struct RowStatistics {
-  float mean, rstd;
-};
+template <class T, class W>
+struct Forward {
+  const T *x, *residual;
+  const W *weight, *bias;
+  T *sum, *y;
+  float *mean, *rstd;
+  const LayerNormShape& shape;
+  float eps;
 
-RowStatistics statistics(const float* row, const LayerNormShape& s, float eps) {
-  float mean = 0;
-  if (s.centered) mean = sum_of(s.cols, [&](int64_t i, auto lanes) { return lanes.load(row + i); }) / s.cols;
-  const float squares = sum_of(s.cols, [&](int64_t i, auto lanes) {
-    F d = lanes.keep(lanes.load(row + i) - mean);
-    return d * d;
-  });
-  return {mean, float(1.0 / std::sqrt(double(squares) / s.cols + eps))};
-}
+  template <bool kStream>
+  void rows(int64_t begin, int64_t end) const {
+    // A row as floats, where it is not that already.
+    std::vector<float> floats(std::is_same_v<T, float> && !residual ? 0 : shape.cols);
+    for (int64_t r = begin; r < end; ++r) {
+      if (residual)
+        row<kStream, true>(r, floats.data());
+      else
+        row<kStream, false>(r, floats.data());
+    }
+    if (kStream) stream_fence();
+  }
 
-template <class T, class W, bool kStream>
-void forward_rows(int64_t begin, int64_t end, const T* x, const T* residual, const W* weight, const W* bias,
-                  T* sum, T* y, float* mean, float* rstd, const LayerNormShape& s, float eps) {
-  std::vector<float> row(s.cols);
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t at = r * s.cols;
-    for_each_vector(s.cols, [&](int64_t i, auto lanes) {
+  template <bool kStream, bool kResidual>
+  void row(int64_t r, float* floats) const {
+    const int64_t cols = shape.cols, at = r * cols;
+    const float total = sum_of(cols, [&](int64_t i, auto lanes) {
       F v = lanes.load(x + at + i);
-      if (residual) {
+      if constexpr (kResidual) {
         v = rounded<T>(v + lanes.load(residual + at + i));
         write<kStream>(sum + at + i, v, lanes);
       }
-      lanes.store(row.data() + i, v);
+      if constexpr (kResidual || !std::is_same_v<T, float>) lanes.store(floats + i, v);
+      return v;
     });
-    const auto [m, scale] = statistics(row.data(), s, eps);
+    if constexpr (!kResidual && std::is_same_v<T, float>) floats = const_cast<float*>(x + at);  // read only
+    const float m = shape.centered ? total / cols : 0.0f;
+    const float squares = sum_of(cols, [&](int64_t i, auto lanes) {
+      const F d = lanes.keep(lanes.load(floats + i) - m);
+      return d * d;
+    });
+    const float scale = float(1.0 / std::sqrt(double(squares) / cols + eps));
     if (mean) mean[r] = m;
     if (rstd) rstd[r] = scale;
-    for_each_vector(s.cols, [&](int64_t i, auto lanes) {
-      F v = (lanes.load(row.data() + i) - m) * scale;
+    for_each_vector(cols, [&](int64_t i, auto lanes) {
+      F v = (lanes.load(floats + i) - m) * scale;
       if (weight) v *= lanes.load(weight + i);
       if (bias) v += lanes.load(bias + i);
       write<kStream>(y + at + i, v, lanes);
     });
   }
-  if (kStream) stream_fence();
-}
+};
 
 template <class T, class W>
 struct Backward {
@@ -157,27 +170,36 @@ void add_runs(const float* first, int64_t stride, W* total, const LayerNormShape
 template <class T, class W>
 void forward(const void* x, const void* residual, const void* weight, const void* bias, void* sum, void* y,
              float* mean, float* rstd, const LayerNormShape& s, float eps, int threads) {
-  auto* out = static_cast<T*>(y);
-  const bool stream = streams(out, s) && (!sum || streams(static_cast<T*>(sum), s));
-  const auto rows = stream ? forward_rows<T, W, true> : forward_rows<T, W, false>;
-  parallel_for(s.rows, s.rows * s.cols, threads, [&](int64_t begin, int64_t end) {
-    rows(begin, end, static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const W*>(weight),
-         static_cast<const W*>(bias), static_cast<T*>(sum), out, mean, rstd, s, eps);
-  });
+  using Job = Forward<T, W>;
+  const Job job{static_cast<const T*>(x),
+                static_cast<const T*>(residual),
+                static_cast<const W*>(weight),
+                static_cast<const W*>(bias),
+                static_cast<T*>(sum),
+                static_cast<T*>(y),
+                mean,
+                rstd,
+                s,
+                eps};
+  const bool stream = streams(job.y, s) & (streams(job.sum, s) | !sum);
+  const auto rows = stream ? &Job::template rows<true> : &Job::template rows<false>;
+  parallel_for(s.rows, s.rows * s.cols, threads,
+               [&](int64_t begin, int64_t end) { (job.*rows)(begin, end); });
 }
 
 template <class T, class W>
 void backward(const void* dy, const void* dsum, const void* sum, const float* mean, const float* rstd,
               const void* weight, void* dx, void* dweight, void* dbias, float* partial,
               const LayerNormShape& s, int threads) {
-  const Backward<T, W> job{static_cast<const T*>(dy),
-                           static_cast<const T*>(dsum),
-                           static_cast<const T*>(sum),
-                           mean,
-                           rstd,
-                           static_cast<const W*>(weight),
-                           static_cast<T*>(dx),
-                           s};
+  using Job = Backward<T, W>;
+  const Job job{static_cast<const T*>(dy),
+                static_cast<const T*>(dsum),
+                static_cast<const T*>(sum),
+                mean,
+                rstd,
+                static_cast<const W*>(weight),
+                static_cast<T*>(dx),
+                s};
   const bool stream = streams(job.dx, s);
   const int64_t run = s.rows_per_partial();
   parallel_for(s.partials, s.rows * s.cols, threads, [&](int64_t begin, int64_t end) {
@@ -185,7 +207,7 @@ void backward(const void* dy, const void* dsum, const void* sum, const float* me
       float *dw = partial + 2 * p * s.cols, *db = dw + s.cols;
       std::fill(dw, db + s.cols, 0.0f);
       const int64_t from = std::min(p * run, s.rows), to = std::min(from + run, s.rows);
-      const auto rows = stream ? &Backward<T, W>::template rows<true> : &Backward<T, W>::template rows<false>;
+      const auto rows = stream ? &Job::template rows<true> : &Job::template rows<false>;
       (job.*rows)(from, to, dweight ? dw : nullptr, dbias ? db : nullptr);
     }
   });

@@ -55,16 +55,18 @@ inline F load(const bf16* p) {
 #endif
 }
 
-// Rounds to nearest even; a NaN stays a NaN. (vcvtneps2bf16 would flush subnormals to zero, so that results
-// would differ between instruction sets for the sake of two instructions in a loop that waits for memory.)
-#if defined(__AVX512F__)
+// Rounds to nearest even; a NaN stays a NaN. The instruction takes subnormals for zero, the arithmetic does
+// not.
+#if defined(__AVX512BF16__)
+inline __m256i to_bf16(F v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
+#elif defined(__AVX512F__)
 inline __m256i to_bf16(F v) {
-  __m512i u = _mm512_castps_si512(v);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-  __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  rounded = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  const __m512i u = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
 }
 #endif
 inline void store(bf16* p, F v) {
@@ -122,6 +124,16 @@ template <>
 inline F rounded<float>(F v) {
   return v;
 }
+#if defined(__AVX512F__)
+template <>
+inline F rounded<bf16>(F v) {
+  return reinterpret_cast<F>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(v)), 16));
+}
+template <>
+inline F rounded<f16>(F v) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
 
 // Stores past the cache, which spares reading the line first: for what is too large to stay there anyway.
 // p is a multiple of the vector's size in memory.
@@ -194,8 +206,8 @@ inline F first_lanes(F v, int64_t n, F rest) {
 #endif
 }
 
-// e ** x for x < 88: 0 at -inf, NaN at NaN. Within 1 ulp with fused multiply-add, 2 without; results below the
-// normal range lose only what they round away.
+// e ** x for x < 88: 0 at -inf, NaN at NaN. Within 1 ulp with fused multiply-add, 2 without; results below
+// the normal range lose only what they round away.
 inline F exp(F x) {
   x = max(broadcast(-110.0f), x);
 #if defined(__AVX512F__)
