@@ -28,18 +28,36 @@ constexpr int64_t kMaxDepth = 256;
 template <class Operand>
 constexpr int64_t kStride = kMaxDepth + 64 / sizeof(Operand);
 
+// What the depth of a product is filled up to with zeros.
+template <class Operand>
+constexpr int64_t kTileDepth = 1;
+
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Elements of a panel of a right side. 32 is as much as any packing below fills up.
+constexpr int64_t panel_size(int64_t depth) { return round_up(depth, 32) * kPanel; }
+
+// Where rows r and r + 1 (r even) of column n begin in a right side.
+template <class Operand>
+Operand* right_at(Operand* right, int64_t panel, int64_t r, int64_t n) {
+  return right + n / kPanel * panel + r * kPanel + n % kPanel * (sizeof(float) / sizeof(Operand));
+}
+inline void store_right(float* right, F even, F odd) {
+  store(right, even);
+  store(right + kPanel, odd);
+}
+inline void store_left(float* left, F v) { store(left, v); }
 
 template <bool kTransposed, int kRows, int kVectors>
 void register_tile(const float* left, const float* right, int64_t depth, float* c, int64_t c_stride,
                    bool accumulate) {
   constexpr int64_t kRow = kTransposed ? 1 : kStride<float>, kDepth = kTransposed ? kStride<float> : 1;
-  F sums[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = F{};
-  for (int64_t d = 0; d < depth; ++d, left += kDepth, right += kPanel) {
+  // A small tile would wait for each sum before the next; the registers it leaves free hold more sums, each
+  // of every second or fourth product.
+  constexpr int kSums = kTileRows * kTileVectors / (kRows * kVectors);
+  constexpr int kSplit = kSums >= 4 ? 4 : kSums >= 2 ? 2 : 1;
+  F sums[kSplit][kRows][kVectors] = {};
+  const auto add_product = [&](auto& sum) {
     F b[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) b[v] = load(right + v * kLanes);
@@ -47,15 +65,24 @@ void register_tile(const float* left, const float* right, int64_t depth, float* 
     for (int r = 0; r < kRows; ++r) {
       const F a = broadcast(left[r * kRow]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += a * b[v];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += a * b[v];
     }
-  }
+    left += kDepth;
+    right += kPanel;
+  };
+  int64_t d = 0;
+  for (; d + kSplit <= depth; d += kSplit)
+#pragma GCC unroll 4
+    for (int i = 0; i < kSplit; ++i) add_product(sums[i]);
+  for (; d < depth; ++d) add_product(sums[0]);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
+      F sum = sums[0][r][v];
+      for (int i = 1; i < kSplit; ++i) sum += sums[i][r][v];
       float* to = c + r * c_stride + v * kLanes;
-      store(to, accumulate ? load(to) + sums[r][v] : sums[r][v]);
+      store(to, accumulate ? load(to) + sum : sum);
     }
 }
 
@@ -66,12 +93,9 @@ constexpr std::array<RegisterTile, sizeof...(kRows)> register_tiles(std::integer
   return {register_tile<kTransposed, kRows + 1, kVectors>...};
 }
 
-// C (rows x columns) = A B, or C += A B; A is (rows x depth), or (depth x rows) where transposed. `panel` is
-// the number of elements from one panel of B to the next. Columns of C are written up to the next multiple of
-// kLanes.
 template <bool kTransposed>
-void multiply(const float* left, const float* right, int64_t panel, float* c, int64_t c_stride, int64_t rows,
-              int64_t columns, int64_t depth, bool accumulate) {
+void multiply_tiles(const float* left, const float* right, int64_t panel, float* c, int64_t c_stride,
+                    int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
   constexpr auto kRows = std::make_integer_sequence<int, kTileRows>();
   constexpr auto kHalf = register_tiles<kTransposed, 1>(kRows),
                  kWhole = register_tiles<kTransposed, 2>(kRows);
@@ -86,6 +110,20 @@ void multiply(const float* left, const float* right, int64_t panel, float* c, in
       row = next;
     }
   }
+}
+
+// C (rows x columns) = A B, or C += A B. `panel` is the number of elements from one panel of B to the next.
+// Columns of C are written up to the next multiple of kLanes.
+inline void multiply(const float* left, const float* right, int64_t panel, float* c, int64_t c_stride,
+                     int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+  multiply_tiles<false>(left, right, panel, c, c_stride, rows, columns, depth, accumulate);
+}
+
+// The same of a left side that is A's transpose, (depth x rows). The workspace is a left side of `rows` rows.
+inline void multiply_transposed(const float* left, float* /*workspace*/, const float* right, int64_t panel,
+                                float* c, int64_t c_stride, int64_t rows, int64_t columns, int64_t depth,
+                                bool accumulate) {
+  multiply_tiles<true>(left, right, panel, c, c_stride, rows, columns, depth, accumulate);
 }
 
 // A as it lies in a tensor, times `scale`, copied to a left side.

@@ -54,8 +54,8 @@ def _backward(row, dout, q, k, v, out, lse, causal, scale, saves=True):
 
 
 _attention_backward = Operator(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal,"
+    " float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
     BACKENDS,
     _backward,
 )
@@ -92,8 +92,9 @@ def attention(
 ) -> Tensor:
     """Attention of every query to the keys it sees: out = softmax(q k^T * scale) v.
 
-    Tensors are read where they lie, whatever their strides, as long as the last dimension is contiguous; so views
-    of packed projections, and (B, T, H, D).transpose(1, 2), cost no copy. Memory is linear in T_q and T_k.
+    Tensors are read where they lie, whatever their strides, as long as the last dimension is contiguous; so
+    views of packed projections, and (B, T, H, D).transpose(1, 2), cost no copy. Memory is linear in T_q and
+    T_k.
 
     Args:
         q: (B, H, T_q, D), float32, bfloat16 or float16; sums are taken in float32. D from 1 to 256.
@@ -138,7 +139,9 @@ def _check(q, k, v):
     if (H_kv == 0 and H > 0) or (H_kv > 0 and H % H_kv):
         raise ValueError(f"attention: k must have a number of heads that divides q's {H}, got {H_kv}")
     if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"attention: v must have k's batch, heads and length {B, H_kv, T_k}, got {tuple(v.shape[:-1])}")
+        raise ValueError(
+            f"attention: v must have k's batch, heads and length {B, H_kv, T_k}, got {tuple(v.shape[:-1])}"
+        )
     for name, x in (("k", k), ("v", v)):
         if x.device != q.device:
             raise ValueError(f"attention: {name} must be on q's device {q.device}, got {x.device}")

@@ -1,0 +1,161 @@
+// The products of gemm.h with bfloat16 operands on AMX tiles; only the amx build has them.
+//
+// A tile register holds 16 rows of 64 bytes. A left side is as in gemm.h, its rows and depth filled with
+// zeros to multiples of kTileDepth. A right side has two consecutive depths of a column side by side, as
+// TDPBF16PS takes them: [columns / kPanel][depth / 2][kPanel][2]. A block of 32 x 32 of C is four tiles over
+// two of A and two of B. TDPBF16PS sums in float and takes subnormal numbers for zero; so may then what is
+// rounded for it here.
+#pragma once
+#include <type_traits>
+
+#include "cpu/gemm.h"
+
+namespace lspm::cpu {
+
+#if !defined(__AMX_BF16__)
+
+template <class T>
+using OperandOf = float;
+struct TileRegisters {
+  TileRegisters() {}
+};
+
+#else
+
+template <class T>
+using OperandOf = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
+
+// The tile registers, configured as long as it lives, for the thread that made it.
+struct TileRegisters {
+  TileRegisters() {
+    alignas(64) uint8_t config[64] = {1};  // palette 1
+    for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+    _tile_loadconfig(config);
+  }
+  ~TileRegisters() { _tile_release(); }
+};
+
+template <>
+constexpr int64_t kTileDepth<bf16> = 32;
+
+inline U to_pairs(F a, F b) {  // (a0, b0), (a1, b1), ...
+  const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return reinterpret_cast<U>(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+}
+
+inline void store_left(bf16* left, F v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(left), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+}
+
+inline void store_right(bf16* right, F even, F odd) {
+  const U pairs = to_pairs(even, odd);
+  std::memcpy(right, &pairs, sizeof pairs);
+}
+
+inline void pack_left(const bf16* from, int64_t from_stride, float, bf16* left, int64_t rows, int64_t depth) {
+  const int64_t filled = round_up(depth, kTileDepth<bf16>), last = round_up(rows, kTileDepth<bf16>);
+  for (int64_t r = 0; r < last; ++r, left += kStride<bf16>) {
+    const int64_t here = r < rows ? depth : 0;
+    if (here) std::memcpy(left, from + r * from_stride, here * sizeof(bf16));
+    std::memset(left + here, 0, (filled - here) * sizeof(bf16));
+  }
+}
+
+inline void pack_right(const bf16* from, int64_t from_stride, bf16* right, int64_t panel, int64_t depth,
+                       int64_t columns) {
+  const auto row = [&](int64_t d, int64_t n) {  // kLanes columns of a row, as the high halves of floats
+    const int64_t here = d < depth ? std::min<int64_t>(columns - n, kLanes) : 0;
+    const bf16* at = from + d * from_stride + n;
+    return reinterpret_cast<U>(here == kLanes ? load(at) : here > 0 ? FirstLanes{int(here)}.load(at) : F{});
+  };
+  for (int64_t n = 0; n < round_up(columns, kPanel); n += kLanes)
+    for (int64_t d = 0; d < round_up(depth, kTileDepth<bf16>); d += 2) {
+      const U pairs = row(d, n) >> 16 | row(d + 1, n);
+      std::memcpy(right + n / kPanel * panel + d * kPanel + n % kPanel * 2, &pairs, sizeof pairs);
+    }
+}
+
+// Two neighbours in depth move as one 32-bit element.
+inline void pack_right_transposed(const bf16* from, int64_t from_stride, bf16* right, int64_t panel,
+                                  int64_t depth, int64_t columns) {
+  for (int64_t n = 0; n < round_up(columns, kPanel); n += kLanes)
+    for (int64_t d = 0; d < round_up(depth, kTileDepth<bf16>); d += 2 * kLanes) {
+      F block[kLanes] = {};
+      const int64_t here = std::clamp<int64_t>(depth - d, 0, 2 * kLanes);
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, columns - n); ++i)
+        std::memcpy(&block[i], from + (n + i) * from_stride + d, here * sizeof(bf16));
+      transpose(block);
+      bf16* to = right + n / kPanel * panel + d * kPanel + n % kPanel * 2;
+      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(to + 2 * i * kPanel), block[i]);
+    }
+}
+
+template <bool kTwoRows>
+void tile_block(const bf16* left, const bf16* right, int64_t depth, float* c, int64_t c_stride,
+                bool accumulate) {
+  constexpr int64_t kLeftBytes = kStride<bf16> * sizeof(bf16), kRightBytes = 2 * kPanel * sizeof(bf16);
+  const int64_t c_bytes = c_stride * sizeof(float);
+  float* second = c + 16 * c_stride;
+  if (accumulate) {
+    _tile_loadd(0, c, c_bytes);
+    _tile_loadd(1, c + 16, c_bytes);
+    if (kTwoRows) _tile_loadd(2, second, c_bytes);
+    if (kTwoRows) _tile_loadd(3, second + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (kTwoRows) _tile_zero(2);
+    if (kTwoRows) _tile_zero(3);
+  }
+  for (int64_t d = 0; d < depth; d += kTileDepth<bf16>) {
+    _tile_loadd(4, left + d, kLeftBytes);
+    _tile_loadd(6, right + d * kPanel, kRightBytes);
+    _tile_loadd(7, right + d * kPanel + kPanel, kRightBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (kTwoRows) {
+      _tile_loadd(5, left + 16 * kStride<bf16> + d, kLeftBytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + 16, c_bytes);
+  if (kTwoRows) _tile_stored(2, second, c_bytes);
+  if (kTwoRows) _tile_stored(3, second + 16, c_bytes);
+}
+
+// Rows of C are written up to the next multiple of 16, columns up to the next multiple of kPanel.
+inline void multiply(const bf16* left, const bf16* right, int64_t panel, float* c, int64_t c_stride,
+                     int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+  asm volatile("" ::: "memory");  // the compiler does not know that a tile load reads memory
+  for (int64_t n = 0; n < columns; n += kPanel, right += panel, c += kPanel)
+    for (int64_t r = 0; r < rows; r += 32)
+      (rows - r > 16 ? tile_block<true> : tile_block<false>)(left + r * kStride<bf16>, right, depth,
+                                                             c + r * c_stride, c_stride, accumulate);
+}
+
+inline void multiply_transposed(const bf16* left, bf16* workspace, const bf16* right, int64_t panel, float* c,
+                                int64_t c_stride, int64_t rows, int64_t columns, int64_t depth,
+                                bool accumulate) {
+  for (int64_t d = 0; d < depth; d += 2 * kLanes)
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      F block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const bf16* pair = left + (d + 2 * i) * kStride<bf16> + r;
+        block[i] = reinterpret_cast<F>(reinterpret_cast<U>(load(pair)) >> 16 |
+                                       reinterpret_cast<U>(load(pair + kStride<bf16>)));
+      }
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i)
+        store(reinterpret_cast<float*>(workspace + (r + i) * kStride<bf16> + d), block[i]);
+    }
+  multiply(workspace, right, panel, c, c_stride, rows, columns, depth, accumulate);
+}
+
+#endif
+
+}  // namespace lspm::cpu

@@ -1,0 +1,323 @@
+"""attention: the public function, as every part of torch meets it, under every instruction set."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import lspm_kernels as lk
+import oracle
+from lspm_kernels import compiled
+from lspm_kernels.ops import attention as ops
+from lspm_kernels.reference import attention as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# B, H, H_kv, T_q, T_k, D, Dv. The kernels' tiles have 128 keys and 32, 64 or 256 queries.
+SHAPES = {
+    "one element": (1, 1, 1, 1, 1, 1, 1),
+    "one query and key": (2, 2, 2, 1, 1, 64, 64),
+    "decoding": (2, 2, 2, 1, 300, 64, 64),
+    "one key": (2, 3, 3, 19, 1, 7, 128),
+    "no multiple of a tile": (1, 2, 2, 141, 141, 64, 64),
+    "more than a block of queries": (1, 1, 1, 300, 300, 16, 16),
+    "fewer queries than keys": (2, 2, 2, 70, 200, 16, 24),
+    "more queries than keys": (1, 3, 1, 200, 70, 80, 7),
+    "dims of 1": (2, 2, 2, 60, 50, 1, 1),
+    "odd dims": (1, 2, 2, 33, 129, 7, 80),
+    "dims of 128": (1, 2, 1, 130, 130, 128, 128),
+    "dims of 256": (1, 1, 1, 40, 150, 256, 256),
+    "grouped heads": (2, 6, 2, 90, 90, 32, 64),
+    "one key head": (2, 4, 1, 64, 256, 64, 16),
+    "many heads": (6, 4, 4, 70, 70, 16, 16),
+    "no batch": (0, 2, 2, 5, 5, 8, 8),
+    "no heads": (2, 0, 1, 5, 5, 8, 8),
+    "no queries": (1, 2, 1, 0, 5, 8, 8),
+    "no keys": (1, 2, 1, 5, 0, 8, 8),
+}
+
+
+def tensors(shape=(2, 4, 2, 40, 50, 16, 24), dtype=torch.float32):
+    B, H, H_kv, T_q, T_k, D, Dv = shape
+    sizes = (B, H, T_q, D), (B, H_kv, T_k, D), (B, H_kv, T_k, Dv)
+    return [torch.randn(size).to(dtype) for size in sizes]
+
+
+def check(given, view=lambda *t: t, gradients=True, **options):
+    """Holds attention(*view(*given)) to the oracle's rule."""
+    oracle.check(
+        lambda *t: lk.attention(*view(*t), **options),
+        lambda *t: reference.attention(*view(*t), **options),
+        given,
+        gradients=gradients,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_the_reference(shape, causal, dtype):
+    check(tensors(SHAPES[shape], dtype), causal=causal)
+
+
+@pytest.mark.parametrize("isa", list(reversed(compiled.NEEDS)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(isa, dtype, monkeypatch):
+    try:
+        monkeypatch.setattr(compiled, "cpu", compiled.load_cpu(isa))
+    except ImportError as error:
+        pytest.skip(str(error))
+    for shape in ("decoding", "more queries than keys", "odd dims", "dims of 128", "grouped heads"):
+        for causal in (False, True):
+            check(tensors(SHAPES[shape], dtype), causal=causal)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.02, 0.0, -0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale(scale, dtype):
+    check(tensors(dtype=dtype), scale=scale, causal=True)
+
+
+VIEWS = {
+    "packed projection": ((2, 40, 3, 4, 16), lambda qkv: (x.transpose(1, 2) for x in qkv.unbind(2))),
+    "heads inside": ((3, 2, 40, 4, 16), lambda qkv: (x.transpose(1, 2) for x in qkv)),
+    "rows apart": ((3, 2, 4, 80, 16), lambda qkv: (x[:, :, ::2] for x in qkv)),
+    "expanded": ((3, 1, 1, 40, 16), lambda qkv: (x.expand(2, 4, 40, 16) for x in qkv)),
+    "misaligned": ((3, 2, 4, 40, 17), lambda qkv: (x[..., 1:] for x in qkv)),
+    "last dimension apart": ((3, 2, 4, 40, 32), lambda qkv: (x[..., ::2] for x in qkv)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", VIEWS)
+def test_strides(name, dtype):
+    size, view = VIEWS[name]
+    check([torch.randn(size).to(dtype)], view, causal=True)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_only_a_last_dimension_with_gaps_is_copied(name):
+    size, view = VIEWS[name]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+        out = lk.attention(*view(torch.randn(size)), causal=True)
+        joined = out.transpose(1, 2).reshape(2, 40, -1)
+    assert joined.data_ptr() == out.data_ptr()
+    assert ("aten::copy_" in {event.key for event in profile.key_averages()}) == (
+        name == "last dimension apart"
+    )
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-4, 30.0, 1e4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_magnitudes(factor, causal):
+    q, k, v = tensors((1, 2, 2, 70, 150, 16, 16))
+    check([q * factor, k, v], causal=causal)
+    check([q, k, v * factor], causal=causal)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_spreads_as_in_the_reference(which, value, dtype):
+    given = tensors((1, 2, 1, 70, 150, 16, 16), dtype)
+    given[which][0, 0, 3, 5] = value
+    check(given, gradients=False)
+    expected = oracle.outputs_and_gradients(reference.attention, given)
+    for name, actual in oracle.outputs_and_gradients(lk.attention, given).items():
+        assert torch.equal(actual.isfinite(), expected[name].isfinite()), name
+
+
+def test_what_is_not_finite_stays_where_a_query_sees_it():
+    given = tensors((1, 2, 2, 300, 300, 16, 16))
+    clean = lk.attention(*given, causal=True)
+    for x in given:
+        x[:, :, 299] = float("nan")
+    out = lk.attention(*given, causal=True)
+    assert out[:, :, 299].isnan().all()
+    assert torch.equal(out[:, :, :256], clean[:, :, :256])
+
+
+def test_a_query_that_sees_no_key():
+    q, k, v = (x.requires_grad_() for x in tensors((1, 2, 2, 400, 100, 16, 16)))
+    out = lk.attention(q, k, v, causal=True)
+    dq, dk, _ = torch.autograd.grad(out.sum(), (q, k, v))
+    assert (out[:, :, :300] == 0).all() and (dq[:, :, :300] == 0).all()
+    assert (out[:, :, 300:] != 0).any(-1).all()
+    assert (dk != 0).any()
+    lse = torch.ops.lspm.attention(q, k, v, True, 0.25, "cpu")[1]
+    assert (lse[:, :, :300] == -torch.inf).all() and lse[:, :, 300:].isfinite().all()
+
+
+def test_lse():
+    q, k, v = tensors()
+    _, lse = torch.ops.lspm.attention(q, k, v, False, 0.25, "cpu")
+    scores = q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2) * 0.25
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 700, 700, 64, 64), (1, 4, 2, 300, 500, 16, 80), (6, 4, 4, 150, 150, 32, 32)]
+)
+def test_same_bits_for_any_number_of_threads(shape, dtype):
+    given, results = tensors(shape, dtype), []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results.append(oracle.outputs_and_gradients(lambda *t: lk.attention(*t, causal=True), given))
+    torch.set_num_threads(before)
+    for name, first in results[0].items():
+        assert all(torch.equal(first, other[name]) for other in results[1:]), name
+
+
+MEMORY = """
+import resource, torch, lspm_kernels as lk
+def run(T, dtype):
+    q, k, v = (torch.zeros(1, 2, T, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    lk.attention(q, k, v, causal=True).sum().backward()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+for dtype in (torch.float32, torch.bfloat16): run(64, dtype)
+before = peak()
+for dtype in (torch.float32, torch.bfloat16): run(8192, dtype)
+print(peak() - before)
+"""
+
+
+def test_memory_is_linear_in_the_length():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64  # MiB; one head's scores alone would be 256
+
+
+@pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])
+def test_compile(mode):
+    torch._dynamo.reset()
+    ours = torch.compile(
+        lambda q, k, v: lk.attention(q.sin(), k, v, causal=True), fullgraph=True, backend=mode
+    )
+    for shape in ((2, 4, 2, 40, 50, 16, 24), (2, 4, 2, 30, 60, 16, 24), (3, 4, 2, 30, 30, 16, 24)):
+        oracle.check(ours, lambda q, k, v: reference.attention(q.sin(), k, v, causal=True), tensors(shape))
+
+
+def test_opcheck():
+    q, k, v = (x.requires_grad_() for x in tensors())
+    torch.library.opcheck(torch.ops.lspm.attention.default, (q, k, v, True, 0.25, "cpu"))
+    out, lse = (x.detach() for x in torch.ops.lspm.attention(q, k, v, True, 0.25, "cpu"))
+    given = (torch.randn_like(out), *(x.detach() for x in (q, k, v)), out, lse)
+    torch.library.opcheck(torch.ops.lspm.attention_backward.default, (*given, True, 0.25, "cpu"))
+
+
+def test_second_derivative_is_an_error():
+    q, k, v = (x.requires_grad_() for x in tensors())
+    (gradient,) = torch.autograd.grad(lk.attention(q, k, v).pow(2).sum(), q, create_graph=True)
+    with pytest.raises(
+        NotImplementedError, match="attention_backward: a second derivative is not implemented"
+    ):
+        torch.autograd.grad(gradient.sum(), q)
+
+
+def test_func_transforms():
+    given = tensors()
+    many = [torch.stack([x, x + 1, x * 2]) for x in given]
+    for transform, arguments in (
+        (lambda f: torch.func.grad(lambda *t: f(*t).pow(3).sum(), argnums=(0, 1, 2)), given),
+        (torch.vmap, many),
+    ):
+        expected = transform(reference.attention)(*arguments)
+        torch.testing.assert_close(transform(lk.attention)(*arguments), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_autocast_computes_in_its_dtype(dtype):
+    q, k, v = (x.requires_grad_() for x in tensors((2, 4, 4, 40, 40, 16, 16)))
+    for f in (lk.attention, torch.compile(lk.attention, fullgraph=True)):
+        with torch.autocast("cpu", dtype):
+            out = f(q, k.to(dtype), v)
+            assert out.dtype == F.scaled_dot_product_attention(q, k, v).dtype == dtype
+        assert torch.autograd.grad(out.float().sum(), k)[0].dtype == torch.float32
+
+
+def test_export_checkpoint_fake_and_meta():
+    class Module(torch.nn.Module):
+        def forward(self, *t):
+            return lk.attention(*t)
+
+    given = tensors()
+    program = torch.export.export(Module(), tuple(given))
+    assert "lspm.attention" in str(program.graph)
+    torch.testing.assert_close(program.module()(*given), lk.attention(*given))
+    oracle.check(lambda *t: checkpoint(lk.attention, *t, use_reentrant=False), reference.attention, given)
+    with FakeTensorMode() as mode:
+        assert lk.attention(*[mode.from_tensor(x) for x in given]).shape == (2, 4, 40, 24)
+    assert lk.attention(*[x.to("meta") for x in given]).is_meta
+
+
+def test_defaults_are_torchs():
+    q, k, v = tensors((2, 4, 2, 40, 40, 16, 24))
+    for causal in (False, True):
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        torch.testing.assert_close(lk.attention(q, k, v, causal=causal), expected)
+
+
+def bad(q=(2, 4, 40, 16), k=(2, 2, 50, 16), v=(2, 2, 50, 24)):
+    return [torch.ones(x) if isinstance(x, tuple) else x for x in (q, k, v)]
+
+
+BAD = {
+    "q must be a floating-point tensor (B, H, T, D), got list": bad(q=[1.0]),
+    "k must be a floating-point tensor (B, H, T, D), got (2, 50, 16) torch.float32": bad(k=(2, 50, 16)),
+    "v must be a floating-point tensor (B, H, T, D), got (2, 2, 50, 24) torch.int64": bad(v=bad()[2].long()),
+    "q must have a head dim of 1 to 256, got 257": bad(q=(2, 4, 40, 257), k=(2, 2, 50, 257)),
+    "v must have a head dim of 1 to 256, got 0": bad(v=(2, 2, 50, 0)),
+    "k must have q's batch size 2, got 3": bad(k=(3, 2, 50, 16), v=(3, 2, 50, 24)),
+    "k must have q's head dim 16, got 8": bad(k=(2, 2, 50, 8)),
+    "k must have a number of heads that divides q's 4, got 3": bad(k=(2, 3, 50, 16), v=(2, 3, 50, 24)),
+    "k must have a number of heads that divides q's 4, got 0": bad(k=(2, 0, 50, 16), v=(2, 0, 50, 24)),
+    "v must have k's batch, heads and length (2, 2, 50), got (2, 2, 49)": bad(v=(2, 2, 49, 24)),
+    "k must have q's dtype torch.float32, got torch.bfloat16": bad(k=torch.ones(2, 2, 50, 16).bfloat16()),
+    "v must have q's dtype torch.float32, got torch.float64": bad(v=torch.ones(2, 2, 50, 24).double()),
+    "k must be on q's device cpu, got meta": bad(k=torch.ones(2, 2, 50, 16, device="meta")),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments(message):
+    with pytest.raises(ValueError) as error:
+        lk.attention(*BAD[message])
+    assert str(error.value) == f"attention: {message}"
+
+
+def test_the_binding_refuses_what_would_touch_other_memory():
+    q, k, v = tensors()
+    out, lse = torch.empty(2, 4, 40, 24), torch.empty(2, 4, 40)
+    for message, wrong in {
+        "k must have the shape that the contract names": (q, k[..., :8], v, out, lse),
+        "v must have the shape": (q, k, v[:, :, :49], out, lse),
+        "out must have a contiguous last dimension": (
+            q,
+            k,
+            v,
+            torch.empty(2, 4, 24, 40).transpose(2, 3),
+            lse,
+        ),
+        "out must have the dtype that the contract names": (q, k, v, out.bfloat16(), lse),
+        "lse must have another number of elements": (q, k, v, out, lse[:1]),
+        "k must have a number of heads that divides q's": (q, k[:, :1].expand(2, 3, 50, 16), v, out, lse),
+        "q, k and v must have 1 to 256 dims to a head": (torch.ones(2, 4, 40, 300), k, v, out, lse),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            compiled.cpu.attention_forward(*wrong, True, 0.25, 1)
+
+
+def test_only_the_rows_of_the_table_run():
+    assert [row.name for row in ops.BACKENDS] == ["cpu"]
+    with pytest.raises(ValueError, match="attention: backend must be one of cpu, reference, got 'fast'"):
+        lk.attention(*tensors(), backend="fast")
+    with pytest.warns(
+        lk.FallbackWarning, match="attention: cpu needs dtype float32, bfloat16, float16, got float64"
+    ):
+        lk.attention(*tensors(dtype=torch.float64))
+    with lk.use_backend("reference"):
+        torch.testing.assert_close(lk.attention(*tensors()), reference.attention(*tensors()), rtol=0, atol=10)
