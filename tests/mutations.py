@@ -93,10 +93,12 @@ def run(mutation):
         environment = os.environ | {"LSPM_TEST_CACHE": str(cache), "PYTHONPATH": f"{copy}:{copy / 'python'}"}
         if mutation.command:
             subprocess.run(mutation.command, cwd=copy, env=environment, check=True, capture_output=True)
-        pytest = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider"]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
         process = subprocess.run(
             [*pytest, *mutation.tests], cwd=copy, env=environment, capture_output=True, text=True, check=False
         )
+    if "BuildError" in process.stdout:  # no bug, only a broken table
+        raise ValueError(f"mutations: {mutation.name}: new must compile, got {process.stdout[-1000:]}")
     failed = re.findall(r"^(?:FAILED|ERROR) \S*::(.*?)(?: - .*)?$", process.stdout, re.M)
     if process.returncode not in (0, 1):  # a crash is noticed too, a table without tests is not
         failed = failed or (["the process died"] if process.returncode < 0 else [])
