@@ -1,11 +1,9 @@
-// Layer norm and RMS norm, with or without a residual addition (Ba, Kiros and Hinton 2016; Zhang and
-// Sennrich 2019).
-//
-// A thread owns whole rows. A row is read from memory once: its sum stays in the cache as floats while the
-// mean, the variance (in two passes, so that a large mean cancels nothing) and the output are computed from
-// it. The backward writes dx and, for each run of rows, one partial sum of dweight and dbias; the runs are
-// then added in order. Bytes per element, in sizes of T: forward 2 (with a residual 4), backward 3 (with dsum
-// 4).
+// Layer norm and RMS norm, with or without a residual addition (Ba, Kiros and Hinton 2016; Zhang and Sennrich
+// 2019). A thread owns whole rows. A row is read from memory once, and fetched while the one before is
+// computed on; it stays in the cache as floats for the mean, the variance (in two passes, so that a large
+// mean cancels nothing) and the output. The backward writes dx and, for each run of rows, one partial sum of
+// dweight and dbias; the runs are then added in order. Bytes per element, in sizes of T: forward 2, with a
+// residual 4; backward 3, with dsum 4.
 #include "layer_norm.h"
 
 #include <cmath>
@@ -84,6 +82,8 @@ struct Forward {
       if (weight) v *= lanes.load(weight + i);
       if (bias) v += lanes.load(bias + i);
       write<kStream>(y + at + i, v, lanes);
+      prefetch(x + at + cols + i);
+      if constexpr (kResidual) prefetch(residual + at + cols + i);
     });
   }
 };
@@ -112,6 +112,7 @@ struct Backward {
         const F d = lanes.load(dy + row + i);
         const F g = weight ? d * lanes.load(weight + i) : d;
         gradients += g;
+        if (dsum) prefetch(dsum + row + i);
         return g * normal;
       });
       g_mean[k] = shape.centered ? lspm::sum(gradients) / cols : 0.0f;
@@ -128,6 +129,8 @@ struct Backward {
         F v = (g - g_mean[k] - normal * gn_mean[k]) * scale[k];
         if (dsum) v += lanes.load(dsum + row);
         write<kStream>(dx + row, v, lanes);
+        prefetch(dy + row + kRows * cols);
+        prefetch(sum + row + kRows * cols);
         products[k] = d * normal;
         gradients[k] = d;
       }

@@ -167,6 +167,12 @@ inline void stream_fence() {
 #endif
 }
 
+// Begins to bring the line at p, which may be past the end of anything, into the first-level cache.
+template <class T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(p);
+}
+
 inline float sum(F v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(v);
