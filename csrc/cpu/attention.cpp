@@ -23,11 +23,10 @@
 namespace lspm::cpu {
 namespace {
 
-// Keys and queries in a tile. In the forward few queries, so that the mask wastes little; in the backward
-// they are the depth of the sums in dk and dv, and there many keys, which spares passes over q, dout and dq.
-constexpr int64_t kForwardKeys = 128, kForwardQueries = 32;
-constexpr int64_t kBackwardKeys = 256, kBackwardQueries = 64;
-constexpr int64_t kBlock = 256;  // queries of the forward that share a packed tile of keys
+constexpr int64_t kKeys = 256;            // keys in a tile: many, which spares passes over queries and sums
+constexpr int64_t kForwardQueries = 32;   // queries in a tile: few, so that the mask wastes little
+constexpr int64_t kBackwardQueries = 64;  // the same; here they are the depth of the sums in dk and dv too
+constexpr int64_t kBlock = 256;           // queries of the forward that share a packed tile of keys
 constexpr int64_t kMaxDim = kMaxDepth;
 constexpr int64_t kScores = kStride<float>;  // elements from row to row of all that is float in scratch
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -39,32 +38,56 @@ constexpr bool kScalesQueries = std::is_same_v<O, float>;
 template <class O>
 struct ForwardScratch {
   alignas(64) O q[kBlock * kStride<O>];
-  O k[kForwardKeys * kMaxDim], v[kForwardKeys * kMaxDim];  // right sides; k transposed
+  O k[kKeys * kMaxDim], v[kKeys * kMaxDim];  // right sides; k transposed
   float scores[kForwardQueries * kScores];
   O p[kForwardQueries * kStride<O>];
   float out[kBlock * kScores];
   float max[kBlock], sum[kBlock];  // of each row so far
 };
 
-// p = exp(score * scale - max) for a row that sees the first `visible` of its columns, 0 for the others.
-// Updates max and sum, and gives the factor by which what was summed before must shrink.
-template <class O>
-float softmax_row(const float* score, O* p, int64_t visible, int64_t columns, float scale, float& max,
-                  float& sum) {
-  F largest = broadcast(-kInfinity);
-  for (int64_t n = 0; n < visible; n += kLanes)
-    largest = lspm::max(first_lanes(load(score + n) * scale, visible - n, broadcast(-kInfinity)), largest);
-  const float before = max, after = std::max(before, lspm::max(largest));
-  F total{};
-  for (int64_t n = 0; n < columns; n += kLanes) {
-    const F e = visible > n ? first_lanes(exp(load(score + n) * scale - after), visible - n, F{}) : F{};
-    total += e;
-    store_left(p + n, e);
+// Turns a tile of scores into p = exp(score * scale - max), 0 where the mask leaves nothing, and moves the
+// maximum and the sum of each row, and what was summed for it so far, to the new maximum. `visible(r)` is how
+// many of the columns row r sees. Row by row each step would wait for the one before; so each step is taken
+// for all rows.
+template <class O, class Visible>
+void softmax_tile(ForwardScratch<O>& w, int64_t first, int64_t rows, int64_t columns, int64_t value_dim,
+                  float scale, Visible visible) {
+  float *max = w.max + first, *sum = w.sum + first, shrink[kForwardQueries];
+  alignas(64) float before[kForwardQueries];
+  std::copy_n(max, rows, before);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* score = w.scores + r * kScores;
+    F largest = broadcast(max[r]);
+    const int64_t sees = visible(r);
+    for (int64_t n = 0; n < sees; n += kLanes)
+      largest = lspm::max(first_lanes(load(score + n) * scale, sees - n, largest), largest);
+    max[r] = lspm::max(largest);
   }
-  const float shrink = before == after ? 1.0f : exp(broadcast(before - after))[0];
-  max = after;
-  sum = sum * shrink + lspm::sum(total);
-  return shrink;
+  for (int64_t r = 0; r < rows; r += kLanes) store(shrink + r, exp(load(before + r) - load(max + r)));
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* score = w.scores + r * kScores;
+    O* p = w.p + r * kStride<O>;
+    const int64_t sees = visible(r);
+    F total{};
+    int64_t n = 0;
+    for (; n + kLanes <= sees; n += kLanes) {
+      const F e = exp(load(score + n) * scale - max[r]);
+      total += e;
+      store_left(p + n, e);
+    }
+    for (; n < columns; n += kLanes) {
+      const F e = first_lanes(exp(load(score + n) * scale - max[r]), sees - n, F{});
+      total += e;
+      store_left(p + n, e);
+    }
+    if (max[r] == before[r]) {
+      sum[r] += lspm::sum(total);
+      continue;
+    }
+    sum[r] = sum[r] * shrink[r] + lspm::sum(total);
+    float* out = w.out + (first + r) * kScores;
+    for (int64_t d = 0; d < value_dim; d += kLanes) store(out + d, load(out + d) * shrink[r]);
+  }
 }
 
 struct ForwardViews {
@@ -77,14 +100,14 @@ template <class T, class O>
 void forward_block(const ForwardViews& t, int64_t b, int64_t h, int64_t begin, int64_t end,
                    const AttentionShape& s, ForwardScratch<O>& w) {
   const int64_t kv = h / s.group(), count = end - begin, last_keys = s.visible_keys(end - 1);
-  const int64_t k_panel = panel_size(s.head_dim), v_panel = panel_size(kForwardKeys);
+  const int64_t k_panel = panel_size(s.head_dim), v_panel = panel_size(kKeys);
   const float scale = kScalesQueries<O> ? 1.0f : s.scale;
   pack_left(t.q.at<const T>(b, h, begin), t.q.row_stride, s.scale, w.q, count, s.head_dim);
   std::fill_n(w.max, count, -kInfinity);
   std::fill_n(w.sum, count, 0.0f);
   for (int64_t r = 0; r < count; ++r) std::fill_n(w.out + r * kScores, s.value_dim, 0.0f);
-  for (int64_t key = 0; key < last_keys; key += kForwardKeys) {
-    const int64_t keys = std::min(kForwardKeys, last_keys - key);
+  for (int64_t key = 0; key < last_keys; key += kKeys) {
+    const int64_t keys = std::min(kKeys, last_keys - key);
     pack_right_transposed(t.k.at<const T>(b, kv, key), t.k.row_stride, w.k, k_panel, s.head_dim, keys);
     pack_right(t.v.at<const T>(b, kv, key), t.v.row_stride, w.v, v_panel, keys, s.value_dim);
     for (int64_t i = 0; i < count; i += kForwardQueries) {
@@ -93,19 +116,8 @@ void forward_block(const ForwardViews& t, int64_t b, int64_t h, int64_t begin, i
       if (columns <= 0) continue;
       float* out = w.out + i * kScores;
       multiply(w.q + i * kStride<O>, w.k, k_panel, w.scores, kScores, rows, columns, s.head_dim, false);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t visible = std::min(columns, s.visible_keys(begin + i + r) - key);
-        O* p = w.p + r * kStride<O>;
-        if (visible <= 0) {
-          std::fill_n(p, round_up(columns, kTileDepth<O>), O{});
-          continue;
-        }
-        const float shrink = softmax_row(w.scores + r * kScores, p, visible, round_up(columns, kTileDepth<O>),
-                                         scale, w.max[i + r], w.sum[i + r]);
-        if (shrink == 1.0f) continue;
-        float* row = out + r * kScores;
-        for (int64_t d = 0; d < s.value_dim; d += kLanes) store(row + d, load(row + d) * shrink);
-      }
+      softmax_tile(w, i, rows, round_up(columns, kTileDepth<O>), s.value_dim, scale,
+                   [&](int64_t r) { return std::min(columns, s.visible_keys(begin + i + r) - key); });
       multiply(w.p, w.v, v_panel, out, kScores, rows, s.value_dim, columns, true);
     }
   }
@@ -139,9 +151,9 @@ void forward(const ForwardViews& t, const AttentionShape& s, int threads) {
 template <class O>
 struct BackwardScratch {
   alignas(64) O q[kBackwardQueries * kStride<O>], dout[kBackwardQueries * kStride<O>];
-  O k_transposed[kBackwardKeys * kMaxDim], v_transposed[kBackwardKeys * kMaxDim];  // right sides
-  O k[kBackwardKeys * kMaxDim], p[kBackwardQueries * kBackwardKeys],
-      ds[kBackwardQueries * kBackwardKeys];  // also
+  O k_transposed[kKeys * kMaxDim], v_transposed[kKeys * kMaxDim];  // right sides
+  O k[kKeys * kMaxDim], p[kBackwardQueries * kKeys],
+      ds[kBackwardQueries * kKeys];  // also
   O ds_left[kBackwardQueries * kStride<O>], transposed[kMaxDim * kStride<O>];
   float scores[kBackwardQueries * kScores], dscores[kBackwardQueries * kScores];
   float dk[kMaxDim * kScores], dv[kMaxDim * kScores];  // transposed: (dim, keys)
@@ -216,13 +228,13 @@ struct BackwardViews {
   float* delta;
 };
 
-// Keys [key, key + kBackwardKeys) of one key head. dq_sums: (group, queries rounded up to a tile, dq_row).
+// Keys [key, key + kKeys) of one key head. dq_sums: (group, queries rounded up to a tile, dq_row).
 template <class T, class O>
 void backward_tile(const BackwardViews& t, float* dq_sums, int64_t dq_row, Turns& turns, int64_t first_turn,
                    int64_t b, int64_t kv, int64_t key, const AttentionShape& s, BackwardScratch<O>& w) {
-  const int64_t keys = std::min(kBackwardKeys, s.keys - key), D = s.head_dim, Dv = s.value_dim;
+  const int64_t keys = std::min(kKeys, s.keys - key), D = s.head_dim, Dv = s.value_dim;
   const int64_t tiles = (s.queries + kBackwardQueries - 1) / kBackwardQueries;
-  const int64_t d_panel = panel_size(D), dv_panel = panel_size(Dv), k_panel = panel_size(kBackwardKeys);
+  const int64_t d_panel = panel_size(D), dv_panel = panel_size(Dv), k_panel = panel_size(kKeys);
   constexpr int64_t kQueryPanel = panel_size(kBackwardQueries);
   pack_right_transposed(t.k.at<const T>(b, kv, key), t.k.row_stride, w.k_transposed, d_panel, D, keys);
   pack_right_transposed(t.v.at<const T>(b, kv, key), t.v.row_stride, w.v_transposed, dv_panel, Dv, keys);
@@ -247,13 +259,13 @@ void backward_tile(const BackwardViews& t, float* dq_sums, int64_t dq_row, Turns
     multiply_transposed(w.q, w.transposed, w.ds, kQueryPanel, w.dk, kScores, D, columns, rows, true);
 
     float* sums = dq_sums + item * kBackwardQueries * dq_row;
-    turns.wait(first_turn + item, key / kBackwardKeys);
+    turns.wait(first_turn + item, key / kKeys);
     multiply(w.ds_left, w.k, k_panel, sums, dq_row, rows, D, columns, key > 0);
     for (int64_t r = 0; r < rows && sees <= key + keys; ++r)  // no tile adds to them after this one
       for_each_vector(D, [&](int64_t d, auto lanes) {
         lanes.store(t.dq.at<T>(b, h, i + r) + d, load(sums + r * dq_row + d) * s.scale);
       });
-    turns.pass(first_turn + item, key / kBackwardKeys);
+    turns.pass(first_turn + item, key / kKeys);
   }
   const float scale = kScalesQueries<O> ? 1.0f : s.scale;
   write_transposed(t.dk.at<T>(b, kv, key), t.dk.row_stride, w.dk, keys, D, scale);
@@ -278,7 +290,7 @@ void backward(const BackwardViews& t, const AttentionShape& s, int threads) {
   using Scratch = BackwardScratch<OperandOf<T>>;
   row_dots<T>(t, s, threads);
   // At least one tile, which zeroes dq where there are no keys.
-  const int64_t key_tiles = std::max<int64_t>(1, (s.keys + kBackwardKeys - 1) / kBackwardKeys);
+  const int64_t key_tiles = std::max<int64_t>(1, (s.keys + kKeys - 1) / kKeys);
   const int64_t query_tiles = s.group() * ((s.queries + kBackwardQueries - 1) / kBackwardQueries);
   const int64_t heads = s.batch * s.kv_heads;
   const int64_t dq_row = round_up(s.head_dim, std::is_same_v<OperandOf<T>, float> ? kLanes : kPanel);
@@ -299,7 +311,7 @@ void backward(const BackwardViews& t, const AttentionShape& s, int threads) {
         for (int64_t i = 0; i < query_tiles; ++i) turns.turns[slot * query_tiles + i] = 0;
       for (int64_t tile = first; tile < last; ++tile)
         backward_tile<T>(t, dq_sums.get() + slot * dq_size, dq_row, turns, slot * query_tiles,
-                         head / s.kv_heads, head % s.kv_heads, tile * kBackwardKeys, s, scratch[thread]);
+                         head / s.kv_heads, head % s.kv_heads, tile * kKeys, s, scratch[thread]);
     }
   });
 }
