@@ -39,7 +39,7 @@ void layer_norm_backward(const void* dy, const void* dsum, const void* sum, cons
 }  // namespace cpu
 
 namespace cuda {
-// The same on GPU `device`, queued on `stream`, a cudaStream_t. Throws std::runtime_error.
+// The same on GPU `device`, queued on `stream`, a cudaStream_t. A failure of CUDA throws std::runtime_error.
 void layer_norm_forward(const void* x, const void* residual, const void* weight, const void* bias, void* sum,
                         void* y, float* mean, float* rstd, const LayerNormShape& shape, float eps, int device,
                         void* stream);

@@ -77,6 +77,13 @@ def test_frozen_weights_get_no_gradient():
     torch.testing.assert_close(bias.grad, torch.full((40,), 6.0))
 
 
+def test_a_gradient_for_x_alone():
+    x, _, weight, bias = tensors()
+    y = lk.layer_norm(x.requires_grad_(), weight, bias)
+    expected = torch.autograd.grad(reference.layer_norm(x, weight, bias).pow(2).sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(y.pow(2).sum(), x), expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_inputs_that_are_not_contiguous(form):
     def turned(f):
