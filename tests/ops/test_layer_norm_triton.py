@@ -113,6 +113,10 @@ def gpu(request):
         yield driver
 
 
+# Where the code generators differ little, one suffices.
+on_one_gpu = pytest.mark.parametrize("gpu", [80], ids=["sm_80"], indirect=True)
+
+
 @pytest.fixture
 def driver(gpu):
     gpu.seed = 0
@@ -129,6 +133,7 @@ def test_against_the_reference(driver, name):
     assert driver.launches == kernels
 
 
+@on_one_gpu
 @pytest.mark.parametrize("cols", [64, 8256])
 def test_data_gradient_alone(driver, cols):
     x, residual, weight, bias = tensors(6, cols)
@@ -142,6 +147,7 @@ def test_data_gradient_alone(driver, cols):
     assert not {"_wide_partial_kernel", "_sum_partials_kernel"} & set(driver.launches)
 
 
+@on_one_gpu
 @pytest.mark.parametrize("cols", [96, 2050])
 @pytest.mark.parametrize("rows, partials", [(2, 5), (7, 4), (9, 1), (40, 33)])
 def test_partial_sums_are_those_of_consecutive_rows(driver, rows, partials, cols):
@@ -158,6 +164,7 @@ def test_partial_sums_are_those_of_consecutive_rows(driver, rows, partials, cols
     torch.testing.assert_close(torch.stack((dweight, dbias)), expected.sum(0))
 
 
+@on_one_gpu
 @pytest.mark.parametrize("cols", [96, 8256])
 def test_the_norm_is_of_the_rounded_sum(driver, cols):
     x, residual, weight, bias = tensors(3, cols, F16, F16)
@@ -166,12 +173,14 @@ def test_the_norm_is_of_the_rounded_sum(driver, cols):
     assert torch.equal(LayerNorm()(total, None, weight, bias), y)
 
 
+@on_one_gpu
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
 def test_empty(driver, shape):
     oracle.check(LayerNorm(), plain(), tensors(*shape))
     assert not driver.launches
 
 
+@on_one_gpu
 def test_same_bits_under_any_schedule(driver):
     inputs = tensors(37, 96, BF16, F32)
     results = []
@@ -182,6 +191,7 @@ def test_same_bits_under_any_schedule(driver):
         assert all(torch.equal(result[name], results[0][name]) for name in result)
 
 
+@on_one_gpu
 def test_misaligned_tensors(driver):
     inputs = [torch.cat((t.view(-1)[:1], t.view(-1)))[1:].view(t.shape) for t in tensors(3, 4096)]
     assert all(t.data_ptr() % 16 for t in inputs)
@@ -189,6 +199,7 @@ def test_misaligned_tensors(driver):
     assert driver.launches == WIDE
 
 
+@on_one_gpu
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e30, 1e-30, 0.0])
 def test_special_values(driver, value):
     x, _, weight, bias = tensors(9, 96)
@@ -198,7 +209,7 @@ def test_special_values(driver, value):
 
 
 @pytest.mark.parametrize("sm", [80, 90, 100], ids="sm_{}".format)
-@pytest.mark.parametrize("cols", [1, 63, 64, 256, 767, 768, 4096, 5000, 8192, 16384])
+@pytest.mark.parametrize("cols", [63, 64, 767, 768, 4096, 5000, 8192, 16384])
 def test_compiles_without_spills(sm, cols):
     with triton_driver.activated(sm, execute=False) as driver:
         for dtype, weight_dtype, centered in [(F32, F32, True), (BF16, F32, True), (BF16, BF16, False)]:
@@ -212,6 +223,7 @@ def test_compiles_without_spills(sm, cols):
         assert not [r for r in driver.resources if r.conversions]
 
 
+@on_one_gpu
 def test_the_row_of_the_table_has_the_launchers_arguments(driver, monkeypatch):
     row = next(row for row in ops.BACKENDS if row.name == "triton")
     here = dataclasses.replace(row, device="cpu", missing=lambda: None)
