@@ -65,7 +65,8 @@ struct Statistics {
 
 void layer_norm_forward(const TensorView& x, const OptionalView& residual, const OptionalView& weight,
                         const OptionalView& bias, const OptionalView& sum, const TensorView& y,
-                        const OptionalView& statistics, float eps, bool centered, int threads) {
+                        const OptionalView& statistics, float eps, bool centered,
+                        [[maybe_unused]] int threads) {
   const auto s = layer_norm_shape(x, weight, bias, 0, centered);
   const int64_t n = s.rows * s.cols;
   void *px = x.contiguous("x", x, s.dtype, n), *pr = optional(residual, "residual", x, s.dtype, n);
@@ -81,7 +82,7 @@ void layer_norm_forward(const TensorView& x, const OptionalView& residual, const
 void layer_norm_backward(const TensorView& dy, const OptionalView& dsum, const TensorView& sum,
                          const TensorView& statistics, const OptionalView& weight, const TensorView& dx,
                          const OptionalView& dweight, const OptionalView& dbias, const TensorView& partial,
-                         bool centered, int threads) {
+                         bool centered, [[maybe_unused]] int threads) {
   const auto s = layer_norm_shape(dy, weight ? weight : dweight, dbias, partial.size(0), centered);
   const int64_t n = s.rows * s.cols;
   void *pdy = dy.contiguous("dy", dy, s.dtype, n), *pds = optional(dsum, "dsum", dy, s.dtype, n);

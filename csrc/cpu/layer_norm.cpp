@@ -43,48 +43,68 @@ struct Forward {
   const LayerNormShape& shape;
   float eps;
 
+  // Rows go together while all of them fit into the first-level cache as floats: their sums then need not
+  // wait for each other, and the weights are read once for all.
+  static constexpr int kTogether = 4;
+  static constexpr int64_t kMaxColsTogether = 2048;
+
   template <bool kStream>
   void rows(int64_t begin, int64_t end) const {
-    // A row as floats, where it is not that already.
-    std::vector<float> floats(std::is_same_v<T, float> && !residual ? 0 : shape.cols);
-    for (int64_t r = begin; r < end; ++r) {
-      if (residual)
-        row<kStream, true>(r, floats.data());
-      else
-        row<kStream, false>(r, floats.data());
-    }
+    std::vector<float> floats(kTogether * shape.cols);
+    const auto run = [&](auto has_residual) {
+      constexpr bool kResidual = decltype(has_residual)::value;
+      if (shape.cols <= kMaxColsTogether)
+        for (; begin + kTogether <= end; begin += kTogether)
+          block<kStream, kResidual, kTogether>(begin, floats.data());
+      for (; begin < end; ++begin) block<kStream, kResidual, 1>(begin, floats.data());
+    };
+    residual ? run(std::true_type{}) : run(std::false_type{});
     if (kStream) stream_fence();
   }
 
-  template <bool kStream, bool kResidual>
-  void row(int64_t r, float* floats) const {
+  // kRows rows from r on. `floats` is room for them as floats, where they are not that already.
+  template <bool kStream, bool kResidual, int kRows>
+  void block(int64_t r, float* floats) const {
+    // Locals, as a store through a pointer may change a member as far as the compiler knows.
     const int64_t cols = shape.cols, at = r * cols;
-    const float total = sum_of(cols, [&](int64_t i, auto lanes) {
-      F v = lanes.load(x + at + i);
-      if constexpr (kResidual) {
-        v = rounded<T>(v + lanes.load(residual + at + i));
-        write<kStream>(sum + at + i, v, lanes);
-      }
-      if constexpr (kResidual || !std::is_same_v<T, float>) lanes.store(floats + i, v);
-      return v;
-    });
-    if constexpr (!kResidual && std::is_same_v<T, float>) floats = const_cast<float*>(x + at);  // read only
-    const float m = shape.centered ? total / cols : 0.0f;
-    const float squares = sum_of(cols, [&](int64_t i, auto lanes) {
-      const F d = lanes.keep(lanes.load(floats + i) - m);
-      return d * d;
-    });
-    const float scale = float(1.0 / std::sqrt(double(squares) / cols + eps));
-    if (mean) mean[r] = m;
-    if (rstd) rstd[r] = scale;
-    for_each_vector(cols, [&](int64_t i, auto lanes) {
-      F v = (lanes.load(floats + i) - m) * scale;
-      if (weight) v *= lanes.load(weight + i);
-      if (bias) v += lanes.load(bias + i);
-      write<kStream>(y + at + i, v, lanes);
-      prefetch(x + at + cols + i);
-      if constexpr (kResidual) prefetch(residual + at + cols + i);
-    });
+    const T *const x = this->x + at, *const residual = this->residual + at;
+    T *const sum = this->sum + at, *const y = this->y + at;
+    const W *const weight = this->weight, *const bias = this->bias;
+    float m[kRows], scale[kRows];
+    for (int k = 0; k < kRows; ++k) {
+      const int64_t row = k * cols;
+      const float total = sum_of(cols, [&](int64_t i, auto lanes) {
+        F v = lanes.load(x + row + i);
+        if constexpr (kResidual) {
+          v = rounded<T>(v + lanes.load(residual + row + i));
+          write<kStream>(sum + row + i, v, lanes);
+        }
+        if constexpr (kResidual || !std::is_same_v<T, float>) lanes.store(floats + row + i, v);
+        return v;
+      });
+      m[k] = shape.centered ? total / cols : 0.0f;
+    }
+    if constexpr (!kResidual && std::is_same_v<T, float>) floats = const_cast<float*>(x);  // read only
+    for (int k = 0; k < kRows; ++k) {
+      const float squares = sum_of(cols, [&](int64_t i, auto lanes) {
+        const F d = lanes.keep(lanes.load(floats + k * cols + i) - m[k]);
+        return d * d;
+      });
+      scale[k] = float(1.0 / std::sqrt(double(squares) / cols + eps));
+      if (mean) mean[r + k] = m[k];
+      if (rstd) rstd[r + k] = scale[k];
+    }
+    for (int k = 0; k < kRows; ++k) {
+      const int64_t row = k * cols;
+      for_each_vector(cols, [&](int64_t i, auto lanes) {
+        F v = (lanes.load(floats + row + i) - m[k]) * scale[k];
+        if (weight) v *= lanes.load(weight + i);
+        if (bias) v += lanes.load(bias + i);
+        write<kStream>(y + row + i, v, lanes);
+        prefetch(x + row + i + kRows * cols);
+        if constexpr (kResidual) prefetch(residual + row + i + kRows * cols);
+      });
+    }
   }
 };
 
@@ -101,11 +121,15 @@ struct Backward {
   template <bool kStream, int kRows>
   void block(int64_t r, float* dw, float* db) const {
     const int64_t cols = shape.cols, at = r * cols;
+    const T *const dy = this->dy + at, *const sum = this->sum + at;
+    const T* const dsum = this->dsum ? this->dsum + at : nullptr;
+    T* const dx = this->dx + at;
+    const W* const weight = this->weight;
     float m[kRows], scale[kRows], g_mean[kRows], gn_mean[kRows];
     for (int k = 0; k < kRows; ++k) {
       m[k] = mean ? mean[r + k] : 0.0f;
       scale[k] = rstd[r + k];
-      const int64_t row = at + k * cols;
+      const int64_t row = k * cols;
       F gradients{};
       const float products = sum_of(cols, [&](int64_t i, auto lanes) {
         const F normal = lanes.keep((lanes.load(sum + row + i) - m[k]) * scale[k]);
@@ -122,7 +146,7 @@ struct Backward {
       F products[kRows], gradients[kRows];
 #pragma GCC unroll 4
       for (int k = 0; k < kRows; ++k) {
-        const int64_t row = at + k * cols + i;
+        const int64_t row = k * cols + i;
         const F normal = (lanes.load(sum + row) - m[k]) * scale[k];
         const F d = lanes.load(dy + row);
         const F g = weight ? d * lanes.load(weight + i) : d;
@@ -186,8 +210,11 @@ void forward(const void* x, const void* residual, const void* weight, const void
                 eps};
   const bool stream = streams(job.y, s) & (streams(job.sum, s) | !sum);
   const auto rows = stream ? &Job::template rows<true> : &Job::template rows<false>;
-  parallel_for(s.rows, s.rows * s.cols, threads,
-               [&](int64_t begin, int64_t end) { (job.*rows)(begin, end); });
+  // Whole blocks for every thread: a row is computed by the same code for any number of them.
+  constexpr int64_t kBlock = Job::kTogether;
+  parallel_for((s.rows + kBlock - 1) / kBlock, s.rows * s.cols, threads, [&](int64_t begin, int64_t end) {
+    (job.*rows)(begin * kBlock, std::min(end * kBlock, s.rows));
+  });
 }
 
 template <class T, class W>

@@ -13,14 +13,14 @@ in_op = partial(Mutation, file="lspm_kernels/ops/layer_norm.py", tests=TESTS)
 MUTATIONS = [
     in_kernel(
         name="cpu: the statistics see the sum before it is rounded",
-        old="v = rounded<T>(v + lanes.load(residual + at + i));",
-        new="v = v + lanes.load(residual + at + i);",
+        old="v = rounded<T>(v + lanes.load(residual + row + i));",
+        new="v = v + lanes.load(residual + row + i);",
     ),
     in_kernel(name="cpu: eps lost", old="double(squares) / cols + eps", new="double(squares) / cols"),
     in_kernel(
         name="cpu: lanes beyond the row counted into the variance",
-        old="const F d = lanes.keep(lanes.load(floats + i) - m);",
-        new="const F d = lanes.load(floats + i) - m;",
+        old="const F d = lanes.keep(lanes.load(floats + k * cols + i) - m[k]);",
+        new="const F d = lanes.load(floats + k * cols + i) - m[k];",
     ),
     in_kernel(name="cpu: dsum dropped", old="if (dsum) v += lanes.load(dsum + row);", new=""),
     in_kernel(

@@ -124,7 +124,7 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(value):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5000, 96), (2048, 1024), (8193, 513)])
+@pytest.mark.parametrize("shape", [(5003, 96), (2050, 1024), (8193, 513)])
 def test_same_bits_for_any_number_of_threads(shape, dtype):
     results = []
     before = torch.get_num_threads()
@@ -152,19 +152,9 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_streamed_outputs_have_the_bits_of_stored_ones(dtype):
-    shape = (2051, 1024 if dtype == torch.float32 else 2048)  # just above what is streamed
-    x, residual, weight, bias = (t.requires_grad_() for t in tensors(shape, dtype))
-
-    def run(rows):
-        y, total = lk.add_layer_norm(x[rows], residual[rows], weight, bias)
-        (dx,) = torch.autograd.grad((y, total), x, (residual[rows].detach(), x[rows].detach()))
-        return y, total, dx[rows]
-
-    whole = run(slice(None))
-    for rows in (slice(0, 700), slice(700, 1401), slice(1401, 2051)):
-        for part, all_rows in zip(run(rows), whole, strict=True):
-            assert torch.equal(part, all_rows[rows])
+def test_outputs_that_are_streamed(dtype):
+    cols = 1024 if dtype == torch.float32 else 2048  # a little more than 4 MiB
+    oracle.check(*FORMS["add_layer_norm"], tensors((1031, cols), dtype))
 
 
 def test_defaults_are_torchs():
