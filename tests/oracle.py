@@ -1,7 +1,7 @@
 """The one tolerance rule: a kernel may err at most twice as much as plain PyTorch does in the same dtypes.
 
-The truth is the reference in float64; its error in the inputs' own dtypes is what plain PyTorch achieves. To twice
-that comes eps * max(1, max |truth|), one rounding of the largest value. Gradients are held to the same rule.
+The truth is the reference in float64; its error in the inputs' own dtypes is what plain PyTorch achieves. To
+twice that comes eps * max(1, max |truth|), one rounding of the largest value. Gradients are held to the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def check(
 
 
 def compare(name: str, actual: Tensor, truth: Tensor, plain: Tensor) -> None:
-    """Raises AssertionError unless `actual` obeys the rule. Where plain is not finite, actual must be alike."""
+    """Raises AssertionError unless `actual` obeys the rule; where plain is not finite, it must be alike."""
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert actual.dtype == plain.dtype, f"{name}: {actual.dtype}, expected {plain.dtype}"
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
@@ -44,7 +44,7 @@ def compare(name: str, actual: Tensor, truth: Tensor, plain: Tensor) -> None:
 def outputs_and_gradients(
     function: Callable, tensors: Sequence[Tensor | None], gradients: bool = True
 ) -> dict:
-    """{"output 0": ..., "gradient 0": ...}: of function(*tensors), under fixed weights for its outputs' elements."""
+    """{"output 0": ..., "gradient 0": ...} of function(*tensors), under fixed gradients of its outputs."""
     leaves = [t if t is None else t.detach().requires_grad_(gradients) for t in tensors]
     outputs = function(*leaves)
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

@@ -54,10 +54,7 @@ def fake_nvcc(tmp_path, release):
 
 def test_no_compiler(tmp_path):
     message = configure(tmp_path, CXX="no-such-compiler", LSPM_CUDA="0")
-    assert (
-        message
-        == "setup: a C++ compiler must be on PATH, got 'no-such-compiler'; set CXX, or install g++"
-    )
+    assert message == "setup: a C++ compiler must be on PATH, got 'no-such-compiler'; set CXX, or install g++"
 
 
 def test_a_source_that_does_not_compile(tmp_path):

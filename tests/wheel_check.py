@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OLDEST = "torch==2.13.0"
+NEEDED = ["numpy", "pytest", "pytest-benchmark", "hypothesis"]
 TESTS = ["tests/ops/test_layer_norm.py", "tests/ops/test_operator.py", "tests/ops/test_attention.py"]
 PROBE = "import torch, lspm_kernels.compiled as c; print('torch', torch.__version__, 'runs', c.cpu.__file__)"
 
@@ -43,7 +44,7 @@ def main():
 
         venv.create(folder / "oldest", with_pip=True)
         python = folder / "oldest" / "bin" / "python"
-        run(python, "-m", "pip", "install", "--quiet", OLDEST, "numpy", "pytest", "pytest-benchmark", "hypothesis")
+        run(python, "-m", "pip", "install", "--quiet", OLDEST, *NEEDED)
         check(python, packages, folder)
 
 

@@ -8,8 +8,8 @@
 
 namespace lspm::cpu {
 
-// Outputs from this size on are written past the cache: beside its input such an output would push all else out
-// of the second-level caches (2 MiB a core), and a plain store first reads the line it fills.
+// Outputs from this size on are written past the cache: beside its input such an output would push all else
+// out of the second-level caches (2 MiB a core), and a plain store first reads the line it fills.
 constexpr int64_t kLargeBytes = 4 << 20;
 
 // Asks for huge pages under an output that is about to be written. The allocator hands large blocks out

@@ -26,8 +26,8 @@ void parallel_for(int64_t n, int64_t work, int threads, Body body) {
   }
 }
 
-// For items of unequal cost: calls body(next, thread) once in each thread, and next() hands out 0, 1, 2, ... to
-// whoever is free, n or more when there is none left. `work` as above.
+// For items of unequal cost: calls body(next, thread) once in each thread, and next() hands out 0, 1, 2, ...
+// to whoever is free, n or more when there is none left. `work` as above.
 template <class Body>
 void parallel_claim(int64_t n, int64_t work, int threads, Body body) {
   std::atomic<int64_t> claimed{0};

@@ -1,4 +1,4 @@
-"""Operator: what torch.compile, export, autocast, torch.func and fake tensors make of layer norm's two operators."""
+"""Operator: what torch.compile, export, autocast, torch.func and fake tensors make of layer norm."""
 
 import pytest
 import torch
@@ -58,8 +58,8 @@ def test_second_derivative_is_an_error(form):
     x, residual, weight, bias = (t.requires_grad_() for t in tensors())
     outputs = FORMS[form][0](x, residual, weight, bias)
     y = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-    for y in (y, torch.ops.lspm.layer_norm(x, weight, bias, 1e-5, True, "cpu")[0]):
-        (gradient,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    for output in (y, torch.ops.lspm.layer_norm(x, weight, bias, 1e-5, True, "cpu")[0]):
+        (gradient,) = torch.autograd.grad(output.pow(2).sum(), x, create_graph=True)
         with pytest.raises(
             NotImplementedError, match="layer_norm_backward: a second derivative is not implemented"
         ):
