@@ -173,7 +173,9 @@ def _package(module: str, install: str) -> Path:
 
 def _standard_library() -> list[Document]:
     folder = Path(sysconfig.get_paths()["stdlib"])
-    return [_file(path, path.relative_to(folder).as_posix()) for path in _walk(folder, ".py")]
+    files = [(path, path.relative_to(folder).as_posix()) for path in _walk(folder, ".py")]
+    # encodings/ holds tables of characters rather than code.
+    return [_file(path, name) for path, name in files if not name.startswith("encodings/")]
 
 
 def _shakespeare() -> list[Document]:
