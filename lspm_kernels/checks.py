@@ -9,15 +9,17 @@ def shape(t: object) -> tuple[int, ...] | str:
     return tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
 
 
-def parameter(op: str, name: str, t: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raises ValueError unless t holds a value for each element of x's last dimension, in one of dtypes."""
-    if not isinstance(t, Tensor) or t.dim() != 1 or t.numel() != x.shape[-1]:
-        raise ValueError(f"{op}: {name} must be a tensor of shape ({x.shape[-1]},), got {shape(t)}")
+def parameter(
+    op: str, name: str, t: Tensor, cols: int, device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Raises ValueError unless t holds `cols` values on x's device, in one of dtypes."""
+    if not isinstance(t, Tensor) or t.dim() != 1 or t.numel() != cols:
+        raise ValueError(f"{op}: {name} must be a tensor of shape ({cols},), got {shape(t)}")
     if t.dtype not in dtypes:
         rule = " or ".join(dict.fromkeys(map(str, dtypes)))
         raise ValueError(f"{op}: {name} must have dtype {rule}, got {t.dtype}")
-    if t.device != x.device:
-        raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}")
+    if t.device != device:
+        raise ValueError(f"{op}: {name} must be on x's device {device}, got {t.device}")
 
 
 def like(op: str, name: str, t: Tensor, x: Tensor) -> None:

@@ -9,9 +9,10 @@
 namespace lspm::cpu {
 
 // Calls body(begin, end) for consecutive ranges of [0, n), one for each thread. `work` is the number of
-// elements all in all: below kSerialWork a second thread costs more than it brings. Above it all threads are
-// used, never a number between, for which OpenMP would resize the pool it shares with torch.
-constexpr int64_t kSerialWork = 32 * 1024;
+// elements all in all: below kSerialWork a second thread costs more than it brings, as it takes up to 90
+// microseconds to wake where OpenMP's threads sleep between regions. Above it all threads are used, never a
+// number between, for which OpenMP would resize the pool it shares with torch.
+constexpr int64_t kSerialWork = 64 * 1024;
 
 template <class Body>
 void parallel_for(int64_t n, int64_t work, int threads, Body body) {

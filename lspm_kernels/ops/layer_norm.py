@@ -241,10 +241,10 @@ def _check(op, x, weight, bias):
         raise ValueError(f"{op}: x must be a floating-point tensor of one dimension or more, got {got}")
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         x = x.float()  # as torch's own norms do on a GPU; on a CPU they compute in x's dtype
-    dtypes = (x.dtype, torch.float32)
+    cols, device, dtypes = x.shape[-1], x.device, (x.dtype, torch.float32)
     if weight is not None:
-        checks.parameter(op, "weight", weight, x, dtypes)
+        checks.parameter(op, "weight", weight, cols, device, dtypes)
         dtypes = (weight.dtype,)  # the kernels read both as one type
     if bias is not None:
-        checks.parameter(op, "bias", bias, x, dtypes)
+        checks.parameter(op, "bias", bias, cols, device, dtypes)
     return x
