@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 
 _forced: ContextVar[str | None] = ContextVar("lspm_backend", default=None)
+# The same for torch.compile, which reads no context variable before torch 2.15, but guards what is in a list.
+_forced_in_traces: list[str | None] = [None]
 _warned: set[str] = set()
 # The rows that take tensors of a device and dtype on this machine, by (op, device, dtype): asked for at every
 # call, and only the limits on the arguments can change from one to the next.
@@ -79,7 +81,7 @@ def pick(op: str, backends: tuple[Backend, ...], requested: str | None, *args) -
         ValueError: no row has the requested name.
         NotImplementedError: the requested row does not take this call.
     """
-    requested = requested or _forced.get()
+    requested = requested or (_forced_in_traces[0] if torch.compiler.is_compiling() else _forced.get())
     if requested is not None:
         return _requested(op, backends, requested, *args)
     key = (op, args[0].device, args[0].dtype)
@@ -116,8 +118,10 @@ def _warn(reason: str) -> None:
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Every op called within runs on the backend `name` ("cpu", "cuda", "triton", "reference") or raises."""
-    token = _forced.set(name)
+    token, outer = _forced.set(name), _forced_in_traces[0]
+    _forced_in_traces[0] = name
     try:
         yield
     finally:
         _forced.reset(token)
+        _forced_in_traces[0] = outer

@@ -10,6 +10,7 @@ import torch
 
 import lspm_kernels as lk
 import oracle
+from lspm_kernels import dispatch
 from lspm_kernels.ops import layer_norm as ops
 from lspm_kernels.reference import layer_norm as reference
 
@@ -228,6 +229,7 @@ def test_the_row_of_the_table_has_the_launchers_arguments(driver, monkeypatch):
     row = next(row for row in ops.BACKENDS if row.name == "triton")
     here = dataclasses.replace(row, device="cpu", missing=lambda: None)
     monkeypatch.setattr(ops, "BACKENDS", (here,))
+    monkeypatch.setattr(dispatch, "_admitted", {})  # knows the table as it was
     oracle.check(lk.add_layer_norm, plain(), tensors(6, 64))
     oracle.check(
         lambda x, w: lk.rms_norm(x, w, EPS), lambda x, w: plain(False)(x, None, w), tensors(6, 64)[::2]
