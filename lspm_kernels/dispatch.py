@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 _forced: ContextVar[str | None] = ContextVar("lspm_backend", default=None)
-# The same for torch.compile, which reads no context variable before torch 2.15, but guards what is in a list.
+# The same for torch.compile: that of torch 2.13 reads no context variable, but it guards what is in a list.
 _forced_in_traces: list[str | None] = [None]
 _warned: set[str] = set()
 # The rows that take tensors of a device and dtype on this machine, by (op, device, dtype): asked for at every
