@@ -1,7 +1,7 @@
 """The compiled kernels: `cpu`, for the best instruction set this machine has, and `cuda` where it was built.
 
 The CPU module is picked once, at import, from what the processor and the operating system allow;
-LSPM_ISA=base, avx2, avx512 or amx forces one. Nothing else in the package loads a compiled file.
+LSPM_ISA=base, avx2, avx512, avx512_bf16 or amx forces one. Nothing else in the package loads a compiled file.
 """
 
 import importlib
@@ -18,6 +18,7 @@ _V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 NEEDS: dict[str, set[str]] = {
     "amx": _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    "avx512_bf16": _V4 | {"avx512_bf16"},
     "avx512": _V4,
     "avx2": _V3,
     "base": set(),

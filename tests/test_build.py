@@ -82,7 +82,11 @@ def test_nvcc_of_an_unsupported_version_is_left_out_with_a_sentence(tmp_path):
     "variable, value, message",
     [
         ("LSPM_CUDA", "yes", "setup: LSPM_CUDA must be 0, 1 or auto, got 'yes'"),
-        ("LSPM_ISAS", "avx2,sse9", "setup: LSPM_ISAS must name some of base, avx2, avx512, amx, got 'sse9'"),
+        (
+            "LSPM_ISAS",
+            "avx2,sse9",
+            "setup: LSPM_ISAS must name some of base, avx2, avx512, avx512_bf16, amx, got 'sse9'",
+        ),
         ("LSPM_CUDA_ARCHS", "90;1000", "setup: LSPM_CUDA_ARCHS must name some of 80;90, got '1000'"),
     ],
 )
@@ -96,7 +100,7 @@ def test_an_unknown_instruction_set():
     code, _, errors = run(sys.executable, "-c", "import lspm_kernels", LSPM_ISA="sse9")
     assert code == 1
     assert errors.strip().splitlines()[-1] == (
-        "ValueError: lspm_kernels: LSPM_ISA must be one of base, avx2, avx512, amx, got 'sse9'"
+        "ValueError: lspm_kernels: LSPM_ISA must be one of base, avx2, avx512, avx512_bf16, amx, got 'sse9'"
     )
 
 

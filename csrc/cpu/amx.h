@@ -38,14 +38,6 @@ struct TileRegisters {
 template <>
 constexpr int64_t kTileDepth<bf16> = 32;
 
-inline U to_pairs(F a, F b) {  // (a0, b0), (a1, b1), ...
-  const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
-  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return reinterpret_cast<U>(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
-}
-
 inline void store_left(bf16* left, F v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(left), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
 }

@@ -172,19 +172,28 @@ void probabilities(BackwardScratch<O>& w, const float* lse, const float* delta, 
     for (int64_t r = 0; r < 2; ++r) {
       const int64_t row = first + r, sees = row < rows ? s.visible_keys(first_query + row) : 0;
       visible[r] = std::min(columns, sees - first_key);
+      // Where all keys of a query lie in this tile, its maximum and its sums can be had from what is here,
+      // with the rounding errors of p and dp in them, which then cancel: a query that looks at one key alone
+      // has exactly ds = 0, and exp() is of small numbers, which are known better than their distance from
+      // lse.
+      const bool whole = first_key == 0 && sees <= columns && sees > 0;
+      float zero = row < rows ? lse[row] : 0.0f;
+      if (whole) {
+        F largest = broadcast(-kInfinity);
+        for (int64_t n = 0; n < visible[r]; n += kLanes)
+          largest =
+              lspm::max(first_lanes(load(score + r * kScores + n) * scale, visible[r] - n, largest), largest);
+        zero = lspm::max(largest);
+      }
       F sums{}, dots{};
       for (int64_t n = 0; n < visible[r]; n += kLanes) {
-        const F p = exp(load(score + r * kScores + n) * scale - lse[row]);
+        const F p = exp(load(score + r * kScores + n) * scale - zero);
         sums += first_lanes(p, visible[r] - n, F{});
         dots += first_lanes(p * load(dscore + r * kScores + n), visible[r] - n, F{});
         store(score + r * kScores + n, p);
       }
-      // Where all keys of a query lie in this tile, its sums can be had from what is here, with the rounding
-      // errors of p and dp in them, which then cancel: a query that looks at one key alone has exactly ds =
-      // 0.
-      const bool whole = first_key == 0 && sees <= columns && sees > 0;
       factor[r] = whole ? 1.0f / sum(sums) : 1.0f;
-      dot[r] = whole ? sum(dots) * factor[r] : row < rows ? delta[row] : 0.0f;
+      dot[r] = whole ? sum(dots) / sum(sums) : row < rows ? delta[row] : 0.0f;
     }
     for (int64_t n = 0; n < round_up(columns, kUnit); n += kLanes) {
       F p[2], ds[2];

@@ -10,6 +10,8 @@ namespace lspm::cpu {
 const char* isa_name() {
 #if defined(__AMX_TILE__)
   return "amx";
+#elif defined(__AVX512BF16__)
+  return "avx512_bf16";
 #elif defined(__AVX512F__)
   return "avx512";
 #elif defined(__AVX2__)

@@ -1,18 +1,17 @@
 // Layer norm and RMS norm, with or without a residual addition (Ba, Kiros and Hinton 2016; Zhang and Sennrich
-// 2019). A thread owns whole rows. A row is read from memory once, and fetched while the one before is
-// computed on; it stays in the cache as floats for the mean, the variance (in two passes, so that a large
-// mean cancels nothing) and the output. The backward writes dx and, for each run of rows, one partial sum of
-// dweight and dbias; the runs are then added in order. Bytes per element, in sizes of T: forward 2, with a
-// residual 4; backward 3, with dsum 4.
+// 2019). A thread owns whole rows. A row is read from memory once, fetched while the ones before are computed
+// on, and stays in the cache for its output. The backward writes dx and, for each run of rows, one partial
+// sum of dweight and dbias; the runs are then added in order. Bytes per element, in sizes of T: forward 2,
+// with a residual 4; backward 3, with dsum 4.
 #include "layer_norm.h"
 
 #include <cmath>
+#include <memory>
 #include <type_traits>
-#include <vector>
 
 #include "cpu/memory.h"
+#include "cpu/pairs.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 
 namespace lspm::cpu {
 namespace {
@@ -23,16 +22,82 @@ bool streams(T* out, const LayerNormShape& s) {
   const int64_t bytes = s.rows * s.cols * int64_t(sizeof(T));
   if (!out || bytes < kLargeBytes) return false;
   prefer_huge_pages(out, bytes);
-  return reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(T)) == 0 && s.cols % kLanes == 0;
+  return reinterpret_cast<uintptr_t>(out) % sizeof(F) == 0 && s.cols % (2 * kLanes) == 0;
 }
 
-template <bool kStream, class T, class Lanes>
-void write(T* p, F v, Lanes lanes) {
+template <bool kStream, class T, class V, class Lanes>
+void write(T* p, V v, Lanes lanes) {
   if constexpr (kStream)
-    stream(p, v);
+    lanes.stream(p, v);
   else
     lanes.store(p, v);
 }
+
+// Weights as floats, in the order in which pairs of T lie; null where there are none.
+template <class T, class W>
+const float* ordered(const W* weights, int64_t cols, float* room) {
+  if constexpr (std::is_same_v<W, float> && !PairLanes<T>::kApart) return weights;
+  if (!weights) return nullptr;
+  for_each_pair<T>(0, cols,
+                   [&](int64_t i, auto lanes) { lanes.store(room + i, lanes.load_ordered(weights + i)); });
+  return room;
+}
+
+// The mean and the sum of squared deviations of a row that is seen once. Eight vectors at a time stay in
+// registers until their own mean, lane by lane, is known; what lies between these means and the row's is
+// added in the end (Chan, Golub and LeVeque 1979). So a large mean cancels nothing, and no second pass over
+// the row is needed.
+template <class T>
+class RowStatistics {
+ public:
+  static int64_t room(int64_t cols) { return cols / kGroup + 8 * kLanes + kLanes; }
+
+  // value(i, lanes) gives the row's elements from i on. `centers` is room for what lies between.
+  template <class Value>
+  RowStatistics(int64_t cols, bool centered, float* centers, Value value) : cols_(cols), centers_(centers) {
+    int64_t i = 0;
+    for (; i + kGroup * kLanes <= cols; i += kGroup * kLanes, ++groups_) {
+      Pair v[kGroup / 2];
+#pragma GCC unroll 4
+      for (int p = 0; p < kGroup / 2; ++p) v[p] = value(i + 2 * p * kLanes, PairLanes<T>{});
+      const F sum = joined((v[0] + v[1]) + (v[2] + v[3]));
+      const F center = centered ? sum * (1.0f / kGroup) : F{};
+      total_ += sum;
+      store(centers + groups_ * kLanes, center);
+#pragma GCC unroll 4
+      for (Pair& p : v) p = {p.first - center, p.second - center};
+      squares_ += joined((v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]));
+    }
+    rest_ = i;
+    for_each_pair<T>(i, cols, [&](int64_t at, auto lanes) {
+      const auto v = lanes.keep(value(at, lanes));
+      total_ += joined(v);
+      lanes.store(centers + groups_ * kLanes + at - rest_, v);
+    });
+  }
+
+  float mean() const { return sum(total_) / cols_; }
+  // The sum of squared deviations from `mean`.
+  float squares(float mean) const {
+    F between{}, rest{};
+    for (int64_t g = 0; g < groups_; ++g) {
+      const F d = load(centers_ + g * kLanes) - mean;
+      between += d * d;
+    }
+    for_each_vector(cols_ - rest_, [&](int64_t i, auto lanes) {
+      const F d = lanes.keep(lanes.load(centers_ + groups_ * kLanes + i) - mean);
+      rest += d * d;
+    });
+    return sum(squares_ + between * float(kGroup) + rest);
+  }
+
+ private:
+  static constexpr int kGroup = 8;
+
+  int64_t cols_, groups_ = 0, rest_ = 0;  // rest_: where the groups end
+  float* centers_;
+  F total_{}, squares_{};
+};
 
 template <class T, class W>
 struct Forward {
@@ -43,68 +108,58 @@ struct Forward {
   const LayerNormShape& shape;
   float eps;
 
-  // Rows go together while all of them fit into the first-level cache as floats: their sums then need not
-  // wait for each other, and the weights are read once for all.
-  static constexpr int kTogether = 4;
-  static constexpr int64_t kMaxColsTogether = 2048;
+  struct Scratch {
+    const float *weight, *bias;
+    T* sums;         // the row, where it is a sum
+    float* centers;  // of RowStatistics
+  };
 
   template <bool kStream>
   void rows(int64_t begin, int64_t end) const {
-    std::vector<float> floats(kTogether * shape.cols);
-    const auto run = [&](auto has_residual) {
-      constexpr bool kResidual = decltype(has_residual)::value;
-      if (shape.cols <= kMaxColsTogether)
-        for (; begin + kTogether <= end; begin += kTogether)
-          block<kStream, kResidual, kTogether>(begin, floats.data());
-      for (; begin < end; ++begin) block<kStream, kResidual, 1>(begin, floats.data());
-    };
-    residual ? run(std::true_type{}) : run(std::false_type{});
+    const int64_t cols = shape.cols;
+    const std::unique_ptr<float[]> floats(new float[2 * cols + RowStatistics<T>::room(cols)]);
+    const std::unique_ptr<T[]> sums(residual ? new T[cols] : nullptr);
+    const Scratch w{ordered<T>(weight, cols, floats.get()), ordered<T>(bias, cols, floats.get() + cols),
+                    sums.get(), floats.get() + 2 * cols};
+    for (; begin < end; ++begin) residual ? row<kStream, true>(begin, w) : row<kStream, false>(begin, w);
     if (kStream) stream_fence();
   }
 
-  // kRows rows from r on. `floats` is room for them as floats, where they are not that already.
-  template <bool kStream, bool kResidual, int kRows>
-  void block(int64_t r, float* floats) const {
+  // Each of the two passes over a row fetches half of the row after the next.
+  template <bool kStream, bool kResidual>
+  void row(int64_t r, const Scratch& w) const {
     // Locals, as a store through a pointer may change a member as far as the compiler knows.
     const int64_t cols = shape.cols, at = r * cols;
-    const T *const x = this->x + at, *const residual = this->residual + at;
-    T *const sum = this->sum + at, *const y = this->y + at;
-    const W *const weight = this->weight, *const bias = this->bias;
-    float m[kRows], scale[kRows];
-    for (int k = 0; k < kRows; ++k) {
-      const int64_t row = k * cols;
-      const float total = sum_of(cols, [&](int64_t i, auto lanes) {
-        F v = lanes.load(x + row + i);
-        if constexpr (kResidual) {
-          v = rounded<T>(v + lanes.load(residual + row + i));
-          write<kStream>(sum + row + i, v, lanes);
-        }
-        if constexpr (kResidual || !std::is_same_v<T, float>) lanes.store(floats + row + i, v);
-        return v;
-      });
-      m[k] = shape.centered ? total / cols : 0.0f;
-    }
-    if constexpr (!kResidual && std::is_same_v<T, float>) floats = const_cast<float*>(x);  // read only
-    for (int k = 0; k < kRows; ++k) {
-      const float squares = sum_of(cols, [&](int64_t i, auto lanes) {
-        const F d = lanes.keep(lanes.load(floats + k * cols + i) - m[k]);
-        return d * d;
-      });
-      scale[k] = float(1.0 / std::sqrt(double(squares) / cols + eps));
-      if (mean) mean[r + k] = m[k];
-      if (rstd) rstd[r + k] = scale[k];
-    }
-    for (int k = 0; k < kRows; ++k) {
-      const int64_t row = k * cols;
-      for_each_vector(cols, [&](int64_t i, auto lanes) {
-        F v = (lanes.load(floats + row + i) - m[k]) * scale[k];
-        if (weight) v *= lanes.load(weight + i);
-        if (bias) v += lanes.load(bias + i);
-        write<kStream>(y + row + i, v, lanes);
-        prefetch(x + row + i + kRows * cols);
-        if constexpr (kResidual) prefetch(residual + row + i + kRows * cols);
-      });
-    }
+    const T *const x = this->x + at, *const residual = kResidual ? this->residual + at : nullptr;
+    T *const sum = kResidual ? this->sum + at : nullptr, *const y = this->y + at, *const sums = w.sums;
+    const float *const weight = w.weight, *const bias = w.bias;
+    const auto fetch = [&](int64_t pass, int64_t done) {
+      const int64_t next = 2 * cols + (pass * cols + done) / 2;
+      prefetch(x + next);
+      if constexpr (kResidual) prefetch(residual + next);
+    };
+    const RowStatistics<T> seen(cols, shape.centered, w.centers, [&](int64_t i, auto lanes) {
+      auto v = lanes.load(x + i);
+      if constexpr (kResidual) {
+        v = lanes.rounded(v + lanes.load(residual + i));
+        write<kStream>(sum + i, v, lanes);
+        lanes.store(sums + i, v);
+      }
+      fetch(0, i);
+      return v;
+    });
+    const float m = shape.centered ? seen.mean() : 0.0f;
+    const float scale = float(1.0 / std::sqrt(double(seen.squares(m)) / cols + eps));
+    if (mean) mean[r] = m;
+    if (rstd) rstd[r] = scale;
+    const T* const values = kResidual ? sums : x;
+    for_each_pair<T>(0, cols, [&](int64_t i, auto lanes) {
+      auto v = (lanes.load(values + i) - m) * scale;
+      if (weight) v *= lanes.load(weight + i);
+      if (bias) v += lanes.load(bias + i);
+      write<kStream>(y + i, v, lanes);
+      fetch(1, i);
+    });
   }
 };
 
@@ -116,45 +171,51 @@ struct Backward {
   T* dx;
   const LayerNormShape& shape;
 
-  // dx of kRows rows from r on, and their share of dweight and dbias added to dw and db (floats, or null).
-  // Rows go together because a sum over them is read and written once for all, and rounded less often.
+  // dx of kRows rows from r on, and their share of dweight and dbias added to dw and db (floats in the order
+  // of pairs of T, or null). Rows go together because a sum over them is read and written once for all, and
+  // rounded less often. Each of the two passes over the rows fetches half of those that come next.
   template <bool kStream, int kRows>
-  void block(int64_t r, float* dw, float* db) const {
+  void block(int64_t r, const float* weight, float* dw, float* db) const {
     const int64_t cols = shape.cols, at = r * cols;
     const T *const dy = this->dy + at, *const sum = this->sum + at;
     const T* const dsum = this->dsum ? this->dsum + at : nullptr;
     T* const dx = this->dx + at;
-    const W* const weight = this->weight;
     float m[kRows], scale[kRows], g_mean[kRows], gn_mean[kRows];
+    const auto fetch = [&](int64_t pass, int64_t done) {
+      const int64_t next = (kRows * (2 + pass) * cols + done) / 2;
+      prefetch(dy + next);
+      prefetch(sum + next);
+      if (dsum) prefetch(dsum + next);
+    };
     for (int k = 0; k < kRows; ++k) {
       m[k] = mean ? mean[r + k] : 0.0f;
       scale[k] = rstd[r + k];
       const int64_t row = k * cols;
-      F gradients{};
-      const float products = sum_of(cols, [&](int64_t i, auto lanes) {
-        const F normal = lanes.keep((lanes.load(sum + row + i) - m[k]) * scale[k]);
-        const F d = lanes.load(dy + row + i);
-        const F g = weight ? d * lanes.load(weight + i) : d;
-        gradients += g;
-        if (dsum) prefetch(dsum + row + i);
-        return g * normal;
+      F gradients{}, products{};
+      for_each_pair<T>(0, cols, [&](int64_t i, auto lanes) {
+        const auto normal = lanes.keep((lanes.load(sum + row + i) - m[k]) * scale[k]);
+        auto g = lanes.load(dy + row + i);
+        if (weight) g *= lanes.load(weight + i);
+        gradients += joined(g);
+        products += joined(g * normal);
+        fetch(0, row + i);
       });
       g_mean[k] = shape.centered ? lspm::sum(gradients) / cols : 0.0f;
-      gn_mean[k] = products / cols;
+      gn_mean[k] = lspm::sum(products) / cols;
     }
-    for_each_vector(cols, [&](int64_t i, auto lanes) {
-      F products[kRows], gradients[kRows];
+    for_each_pair<T>(0, cols, [&](int64_t i, auto lanes) {
+      decltype(lanes.load(dy)) products[kRows], gradients[kRows];
 #pragma GCC unroll 4
       for (int k = 0; k < kRows; ++k) {
         const int64_t row = k * cols + i;
-        const F normal = (lanes.load(sum + row) - m[k]) * scale[k];
-        const F d = lanes.load(dy + row);
-        const F g = weight ? d * lanes.load(weight + i) : d;
-        F v = (g - g_mean[k] - normal * gn_mean[k]) * scale[k];
+        const auto normal = (lanes.load(sum + row) - m[k]) * scale[k];
+        const auto d = lanes.load(dy + row);
+        auto g = d;
+        if (weight) g *= lanes.load(weight + i);
+        auto v = (g - g_mean[k] - normal * gn_mean[k]) * scale[k];
         if (dsum) v += lanes.load(dsum + row);
         write<kStream>(dx + row, v, lanes);
-        prefetch(dy + row + kRows * cols);
-        prefetch(sum + row + kRows * cols);
+        fetch(1, i * kRows + k * 2 * kLanes);
         products[k] = d * normal;
         gradients[k] = d;
       }
@@ -164,32 +225,38 @@ struct Backward {
   }
 
   template <bool kStream>
-  void rows(int64_t begin, int64_t end, float* dw, float* db) const {
-    for (; begin + 4 <= end; begin += 4) block<kStream, 4>(begin, dw, db);
-    for (; begin < end; ++begin) block<kStream, 1>(begin, dw, db);
+  void rows(int64_t begin, int64_t end, const float* weight, float* dw, float* db) const {
+    for (; begin + 4 <= end; begin += 4) block<kStream, 4>(begin, weight, dw, db);
+    for (; begin < end; ++begin) block<kStream, 1>(begin, weight, dw, db);
     if (kStream) stream_fence();
   }
 
-  static F total(const F (&v)[1]) { return v[0]; }
-  static F total(const F (&v)[4]) { return (v[0] + v[1]) + (v[2] + v[3]); }
+  template <class V>
+  static V total(const V (&v)[1]) {
+    return v[0];
+  }
+  template <class V>
+  static V total(const V (&v)[4]) {
+    return (v[0] + v[1]) + (v[2] + v[3]);
+  }
 };
 
 // total[i] = the sum of first[p * stride + i] over p in order, with the rounding errors carried along
-// (Knuth's two-sum): as many terms as there are runs would otherwise cost a digit.
-template <class W>
+// (Knuth's two-sum): as many terms as there are runs would otherwise cost a digit. The runs lie in the order
+// of pairs of T.
+template <class T, class W>
 void add_runs(const float* first, int64_t stride, W* total, const LayerNormShape& s, int threads) {
   if (!total) return;
-  const int64_t vectors = (s.cols + kLanes - 1) / kLanes;
-  parallel_for(vectors, s.partials * s.cols, threads, [&](int64_t begin, int64_t end) {
-    const int64_t from = begin * kLanes, to = std::min(end * kLanes, s.cols);
-    for_each_vector(to - from, [&](int64_t i, auto lanes) {
-      F v{}, lost{};
+  constexpr int64_t kUnit = 2 * kLanes;
+  parallel_for((s.cols + kUnit - 1) / kUnit, s.partials * s.cols, threads, [&](int64_t begin, int64_t end) {
+    for_each_pair<T>(begin * kUnit, std::min(end * kUnit, s.cols), [&](int64_t i, auto lanes) {
+      decltype(lanes.load(first)) v{}, lost{};
       for (int64_t p = 0; p < s.partials; ++p) {
-        const F term = lanes.load(first + p * stride + from + i), next = v + term, seen = next - v;
+        const auto term = lanes.load(first + p * stride + i), next = v + term, seen = next - v;
         lost += (v - (next - seen)) + (term - seen);
         v = next;
       }
-      lanes.store(total + from + i, v + lost);
+      lanes.store_ordered(total + i, v + lost);
     });
   });
 }
@@ -210,11 +277,8 @@ void forward(const void* x, const void* residual, const void* weight, const void
                 eps};
   const bool stream = streams(job.y, s) & (streams(job.sum, s) | !sum);
   const auto rows = stream ? &Job::template rows<true> : &Job::template rows<false>;
-  // Whole blocks for every thread: a row is computed by the same code for any number of them.
-  constexpr int64_t kBlock = Job::kTogether;
-  parallel_for((s.rows + kBlock - 1) / kBlock, s.rows * s.cols, threads, [&](int64_t begin, int64_t end) {
-    (job.*rows)(begin * kBlock, std::min(end * kBlock, s.rows));
-  });
+  parallel_for(s.rows, s.rows * s.cols, threads,
+               [&](int64_t begin, int64_t end) { (job.*rows)(begin, end); });
 }
 
 template <class T, class W>
@@ -233,16 +297,18 @@ void backward(const void* dy, const void* dsum, const void* sum, const float* me
   const bool stream = streams(job.dx, s);
   const int64_t run = s.rows_per_partial();
   parallel_for(s.partials, s.rows * s.cols, threads, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> room(new float[s.cols]);
+    const float* const weights = ordered<T>(job.weight, s.cols, room.get());
     for (int64_t p = begin; p < end; ++p) {
       float *dw = partial + 2 * p * s.cols, *db = dw + s.cols;
       std::fill(dw, db + s.cols, 0.0f);
       const int64_t from = std::min(p * run, s.rows), to = std::min(from + run, s.rows);
       const auto rows = stream ? &Job::template rows<true> : &Job::template rows<false>;
-      (job.*rows)(from, to, dweight ? dw : nullptr, dbias ? db : nullptr);
+      (job.*rows)(from, to, weights, dweight ? dw : nullptr, dbias ? db : nullptr);
     }
   });
-  add_runs(partial, 2 * s.cols, static_cast<W*>(dweight), s, threads);
-  add_runs(partial + s.cols, 2 * s.cols, static_cast<W*>(dbias), s, threads);
+  add_runs<T>(partial, 2 * s.cols, static_cast<W*>(dweight), s, threads);
+  add_runs<T>(partial + s.cols, 2 * s.cols, static_cast<W*>(dbias), s, threads);
 }
 
 // Calls f(T{}, W{}) for the shape's two element types.

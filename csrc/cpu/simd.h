@@ -69,6 +69,22 @@ inline __m256i to_bf16(F v) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
 }
 #endif
+// Element i of the result holds a[i] in its low half and b[i] in its high half.
+inline U to_pairs(F a, F b) {
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+  return reinterpret_cast<U>(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+#else
+  const auto rounded = [](F v) {
+    const U u = reinterpret_cast<U>(v);
+    return v != v ? u | 0x400000u : u + 0x7fffu + ((u >> 16) & 1u);
+  };
+  return (rounded(a) >> 16) | (rounded(b) & 0xffff0000u);
+#endif
+}
 inline void store(bf16* p, F v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v));
@@ -146,18 +162,15 @@ inline void stream(float* p, F v) {
   store(p, v);
 #endif
 }
-inline void stream(bf16* p, F v) {
+inline void stream(f16* p, F a, F b) {  // two vectors, which are one whole line
 #if defined(__AVX512F__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(v));
+  const __m256i low = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i high = _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p),
+                      _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 #else
-  store(p, v);
-#endif
-}
-inline void stream(f16* p, F v) {
-#if defined(__AVX512F__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#else
-  store(p, v);
+  store(p, a);
+  store(p + kLanes, b);
 #endif
 }
 // Streamed stores are ordered with nothing; this orders those of the calling thread before what follows.
@@ -258,6 +271,22 @@ inline void transpose(F (&rows)[kLanes]) {
       rows[i + half] = __builtin_shuffle(a, b, high);
     }
   }
+}
+
+// Turns (a, b), one after the other, into their even and their odd elements; zip() is the way back.
+inline void unzip(F& a, F& b) {
+  U even;
+  for (int i = 0; i < kLanes; ++i) even[i] = 2 * i;
+  const F first = __builtin_shuffle(a, b, even);
+  b = __builtin_shuffle(a, b, even + 1);
+  a = first;
+}
+inline void zip(F& a, F& b) {
+  U low;
+  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + (i & 1) * kLanes;
+  const F first = __builtin_shuffle(a, b, low);
+  b = __builtin_shuffle(a, b, low + kLanes / 2);
+  a = first;
 }
 
 // Whole vectors, or the first n lanes of one: for_each_vector() hands one of the two to its body.

@@ -13,14 +13,25 @@ in_op = partial(Mutation, file="lspm_kernels/ops/layer_norm.py", tests=TESTS)
 MUTATIONS = [
     in_kernel(
         name="cpu: the statistics see the sum before it is rounded",
-        old="v = rounded<T>(v + lanes.load(residual + row + i));",
-        new="v = v + lanes.load(residual + row + i);",
+        old="v = lanes.rounded(v + lanes.load(residual + i));",
+        new="v = v + lanes.load(residual + i);",
     ),
-    in_kernel(name="cpu: eps lost", old="double(squares) / cols + eps", new="double(squares) / cols"),
+    in_kernel(name="cpu: eps lost", old="/ cols + eps))", new="/ cols))"),
     in_kernel(
         name="cpu: lanes beyond the row counted into the variance",
-        old="const F d = lanes.keep(lanes.load(floats + k * cols + i) - m[k]);",
-        new="const F d = lanes.load(floats + k * cols + i) - m[k];",
+        old="const F d = lanes.keep(lanes.load(centers_ + groups_ * kLanes + i) - mean);",
+        new="const F d = lanes.load(centers_ + groups_ * kLanes + i) - mean;",
+    ),
+    in_kernel(
+        name="cpu: what lies between the means of groups counted once",
+        old="between * float(kGroup)",
+        new="between",
+    ),
+    in_kernel(
+        name="cpu: float32 weights read in the order of memory beside bfloat16",
+        file="csrc/cpu/pairs.h",
+        old="unzip(v.first, v.second);",
+        new="(void)0;",
     ),
     in_kernel(name="cpu: dsum dropped", old="if (dsum) v += lanes.load(dsum + row);", new=""),
     in_kernel(
@@ -35,8 +46,8 @@ MUTATIONS = [
     ),
     in_kernel(
         name="cpu: the last run is not added",
-        old="p < s.partials; ++p) {\n        const F",
-        new="p + 1 < s.partials; ++p) {\n        const F",
+        old="p < s.partials; ++p) {\n        const auto",
+        new="p + 1 < s.partials; ++p) {\n        const auto",
     ),
     in_op(
         name="op: weights that are not contiguous read as if they were",

@@ -1,0 +1,118 @@
+// Vectors taken two at a time, in whatever order their elements come apart with the fewest instructions.
+//
+// 32 bits of memory hold two bfloat16: the even elements are the low halves shifted up, the odd ones the high
+// halves as they stand. A loop over elements that never asks which is which so saves half of the conversions
+// and all of the shuffles, and a pair of either half type is one whole cache line to store. What meets
+// tensors of T must be in T's order too: see load_ordered().
+#pragma once
+#include <type_traits>
+
+#include "cpu/simd.h"
+
+namespace lspm {
+
+struct Pair {
+  F first, second;
+};
+#define LSPM_PAIR_OPERATOR(op)                                                                   \
+  inline Pair operator op(Pair a, Pair b) { return {a.first op b.first, a.second op b.second}; } \
+  inline Pair operator op(Pair a, float b) { return {a.first op b, a.second op b}; }             \
+  inline Pair& operator op## = (Pair & a, Pair b) { return a = a op b; }
+LSPM_PAIR_OPERATOR(+)
+LSPM_PAIR_OPERATOR(-)
+LSPM_PAIR_OPERATOR(*)
+#undef LSPM_PAIR_OPERATOR
+
+inline F joined(F v) { return v; }
+inline F joined(Pair v) { return v.first + v.second; }
+
+// The two halves of what 32-bit elements hold as bfloat16, and back.
+inline Pair apart(U u) { return {reinterpret_cast<F>(u << 16), reinterpret_cast<F>(u & 0xffff0000u)}; }
+inline U together(Pair v) { return to_pairs(v.first, v.second); }
+
+// Two vectors of elements of T in T's own order; the interface is that of AllLanes and FirstLanes.
+template <class T>
+struct PairLanes {
+  static constexpr bool kApart = std::is_same_v<T, bf16>;
+
+  template <class S>
+  Pair load(const S* p) const {
+    if constexpr (std::is_same_v<S, bf16>) {
+      U u;
+      std::memcpy(&u, p, sizeof u);
+      return apart(u);
+    } else {
+      return {lspm::load(p), lspm::load(p + kLanes)};
+    }
+  }
+  // Parameters of T or float, which lie one after the other, put into T's order.
+  template <class S>
+  Pair load_ordered(const S* p) const {
+    Pair v = load(p);
+    if constexpr (kApart && std::is_same_v<S, float>) unzip(v.first, v.second);
+    return v;
+  }
+
+  void store(bf16* p, Pair v) const {
+    const U u = together(v);
+    std::memcpy(p, &u, sizeof u);
+  }
+  template <class S>
+  void store(S* p, Pair v) const {
+    lspm::store(p, v.first);
+    lspm::store(p + kLanes, v.second);
+  }
+  template <class S>
+  void store_ordered(S* p, Pair v) const {
+    if constexpr (kApart && std::is_same_v<S, float>) zip(v.first, v.second);
+    store(p, v);
+  }
+
+  void stream(bf16* p, Pair v) const {
+    lspm::stream(reinterpret_cast<float*>(p), reinterpret_cast<F>(together(v)));
+  }
+  void stream(float* p, Pair v) const {
+    lspm::stream(p, v.first);
+    lspm::stream(p + kLanes, v.second);
+  }
+  void stream(f16* p, Pair v) const { lspm::stream(p, v.first, v.second); }
+
+  // v as it is after a store to T and a load from it.
+  Pair rounded(Pair v) const {
+    if constexpr (kApart)
+      return apart(together(v));
+    else
+      return {lspm::rounded<T>(v.first), lspm::rounded<T>(v.second)};
+  }
+  Pair keep(Pair v) const { return v; }
+};
+// The same interface for what is left over at the end: single vectors, or the first lanes of one.
+template <class T, class Lanes>
+struct Single : Lanes {
+  template <class... N>
+  explicit Single(N... n) : Lanes{n...} {}
+  template <class S>
+  F load_ordered(const S* p) const {
+    return Lanes::load(p);
+  }
+  template <class S>
+  void store_ordered(S* p, F v) const {
+    Lanes::store(p, v);
+  }
+  template <class S>
+  void stream(S* p, F v) const {
+    Lanes::store(p, v);
+  }
+  F rounded(F v) const { return lspm::rounded<T>(v); }
+};
+
+// Calls body(i, lanes) for each pair of vectors of [begin, n), then for what is left over.
+template <class T, class Body>
+inline void for_each_pair(int64_t begin, int64_t n, Body body) {
+  int64_t i = begin;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) body(i, PairLanes<T>{});
+  if (i + kLanes <= n) body(i, Single<T, AllLanes>{}), i += kLanes;
+  if (i < n) body(i, Single<T, FirstLanes>(int(n - i)));
+}
+
+}  // namespace lspm
