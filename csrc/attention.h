@@ -1,13 +1,17 @@
 // Scaled dot-product attention over heads, queries and keys; key heads may be fewer than query heads.
 //
-//   p = softmax(q k^T * scale), out = p v
+//   s = cap(q k^T * scale) - slope |i + shift - j| + bias + mask,  cap(s) = softcap tanh(s / softcap)
+//   p = softmax(s), where a sink of the head adds exp(sink) to the denominator;  out = dropout(p) v
 //
-// The last query sees the last key where attention is causal: query i sees keys [0, i + keys - queries].
-// A query that sees no key gives 0, and no gradient.
+// Query i stands at key i + shift and sees `left` keys before it and `right` behind it. A query that sees no
+// key gives 0, and no gradient. Element (i, j) is dropped where word j / 16 % 4 of Philox4x32-10 of the
+// counter (j / 64 * 16 + j % 16, i, head, batch) under the key `seed` is below dropout * 2^32; others are
+// divided by 1 - dropout.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
-#include "dtype.h"
+#include "heads.h"
 
 namespace lspm {
 
@@ -15,38 +19,41 @@ struct AttentionShape {
   int64_t batch, heads, kv_heads, queries, keys;  // heads is a multiple of kv_heads
   int64_t head_dim, value_dim;                    // 1 to 256
   DType dtype;                                    // of q, k, v, out and their gradients: f32, bf16 or f16
-  float scale;
-  bool causal;
+  int64_t left, right;                            // of the window; below 0: all
+  int64_t shift;
+  float scale, softcap, dropout;  // softcap 0: none
+  uint64_t seed;
 
   int64_t group() const { return heads / kv_heads; }  // query heads to a key head
-  // Query i sees the keys [0, visible_keys(i)).
-  int64_t visible_keys(int64_t query) const {
-    if (!causal) return keys;
-    const int64_t last = query + keys - queries;
-    return last < 0 ? 0 : last + 1 < keys ? last + 1 : keys;
+  // Query i sees the keys [first_key(i), end_key(i)), none where that is empty. Both grow with i.
+  int64_t first_key(int64_t query) const { return left < 0 ? 0 : std::max<int64_t>(0, query + shift - left); }
+  int64_t end_key(int64_t query) const {
+    return right < 0 ? keys : std::clamp<int64_t>(query + shift + right + 1, 0, keys);
   }
 };
 
-// A tensor (batch, heads, rows, dim): where it begins and its strides in elements. The last stride is 1.
-struct HeadsView {
-  void* data;
-  int64_t batch_stride, head_stride, row_stride;
-
-  template <class T>
-  T* at(int64_t batch, int64_t head, int64_t row = 0) const {
-    return static_cast<T*>(data) + batch * batch_stride + head * head_stride + row * row_stride;
-  }
+struct AttentionExtras {  // data: or null
+  ScoresView bias, mask;  // of a mask with dtype b8, what is false is hidden
+  ScoresView slopes;      // (batch, heads, 1, 1), f32
+  const float* sinks;     // (heads), or null
 };
 
 namespace cpu {
-// lse: (batch, heads, queries), the logarithm of each softmax's denominator; -inf where a query sees no key.
-void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
-                       float* lse, const AttentionShape& shape, int threads);
+// lse: (batch, heads, queries), the logarithm of each softmax's denominator; -inf where that is 0.
+// statistics: (2, batch, heads, queries), each row's maximum and the inverse of its denominator less that; 0
+// where it is 0.
+void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& v,
+                       const AttentionExtras& extras, const HeadsView& out, float* lse, float* statistics,
+                       const AttentionShape& shape, int threads);
 
-// delta: (batch, heads, queries), scratch: the dot product of each row of dout with that of out.
-void attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k, const HeadsView& v,
-                        const HeadsView& out, const float* lse, const HeadsView& dq, const HeadsView& dk,
-                        const HeadsView& dv, float* delta, const AttentionShape& shape, int threads);
+// dlse: (batch, heads, queries), or null. delta: the same size, an output: of each row the sum of p times its
+// gradient, less dlse; the gradient of a sink follows from it. dbias: floats, zeros before the call, with
+// strides of 0 where bias has them, but not over keys; data: or null.
+void attention_backward(const HeadsView& dout, const float* dlse, const HeadsView& q, const HeadsView& k,
+                        const HeadsView& v, const AttentionExtras& extras, const HeadsView& out,
+                        const float* statistics, const HeadsView& dq, const HeadsView& dk,
+                        const HeadsView& dv, const ScoresView& dbias, float* delta,
+                        const AttentionShape& shape, int threads);
 }  // namespace cpu
 
 }  // namespace lspm

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <tuple>
 #include <utility>
 
 #include "attention.h"
@@ -107,35 +109,79 @@ lspm::HeadsView heads_view(const TensorView& x, const char* name, const TensorVi
   return {x.data(name, q, q.dtype()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
+// `dtypes` of what may broadcast over (batch, heads, queries, keys).
+lspm::ScoresView scores_view(const OptionalView& view, const char* name, const TensorView& q,
+                             const lspm::AttentionShape& s, std::initializer_list<DType> dtypes) {
+  if (!view) return {nullptr, 0, 0, 0, 0, DType::f32};
+  const int64_t sizes[] = {s.batch, s.heads, s.queries, s.keys};
+  int64_t strides[4];
+  if (view->dim() != 4) TensorView::refuse(name, "have four dimensions");
+  for (int d = 0; d < 4; ++d) {
+    if (view->size(d) != 1 && view->size(d) != sizes[d]) TensorView::refuse(name, "broadcast to the scores");
+    strides[d] = view->size(d) == 1 ? 0 : view->stride(d);
+  }
+  if (std::find(dtypes.begin(), dtypes.end(), view->dtype()) == dtypes.end())
+    TensorView::refuse(name, "have a dtype that the contract names");
+  return {view->data(name, q, view->dtype()), strides[0], strides[1], strides[2], strides[3], view->dtype()};
+}
+
+lspm::AttentionExtras attention_extras(const TensorView& q, const OptionalView& bias,
+                                       const OptionalView& mask, const OptionalView& slopes,
+                                       const OptionalView& sinks, const lspm::AttentionShape& s) {
+  const auto of = [&](const OptionalView& view, const char* name, std::initializer_list<DType> dtypes) {
+    return scores_view(view, name, q, s, dtypes);
+  };
+  return {of(bias, "bias", {DType::f32, s.dtype}), of(mask, "mask", {DType::f32, s.dtype, DType::b8}),
+          of(slopes, "slopes", {DType::f32}),
+          static_cast<const float*>(optional(sinks, "sinks", q, DType::f32, s.heads))};
+}
+
+// scale, softcap, dropout.
+using Scalars = std::tuple<float, float, float>;
+// left, right, shift, seed.
+using Window = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
 lspm::AttentionShape attention_shape(const TensorView& q, const TensorView& k, const TensorView& v,
-                                     bool causal, float scale) {
+                                     const Window& window, const Scalars& scalars) {
   check_first(q, "q");
+  const auto [left, right, shift, seed] = window;
+  const auto [scale, softcap, dropout] = scalars;
   const lspm::AttentionShape s{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2),
-                               q.size(3), v.size(3), q.dtype(), scale,     causal};
+                               q.size(3), v.size(3), q.dtype(), left,      right,
+                               shift,     scale,     softcap,   dropout,   uint64_t(seed)};
   if (s.head_dim < 1 || s.head_dim > 256 || s.value_dim < 1 || s.value_dim > 256)
     TensorView::refuse("q, k and v", "have 1 to 256 dims to a head");
   if (s.kv_heads < 1 || s.heads % s.kv_heads)
     TensorView::refuse("k", "have a number of heads that divides q's");
+  if (!(dropout >= 0 && dropout < 1)) TensorView::refuse("dropout", "be at least 0 and below 1");
   return s;
 }
 
-void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
-                       const TensorView& lse, bool causal, float scale, int threads) {
-  const auto s = attention_shape(q, k, v, causal, scale);
+void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v,
+                       const OptionalView& bias, const OptionalView& mask, const OptionalView& slopes,
+                       const OptionalView& sinks, const TensorView& out, const TensorView& lse,
+                       const TensorView& statistics, const Window& window, const Scalars& scalars,
+                       int threads) {
+  const auto s = attention_shape(q, k, v, window, scalars);
   const auto tq = heads_view(q, "q", q, s.batch, s.heads, s.queries, s.head_dim);
   const auto tk = heads_view(k, "k", q, s.batch, s.kv_heads, s.keys, s.head_dim);
   const auto tv = heads_view(v, "v", q, s.batch, s.kv_heads, s.keys, s.value_dim);
   const auto to = heads_view(out, "out", q, s.batch, s.heads, s.queries, s.value_dim);
+  const auto extras = attention_extras(q, bias, mask, slopes, sinks, s);
   auto* pl = static_cast<float*>(lse.contiguous("lse", q, DType::f32, s.batch * s.heads * s.queries));
+  auto* ps = static_cast<float*>(
+      statistics.contiguous("statistics", q, DType::f32, 2 * s.batch * s.heads * s.queries));
   py::gil_scoped_release unlocked;
-  backend::attention_forward(tq, tk, tv, to, pl, s, WHERE(q, threads));
+  backend::attention_forward(tq, tk, tv, extras, to, pl, ps, s, WHERE(q, threads));
 }
 
-void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
-                        const TensorView& out, const TensorView& lse, const TensorView& dq,
-                        const TensorView& dk, const TensorView& dv, const TensorView& delta, bool causal,
-                        float scale, int threads) {
-  const auto s = attention_shape(q, k, v, causal, scale);
+void attention_backward(const TensorView& dout, const OptionalView& dlse, const TensorView& q,
+                        const TensorView& k, const TensorView& v, const OptionalView& bias,
+                        const OptionalView& mask, const OptionalView& slopes, const OptionalView& sinks,
+                        const TensorView& out, const TensorView& statistics, const TensorView& dq,
+                        const TensorView& dk, const TensorView& dv, const OptionalView& dbias,
+                        const TensorView& delta, const Window& window, const Scalars& scalars, int threads) {
+  const auto s = attention_shape(q, k, v, window, scalars);
   const int64_t rows = s.batch * s.heads * s.queries;
   const auto of_queries = [&](const TensorView& x, const char* name, int64_t dim) {
     return heads_view(x, name, q, s.batch, s.heads, s.queries, dim);
@@ -147,10 +193,16 @@ void attention_backward(const TensorView& dout, const TensorView& q, const Tenso
   const auto tq = of_queries(q, "q", s.head_dim), tdq = of_queries(dq, "dq", s.head_dim);
   const auto tk = of_keys(k, "k", s.head_dim), tdk = of_keys(dk, "dk", s.head_dim);
   const auto tv = of_keys(v, "v", s.value_dim), tdv = of_keys(dv, "dv", s.value_dim);
-  const auto* pl = static_cast<const float*>(lse.contiguous("lse", q, DType::f32, rows));
+  const auto extras = attention_extras(q, bias, mask, slopes, sinks, s);
+  const auto tdbias = scores_view(dbias, "dbias", q, s, {DType::f32});
+  if (tdbias.data && !tdbias.key_stride && s.keys > 1)
+    TensorView::refuse("dbias", "have a gradient for each key");
+  const auto* pdl = static_cast<const float*>(optional(dlse, "dlse", q, DType::f32, rows));
+  const auto* pl = static_cast<const float*>(statistics.contiguous("statistics", q, DType::f32, 2 * rows));
   auto* pd = static_cast<float*>(delta.contiguous("delta", q, DType::f32, rows));
   py::gil_scoped_release unlocked;
-  backend::attention_backward(tdout, tq, tk, tv, tout, pl, tdq, tdk, tdv, pd, s, WHERE(q, threads));
+  backend::attention_backward(tdout, pdl, tq, tk, tv, extras, tout, pl, tdq, tdk, tdv, tdbias, pd, s,
+                              WHERE(q, threads));
 }
 #endif
 
@@ -171,10 +223,14 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         py::arg("dweight").none(true), py::arg("dbias").none(true), py::arg("partial"), py::arg("centered"),
         py::arg("threads"));
 #ifndef LSPM_CUDA
-  m.def("attention_forward", &attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
-        py::arg("lse"), py::arg("causal"), py::arg("scale"), py::arg("threads"));
-  m.def("attention_backward", &attention_backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("out"), py::arg("lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"),
-        py::arg("causal"), py::arg("scale"), py::arg("threads"));
+  const auto arg = [](const char* name) { return py::arg(name); };
+  const auto maybe = [](const char* name) { return py::arg(name).none(true); };
+  m.def("attention_forward", &attention_forward, arg("q"), arg("k"), arg("v"), maybe("bias"), maybe("mask"),
+        maybe("slopes"), maybe("sinks"), arg("out"), arg("lse"), arg("statistics"), arg("window"),
+        arg("scalars"), arg("threads"));
+  m.def("attention_backward", &attention_backward, arg("dout"), maybe("dlse"), arg("q"), arg("k"), arg("v"),
+        maybe("bias"), maybe("mask"), maybe("slopes"), maybe("sinks"), arg("out"), arg("statistics"),
+        arg("dq"), arg("dk"), arg("dv"), maybe("dbias"), arg("delta"), arg("window"), arg("scalars"),
+        arg("threads"));
 #endif
 }

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
+#include <vector>
 
 namespace lspm::cpu {
 
@@ -38,5 +40,15 @@ void parallel_claim(int64_t n, int64_t work, int threads, Body body) {
 #pragma omp parallel num_threads(threads)
   body(next, omp_get_thread_num());
 }
+
+// Turns that threads take at what they share, each thing with turns of its own.
+struct Turns {
+  std::vector<std::atomic<int64_t>> turns;
+  explicit Turns(int64_t n) : turns(n) {}
+  void wait(int64_t i, int64_t turn) const {
+    while (turns[i].load(std::memory_order_acquire) != turn) std::this_thread::yield();
+  }
+  void pass(int64_t i, int64_t turn) { turns[i].store(turn + 1, std::memory_order_release); }
+};
 
 }  // namespace lspm::cpu

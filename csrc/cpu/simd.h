@@ -254,6 +254,54 @@ inline F exp(F x) {
 #endif
 }
 
+// The hyperbolic tangent, within 2 ulp: near 0 by a polynomial (Moshier's Cephes), elsewhere by exp().
+inline F tanh(F x) {
+  const F square = x * x;
+  F p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const F near = p * square * x + x;
+  const F size = x < 0.0f ? -x : x;
+  const F capped = size > 9.0f ? broadcast(9.0f) : size;  // from where it is 1
+  const F far = 1.0f - 2.0f / (exp(capped + capped) + 1.0f);
+  return size < 0.625f ? near : x < 0.0f ? -far : x != x ? x : far;
+}
+
+// `yes` where a byte at p is not 0.
+inline F select(const uint8_t* p, F yes, F no) {
+#if defined(__AVX512F__)
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_mask_mov_ps(no, _mm512_test_epi32_mask(bytes, bytes), yes);
+#else
+  for (int i = 0; i < kLanes; ++i) no[i] = p[i] ? yes[i] : no[i];
+  return no;
+#endif
+}
+
+// The two halves of the 64-bit products a * b.
+inline void multiply_wide(U a, uint32_t b, U& high, U& low) {
+#if defined(__AVX512F__)
+  const auto x = reinterpret_cast<__m512i>(a);
+  const __m512i y = _mm512_set1_epi32(int(b)), even = _mm512_mul_epu32(x, y);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+  low = reinterpret_cast<U>(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
+  high = reinterpret_cast<U>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
+#elif defined(__AVX2__)
+  const auto x = reinterpret_cast<__m256i>(a);
+  const __m256i y = _mm256_set1_epi32(int(b)), even = _mm256_mul_epu32(x, y);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+  low = reinterpret_cast<U>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+  high = reinterpret_cast<U>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = uint64_t(a[i]) * b;
+    low[i] = uint32_t(product);
+    high[i] = uint32_t(product >> 32);
+  }
+#endif
+}
+
 // Turns kLanes rows of kLanes 32-bit elements into columns.
 inline void transpose(F (&rows)[kLanes]) {
 #pragma GCC unroll 4

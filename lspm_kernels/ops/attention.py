@@ -3,24 +3,25 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import compiled, dispatch
+from lspm_kernels import checks, compiled, dispatch
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import attention as reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 256
+_ALL = -1  # what a kernel takes for a side of the window that has no bound
 
-
-def _cpu_forward(*args):
-    compiled.cpu.attention_forward(*args, torch.get_num_threads())
-
-
-def _cpu_backward(*args):
-    compiled.cpu.attention_backward(*args, torch.get_num_threads())
-
-
-BACKENDS = (Backend("cpu", "cpu", _FLOATS, _cpu_forward, _cpu_backward, compiled.nothing_missing),)
+BACKENDS = (
+    Backend(
+        "cpu",
+        "cpu",
+        _FLOATS,
+        compiled.cpu_kernel("attention_forward"),
+        compiled.cpu_kernel("attention_backward"),
+        compiled.nothing_missing,
+    ),
+)
 
 
 def _rows(x):
@@ -34,46 +35,89 @@ def _empty_rows(x, dim):
     return x.new_empty(B, T, H, dim).transpose(1, 2)
 
 
-def _forward(row, q, k, v, causal, scale, saves=True):
+def _window(q, k, left, right, top_left, seed):
+    return left, right, 0 if top_left else k.shape[2] - q.shape[2], seed
+
+
+def _forward(row, q, k, v, bias, mask, slopes, sinks, left, right, top_left, seed, *scalars, saves=True):
     out = _empty_rows(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    statistics = lse.new_empty(2, *lse.shape)
     if row is not None and lse.numel():
-        row.forward(_rows(q), _rows(k), _rows(v), out, lse, causal, scale)
-    return out, lse
+        window = _window(q, k, left, right, top_left, seed)
+        row.forward(
+            _rows(q), _rows(k), _rows(v), bias, mask, slopes, sinks, out, lse, statistics, window, scalars
+        )
+    return out, lse, statistics
 
 
-def _backward(row, dout, q, k, v, out, lse, causal, scale, saves=True):
+def _backward(
+    row, dout, dlse, q, k, v, bias, mask, slopes, sinks, out, statistics, wants_dbias,
+    left, right, top_left, seed, *scalars, saves=True,
+):  # fmt: skip
     dq, dk, dv = (_empty_rows(x, x.shape[-1]) for x in (q, k, v))
-    if row is not None and lse.numel():
-        q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
-        row.backward(dout, q, k, v, out, lse, dq, dk, dv, torch.empty_like(lse), causal, scale)
+    dbias = q.new_zeros(bias.shape if wants_dbias else 0, dtype=torch.float32)
+    wants_dbias = wants_dbias and bias.shape[-1] > 1
+    delta = torch.empty_like(statistics[0])
+    if row is not None and delta.numel():
+        window = _window(q, k, left, right, top_left, seed)
+        row.backward(
+            _rows(dout), None if dlse is None else dlse.contiguous(), _rows(q), _rows(k), _rows(v),
+            bias, mask, slopes, sinks, out, statistics, dq, dk, dv, dbias if wants_dbias else None, delta,
+            window, scalars,
+        )  # fmt: skip
     elif row is not None:
         dk.zero_()
         dv.zero_()
-    return dq, dk, dv
+        delta.zero_()
+    # What a sink has of the softmax takes no part in the output, so its score's gradient is -p delta.
+    dsink = None
+    if sinks is not None:
+        dsink = -(sinks[:, None] - statistics[0]).exp() * statistics[1] * delta  # (B, H, T_q)
+    dsinks = delta.new_empty(0) if dsink is None else dsink.sum((0, 2), dtype=torch.float64).float()
+    if (
+        dbias.numel() and not wants_dbias
+    ):  # one bias for a row: all gradients of its scores, which sum to dlse
+        total = torch.zeros_like(delta) if dlse is None else dlse.masked_fill(statistics[1] == 0, 0.0)
+        dbias = (total if dsink is None else total - dsink)[..., None].sum_to_size(dbias.shape)
+    return dq, dk, dv, dbias, dsinks
 
+
+_OPTIONS = "int left, int right, bool top_left, int seed, float scale, float softcap, float dropout"
+_EXTRAS = "Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? sinks"
 
 _attention_backward = Operator(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal,"
-    " float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_EXTRAS}, Tensor out,"
+    f" Tensor statistics, bool wants_dbias, {_OPTIONS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
     BACKENDS,
     _backward,
 )
 
 
 def _save(ctx, inputs, output):
-    q, k, v, ctx.causal, ctx.scale = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse)
-    ctx.mark_non_differentiable(lse)
+    *tensors, _, _, _, _, _, _, _ = inputs
+    ctx.options = inputs[len(tensors) :]
+    out, _, statistics = output
+    ctx.save_for_backward(*tensors, out, statistics)
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)  # an output that was not used has None for its gradient
 
 
-def _gradient(ctx, dout, _dlse):
-    return *_attention_backward(ctx.row, dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
+def _gradient(ctx, dout, dlse, _):
+    q, k, v, bias, mask, slopes, sinks, out, statistics = ctx.saved_tensors
+    wants_dbias = bias is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, dbias, dsinks = _attention_backward(
+        ctx.row, torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, bias, mask, slopes, sinks,
+        out, statistics, wants_dbias, *ctx.options,
+    )  # fmt: skip
+    dbias = dbias.to(bias.dtype) if wants_dbias else None
+    return dq, dk, dv, dbias, None, None, None if sinks is None else dsinks, *[None] * len(ctx.options)
 
 
 _attention = Operator(
-    "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale) -> (Tensor out, Tensor lse)",
+    f"attention(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_OPTIONS})"
+    " -> (Tensor out, Tensor lse, Tensor statistics)",
     BACKENDS,
     _forward,
     _save,
@@ -87,68 +131,81 @@ def attention(
     v: Tensor,
     *,
     causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    top_left: bool = False,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor:
-    """Attention of every query to the keys it sees: out = softmax(q k^T * scale) v.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every query to the keys it sees: out = dropout(softmax(s)) v, where
+
+        s = cap(q k^T * scale) - slope * |i - j| + bias + mask,    cap(s) = softcap * tanh(s / softcap)
 
     Tensors are read where they lie, whatever their strides, as long as the last dimension is contiguous; so
     views of packed projections, and (B, T, H, D).transpose(1, 2), cost no copy. Memory is linear in T_q and
-    T_k.
+    T_k, beside what bias, mask and a bias's gradient take themselves. A query that sees no key gives 0, and
+    no gradient.
 
     Args:
         q: (B, H, T_q, D), float32, bfloat16 or float16; sums are taken in float32. D from 1 to 256.
         k: (B, H_kv, T_k, D); H is a multiple of H_kv, and query head h reads key head h // (H / H_kv).
         v: (B, H_kv, T_k, Dv). Dv from 1 to 256.
-        causal: the last query sees all keys, each query before it one less. A query that sees no key gives 0,
-            and no gradient.
+        causal: a query sees no key behind its own place. The last query stands at the last key.
+        window: (left, right): how many keys before and behind its place a query sees; None: all.
+        top_left: the first query stands at the first key instead, as with torch's is_causal.
+        bias: float32 or q's dtype, broadcast to (B, H, T_q, T_k); it has a gradient.
+        mask: broadcast to (B, H, T_q, T_k): bool, True where a query sees, or added as a bias without
+            gradient, where -inf hides.
+        alibi_slopes: (H,) or (B, H): what a step between the places of query and key takes from a score.
+        softcap: scores stay within (-softcap, softcap); 0: no cap.
+        dropout_p: the share of probabilities that is dropped, from 0 to below 1.
+        seed: of dropout: which elements are dropped depends on it and their place alone. None draws one from
+            torch's default generator.
         scale: D ** -0.5 where None.
+        sinks: (H,): exp(sink) is added to each denominator of a head; it has a gradient.
+        return_lse: return the logarithms of the denominators too; they have a gradient.
         backend: "cpu" or "reference"; None takes the first that admits the call.
 
     Returns:
         out: (B, H, T_q, Dv), q's dtype; out.transpose(1, 2) is contiguous, so that joining the heads,
-        out.transpose(1, 2).reshape(B, T_q, H * Dv), is a view.
+        out.transpose(1, 2).reshape(B, T_q, H * Dv), is a view. With return_lse (out, lse), lse (B, H, T_q)
+        float32, -inf where a query sees no key and there is no sink.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device.
+        ValueError: an argument has the wrong shape, dtype, device or value.
         NotImplementedError: the backend asked for does not take this call.
 
-    Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1; Dao, "FlashAttention-2" (2023).
+    Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1; Dao, "FlashAttention-2" (2023);
+    Press et al., "Train Short, Test Long" (2022), for the slopes; Xiao et al., "Efficient Streaming Language
+    Models with Attention Sinks" (2024).
     """
-    q, k, v = _check(q, k, v)
+    q, k, v = checks.heads("attention", q, k, v, _MAX_DIM)
+    left, right = checks.window("attention", causal, window)
+    bias, mask = checks.scores("attention", q, k, bias, mask)
+    slopes = checks.per_head("attention", "alibi_slopes", alibi_slopes, q, (1, 2))
+    sinks = checks.per_head("attention", "sinks", sinks, q, (1,))
+    checks.number("attention", "softcap", softcap, 0.0, float("inf"))
+    checks.number("attention", "dropout_p", dropout_p, 0.0, 1.0)
+    seed = checks.seed("attention", seed) if dropout_p else 0
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     row = dispatch.pick("attention", BACKENDS, backend, q, k, v)
     if row is None:
-        return reference.attention(q, k, v, causal=causal, scale=scale)
-    return _attention(row, q, k, v, bool(causal), q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
-
-
-def _check(q, k, v):
-    """Checks the tensors; gives them in autocast's dtype where autocast is on, as torch's own op does."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-            got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"attention: {name} must be a floating-point tensor (B, H, T, D), got {got}")
-        if not 1 <= x.shape[-1] <= _MAX_DIM:
-            raise ValueError(f"attention: {name} must have a head dim of 1 to {_MAX_DIM}, got {x.shape[-1]}")
-    B, H, _, D = q.shape
-    _, H_kv, T_k, _ = k.shape
-    if k.shape[0] != B:
-        raise ValueError(f"attention: k must have q's batch size {B}, got {k.shape[0]}")
-    if k.shape[-1] != D:
-        raise ValueError(f"attention: k must have q's head dim {D}, got {k.shape[-1]}")
-    if (H_kv == 0 and H > 0) or (H_kv > 0 and H % H_kv):
-        raise ValueError(f"attention: k must have a number of heads that divides q's {H}, got {H_kv}")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(
-            f"attention: v must have k's batch, heads and length {B, H_kv, T_k}, got {tuple(v.shape[:-1])}"
-        )
-    for name, x in (("k", k), ("v", v)):
-        if x.device != q.device:
-            raise ValueError(f"attention: {name} must be on q's device {q.device}, got {x.device}")
-    if q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in (q, k, v))
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"attention: {name} must have q's dtype {q.dtype}, got {x.dtype}")
-    return q, k, v
+        return reference.attention(
+            q, k, v, window=(left, right), top_left=top_left, bias=bias, mask=mask, alibi_slopes=slopes,
+            softcap=softcap, dropout_p=dropout_p, seed=seed, scale=scale, sinks=sinks, return_lse=return_lse,
+        )  # fmt: skip
+    if slopes is not None:
+        slopes = slopes.float().expand(q.shape[:2])[..., None, None]
+    out, lse, _ = _attention(
+        row, q, k, v, bias, mask, slopes, None if sinks is None else sinks.float().contiguous(),
+        _ALL if left is None else left, _ALL if right is None else right, bool(top_left), seed,
+        scale, float(softcap), float(dropout_p),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out

@@ -1,20 +1,40 @@
 """Scaled dot-product attention in plain PyTorch: what the kernels compute."""
 
 import torch
-from torch import Tensor
+
+from lspm_kernels.reference import philox
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> Tensor:
-    """softmax(q k^T * scale) v in float32 at least; the last query sees the last key where causal."""
+def attention(q, k, v, *, causal=False, window=None, top_left=False, bias=None, mask=None, alibi_slopes=None,
+              softcap=0.0, dropout_p=0.0, seed=0, scale=None, sinks=None, return_lse=False):  # fmt: skip
+    """softmax(q k^T * scale + ...) v in float32 at least; lspm_kernels.attention says what each option is."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    (B, H, T_q, D), T_k = q.shape, k.shape[2]
+    groups = H // k.shape[1] if k.shape[1] else 1
     k, v = (t.to(wide).repeat_interleave(groups, dim=1) for t in (k, v))
-    scores = q.to(wide) @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if causal:
-        queries, keys = scores.shape[-2:]
-        visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        scores = scores.masked_fill(~visible, float("-inf"))
-        # A query that sees no key gives 0, and no gradient.
-        scores = scores.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-        return ((scores.softmax(-1) * visible) @ v).to(q.dtype)
-    return (scores.softmax(-1) @ v).to(q.dtype)
+    scores = q.to(wide) @ k.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    apart = torch.arange(T_q, device=q.device)[:, None] + (0 if top_left else T_k - T_q)
+    apart = apart - torch.arange(T_k, device=q.device)  # how far before the query a key stands
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(wide)[..., None, None] * apart.abs()
+    if bias is not None:
+        scores = scores + bias
+    left, right = window or (None, None)
+    right = 0 if causal else T_k + T_q if right is None else right
+    visible = (apart <= (T_k + T_q if left is None else left)) & (apart >= -right)
+    if mask is not None:
+        visible = visible & (mask if mask.dtype == torch.bool else mask > -torch.inf)
+        scores = scores if mask.dtype == torch.bool else scores + mask
+    scores, hidden = scores.masked_fill(~visible, -torch.inf), ~visible.any(-1)
+    if sinks is None:  # a query that sees no key gives 0, and no gradient
+        scores = scores.masked_fill(hidden[..., None], 0.0)
+    else:
+        scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(B, H, T_q, 1)], -1)
+    p = scores.softmax(-1)[..., :T_k] * visible
+    if dropout_p:
+        p = p * philox.kept(seed, dropout_p, B, H, T_q, T_k, q.device) / (1 - dropout_p)
+    out = (p @ v).to(q.dtype)
+    lse = scores.logsumexp(-1).masked_fill(hidden & (sinks is None), -torch.inf)
+    return (out, lse) if return_lse else out
