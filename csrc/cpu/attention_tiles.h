@@ -1,7 +1,7 @@
 // What the forward and the backward of attention have in common: their tiles.
 #pragma once
-#include "cpu/amx.h"
 #include "cpu/gemm.h"
+#include "cpu/gemm_bf16.h"
 #include "cpu/parallel.h"
 #include "cpu/scores.h"
 

@@ -48,33 +48,40 @@ inline void store_right(float* right, F even, F odd) {
 }
 inline void store_left(float* left, F v) { store(left, v); }
 
-template <bool kTransposed, int kRows, int kVectors>
-void register_tile(const float* left, const float* right, int64_t depth, float* c, int64_t c_stride,
+// How one step in depth is taken: with floats it is one multiply-add.
+template <class Operand>
+struct Step {
+  static constexpr int64_t kDepth = 1;
+  static F load_left(const Operand* p) { return broadcast(*p); }
+  static F add_product(F sum, F a, const Operand* b) { return sum + a * load(b); }
+};
+
+template <bool kTransposed, int kRows, int kVectors, class Operand>
+void register_tile(const Operand* left, const Operand* right, int64_t depth, float* c, int64_t c_stride,
                    bool accumulate) {
-  constexpr int64_t kRow = kTransposed ? 1 : kStride<float>, kDepth = kTransposed ? kStride<float> : 1;
+  using One = Step<Operand>;
+  constexpr int64_t kRow = kTransposed ? 1 : kStride<Operand>, kAhead = kTransposed ? kStride<Operand> : 1;
   // A small tile would wait for each sum before the next; the registers it leaves free hold more sums, each
   // of every second or fourth product.
   constexpr int kSums = kTileRows * kTileVectors / (kRows * kVectors);
   constexpr int kSplit = kSums >= 4 ? 4 : kSums >= 2 ? 2 : 1;
   F sums[kSplit][kRows][kVectors] = {};
-  const auto add_product = [&](auto& sum) {
-    F b[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) b[v] = load(right + v * kLanes);
+  const auto add_products = [&](auto& sum) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const F a = broadcast(left[r * kRow]);
+      const F a = One::load_left(left + r * kRow);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += a * b[v];
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] = One::add_product(sum[r][v], a, right + v * kLanes * One::kDepth);
     }
-    left += kDepth;
-    right += kPanel;
+    left += kAhead * One::kDepth;
+    right += kPanel * One::kDepth;
   };
   int64_t d = 0;
-  for (; d + kSplit <= depth; d += kSplit)
+  for (; d + kSplit * One::kDepth <= depth; d += kSplit * One::kDepth)
 #pragma GCC unroll 4
-    for (int i = 0; i < kSplit; ++i) add_product(sums[i]);
-  for (; d < depth; ++d) add_product(sums[0]);
+    for (int i = 0; i < kSplit; ++i) add_products(sums[i]);
+  for (; d < depth; d += One::kDepth) add_products(sums[0]);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
@@ -86,26 +93,28 @@ void register_tile(const float* left, const float* right, int64_t depth, float* 
     }
 }
 
-using RegisterTile = void (*)(const float*, const float*, int64_t, float*, int64_t, bool);
+template <class Operand>
+using RegisterTile = void (*)(const Operand*, const Operand*, int64_t, float*, int64_t, bool);
 
-template <bool kTransposed, int kVectors, int... kRows>
-constexpr std::array<RegisterTile, sizeof...(kRows)> register_tiles(std::integer_sequence<int, kRows...>) {
-  return {register_tile<kTransposed, kRows + 1, kVectors>...};
+template <bool kTransposed, int kVectors, class Operand, int... kRows>
+constexpr std::array<RegisterTile<Operand>, sizeof...(kRows)> register_tiles(
+    std::integer_sequence<int, kRows...>) {
+  return {register_tile<kTransposed, kRows + 1, kVectors, Operand>...};
 }
 
-template <bool kTransposed>
-void multiply_tiles(const float* left, const float* right, int64_t panel, float* c, int64_t c_stride,
+template <bool kTransposed, class Operand>
+void multiply_tiles(const Operand* left, const Operand* right, int64_t panel, float* c, int64_t c_stride,
                     int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
   constexpr auto kRows = std::make_integer_sequence<int, kTileRows>();
-  constexpr auto kHalf = register_tiles<kTransposed, 1>(kRows),
-                 kWhole = register_tiles<kTransposed, 2>(kRows);
+  constexpr auto kHalf = register_tiles<kTransposed, 1, Operand>(kRows),
+                 kWhole = register_tiles<kTransposed, 2, Operand>(kRows);
   const int64_t blocks = (rows + kTileRows - 1) / kTileRows;
   for (int64_t n = 0; n < columns; n += kPanel, right += panel, c += kPanel) {
     const auto& tiles = columns - n > kLanes ? kWhole : kHalf;
     int64_t row = 0;
     for (int64_t b = 0; b < blocks; ++b) {  // blocks of rows that differ by one at most
       const int64_t next = rows * (b + 1) / blocks;
-      const float* a = left + row * (kTransposed ? 1 : kStride<float>);
+      const Operand* a = left + row * (kTransposed ? 1 : kStride<Operand>);
       tiles[next - row - 1](a, right, depth, c + row * c_stride, c_stride, accumulate);
       row = next;
     }

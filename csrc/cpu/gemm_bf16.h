@@ -1,10 +1,11 @@
-// The products of gemm.h with bfloat16 operands on AMX tiles; only the amx build has them.
+// The products of gemm.h with bfloat16 operands, summed in float: on AMX tiles, or by AVX-512's dot products
+// of pairs. Other builds have neither and take bfloat16 as float.
 //
-// A tile register holds 16 rows of 64 bytes. A left side is as in gemm.h, its rows and depth filled with
-// zeros to multiples of kTileDepth. A right side has two consecutive depths of a column side by side, as
-// TDPBF16PS takes them: [columns / kPanel][depth / 2][kPanel][2]. A block of 32 x 32 of C is four tiles over
-// two of A and two of B. TDPBF16PS sums in float and takes subnormal numbers for zero; so may then what is
-// rounded for it here.
+// A left side is as in gemm.h, its rows and depth filled with zeros to multiples of kTileDepth. A right side
+// has two consecutive depths of a column side by side, as both instructions take them: [columns / kPanel]
+// [depth / 2][kPanel][2]. A tile register holds 16 rows of 64 bytes, and a block of 32 x 32 of C is four
+// tiles over two of A and two of B. The instructions take subnormal numbers for zero; so may then what is
+// rounded for them here.
 #pragma once
 #include <type_traits>
 
@@ -12,19 +13,7 @@
 
 namespace lspm::cpu {
 
-#if !defined(__AMX_BF16__)
-
-template <class T>
-using OperandOf = float;
-struct TileRegisters {
-  TileRegisters() {}
-};
-
-#else
-
-template <class T>
-using OperandOf = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
-
+#if defined(__AMX_BF16__)
 // The tile registers, configured as long as it lives, for the thread that made it.
 struct TileRegisters {
   TileRegisters() {
@@ -34,6 +23,21 @@ struct TileRegisters {
   }
   ~TileRegisters() { _tile_release(); }
 };
+#else
+struct TileRegisters {
+  TileRegisters() {}
+};
+#endif
+
+#if !defined(__AVX512BF16__)
+
+template <class T>
+using OperandOf = float;
+
+#else
+
+template <class T>
+using OperandOf = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
 
 template <>
 constexpr int64_t kTileDepth<bf16> = 32;
@@ -85,6 +89,8 @@ inline void pack_right_transposed(const bf16* from, int64_t from_stride, bf16* r
     }
 }
 
+#if defined(__AMX_BF16__)
+
 template <bool kTwoRows>
 void tile_block(const bf16* left, const bf16* right, int64_t depth, float* c, int64_t c_stride,
                 bool accumulate) {
@@ -129,6 +135,29 @@ inline void multiply(const bf16* left, const bf16* right, int64_t panel, float* 
       (rows - r > 16 ? tile_block<true> : tile_block<false>)(left + r * kStride<bf16>, right, depth,
                                                              c + r * c_stride, c_stride, accumulate);
 }
+
+#else
+
+template <>
+struct Step<bf16> {
+  static constexpr int64_t kDepth = 2;
+  static F load_left(const bf16* p) {
+    float pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return broadcast(pair);
+  }
+  static F add_product(F sum, F a, const bf16* b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a),
+                            reinterpret_cast<__m512bh>(_mm512_loadu_ps(b)));
+  }
+};
+
+inline void multiply(const bf16* left, const bf16* right, int64_t panel, float* c, int64_t c_stride,
+                     int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+  multiply_tiles<false>(left, right, panel, c, c_stride, rows, columns, depth, accumulate);
+}
+
+#endif
 
 inline void multiply_transposed(const bf16* left, bf16* workspace, const bf16* right, int64_t panel, float* c,
                                 int64_t c_stride, int64_t rows, int64_t columns, int64_t depth,
