@@ -165,4 +165,5 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         py::arg("out"), py::arg("lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"),
         py::arg("causal"), py::arg("scale"), py::arg("threads"));
 #endif
+  bind_rotary(m);
 }

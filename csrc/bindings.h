@@ -23,3 +23,6 @@ inline void check_first(const lspm::TensorView& x, const char* name) {
     lspm::TensorView::refuse(name, "be on the device of this module");
   if (x.dtype() > lspm::DType::f16) lspm::TensorView::refuse(name, "be float32, bfloat16 or float16");
 }
+
+// One for each further file, called by the module's init.
+void bind_rotary(pybind11::module_& m);
