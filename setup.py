@@ -32,6 +32,7 @@ ISAS = {
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 INCLUDES = ["-Icsrc", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+BINDINGS = sorted(map(str, Path("csrc").glob("bindings*.cpp")))
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
 # GCC 12's AVX-512 headers set off these two warnings by themselves.
 KERNEL = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -114,9 +115,9 @@ class NinjaBuildExt(build_ext):
         cuda = module.name.endswith("_cuda")
         folder = temp / module.name
         flags = [*COMMON, "-O2", *INCLUDES, *(["-DLSPM_CUDA"] if cuda else [])]
-        # All CPU modules share the object of the bindings.
-        objects = [self.add_object("csrc/bindings.cpp", folder if cuda else temp / "bindings", "cxx", flags)]
-        for source in module.sources[1:]:
+        shared = folder if cuda else temp / "bindings"  # all CPU modules share the objects of the bindings
+        objects = [self.add_object(source, shared, "cxx", flags) for source in BINDINGS]
+        for source in module.sources[len(BINDINGS) :]:
             if cuda:
                 flags = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode()]
             else:
@@ -140,11 +141,10 @@ class NinjaBuildExt(build_ext):
 
 
 def sources(folder, ending):
-    return ["csrc/bindings.cpp", *sorted(map(str, Path("csrc", folder).glob(f"*.{ending}")))]
+    return [*BINDINGS, *sorted(map(str, Path("csrc", folder).glob(f"*.{ending}")))]
 
 
 NVCC = find_nvcc()
 modules = [Extension(f"lspm_kernels._cpu.{isa}._C", sources("cpu", "cpp")) for isa in chosen_isas()]
-if NVCC:
-    modules.append(Extension("lspm_kernels._C_cuda", sources("cuda", "cu")))
+modules += [Extension("lspm_kernels._C_cuda", sources("cuda", "cu"))] if NVCC else []
 setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuildExt})

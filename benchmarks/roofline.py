@@ -11,6 +11,7 @@ from pathlib import Path
 
 import bench_attention
 import bench_layer_norm
+import bench_rotary
 import machine
 import results
 import sass
@@ -57,7 +58,7 @@ def bound(case: harness.Case, bandwidth: float, peaks: dict[torch.dtype, float])
 
 def rooflines(machines: dict[str, tuple]) -> Iterator[dict]:
     """One row for each case that has a roof: what it moves and computes, and its bound on each machine."""
-    for case in (*bench_layer_norm.cases(), *bench_attention.cases()):
+    for case in (*bench_layer_norm.cases(), *bench_attention.cases(), *bench_rotary.cases()):
         if case.roof is None:
             continue
         columns = {"case": str(case), "MiB moved": tables.mebibytes(case.bytes)}

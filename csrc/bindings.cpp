@@ -1,7 +1,7 @@
 // The Python face of the kernels: checks every view, releases the GIL, calls. Outputs are allocated in
-// Python. Compiled twice: as _C over lspm::cpu, and with LSPM_CUDA as _C_cuda over lspm::cuda, under the same
-// names.
-#include <pybind11/pybind11.h>
+// Python. Compiled twice, as bindings.h says, under the same names.
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -11,7 +11,6 @@
 #include "attention.h"
 #include "cpu/isa.h"
 #include "layer_norm.h"
-#include "tensor_view.h"
 
 namespace py = pybind11;
 using lspm::DType;
@@ -19,23 +18,12 @@ using lspm::OptionalView;
 using lspm::TensorView;
 
 #ifdef LSPM_CUDA
-namespace backend = lspm::cuda;
-constexpr int kDeviceType = 2;
 #define MODULE_NAME _C_cuda
-#define WHERE(view, threads) (view).device_index(), (view).stream()
 #else
-namespace backend = lspm::cpu;
-constexpr int kDeviceType = 1;
 #define MODULE_NAME _C
-#define WHERE(view, threads) threads
 #endif
 
 namespace {
-
-void check_first(const TensorView& x, const char* name) {
-  if (x.t.device.device_type != kDeviceType) TensorView::refuse(name, "be on the device of this module");
-  if (x.dtype() > DType::f16) TensorView::refuse(name, "be float32, bfloat16 or float16");
-}
 
 void* optional(const OptionalView& view, const char* name, const TensorView& beside, DType dtype,
                int64_t elements) {
@@ -233,4 +221,5 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         arg("dq"), arg("dk"), arg("dv"), maybe("dbias"), arg("delta"), arg("window"), arg("scalars"),
         arg("threads"));
 #endif
+  bind_rotary(m);
 }

@@ -25,3 +25,23 @@ def layer_norm_forward(
     centered: bool,
     threads: int,
 ) -> None: ...
+def rotary_backward(
+    dout: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: Tensor | None,
+    dx: Tensor,
+    offset: int,
+    interleaved: bool,
+    threads: int,
+) -> None: ...
+def rotary_forward(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: Tensor | None,
+    out: Tensor,
+    offset: int,
+    interleaved: bool,
+    threads: int,
+) -> None: ...

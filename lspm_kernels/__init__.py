@@ -3,6 +3,7 @@
 from lspm_kernels.dispatch import FallbackWarning, use_backend
 from lspm_kernels.ops.attention import attention
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from lspm_kernels.ops.rotary import rotary
 
 __all__ = [
     "FallbackWarning",
@@ -11,5 +12,6 @@ __all__ = [
     "attention",
     "layer_norm",
     "rms_norm",
+    "rotary",
     "use_backend",
 ]
