@@ -1,4 +1,4 @@
-// Tensors with a batch and heads, wherever they lie: what attention and rotary embedding read and write.
+// Tensors with a batch and heads, wherever they lie: what attention reads and writes.
 #pragma once
 #include <cstdint>
 
