@@ -20,8 +20,8 @@ def info() -> str:
             state = "in use" if isa == compiled.cpu.isa else "available; LSPM_ISA=" + isa + " takes it"
         except ImportError as error:
             state = "not available: " + str(error).removeprefix(f"lspm_kernels: {isa} ")
-        lines.append(f"  {isa:8s}{state}")
-    lines.append(f"  threads {torch.get_num_threads()}, as torch.set_num_threads says")
+        lines.append(f"  {isa:12s}{state}")
+    lines.append(f"  threads     {torch.get_num_threads()}, as torch.set_num_threads says")
     lines += ["", "Backends of each op, the first that admits a call runs it"]
     for op, rows in _tables().items():
         for row in rows:

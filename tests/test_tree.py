@@ -32,6 +32,7 @@ LIMITS = {
     "python/lspm_models/*.py": 300,
     "python/*.py": 80,
     "tests/cuda_on_cpu/*": 600,
+    "tests/amx_on_cpu/*": 150,
     "tests/*.py": 300,
 }
 SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh"}

@@ -1,0 +1,47 @@
+"""Builds the CPU kernels as for AMX, over the model of its tiles; the processor needs AVX-512's bfloat16."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = Path(os.environ.get("LSPM_TEST_CACHE", ROOT / "build")) / "amx_on_cpu"
+TILES = ROOT / "tests" / "amx_on_cpu" / "tiles.h"
+FLAGS = [
+    "-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-w",
+    "-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-D__AMX_BF16__", "-include", str(TILES),
+    f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
+]  # fmt: skip
+
+
+def module():
+    """The module, built unless one of the same sources is there.
+
+    Raises:
+        subprocess.CalledProcessError: it does not compile.
+    """
+    csrc = ROOT / "csrc"
+    sources = [*sorted(csrc.glob("bindings*.cpp")), *sorted((csrc / "cpu").glob("*.cpp"))]
+    texts = [path.read_bytes() for path in (TILES, *sources, *sorted(csrc.rglob("*.h")))]
+    out = CACHE / hashlib.sha256(b"\0".join(texts)).hexdigest()[:16] / "_C.so"
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        objects = [out.parent / f"{path.stem}.o" for path in sources]
+        commands = [
+            ["g++", *FLAGS, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+        made = out.with_suffix(".made")
+        subprocess.run(["g++", "-shared", "-fopenmp", *map(str, objects), "-o", str(made)], check=True)
+        made.rename(out)
+    spec = importlib.util.spec_from_file_location("_C", out)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
