@@ -148,7 +148,7 @@ lspm::AttentionShape attention_shape(const TensorView& q, const TensorView& k, c
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v,
                        const OptionalView& bias, const OptionalView& mask, const OptionalView& slopes,
                        const OptionalView& sinks, const TensorView& out, const TensorView& lse,
-                       const TensorView& statistics, const Window& window, const Scalars& scalars,
+                       const OptionalView& statistics, const Window& window, const Scalars& scalars,
                        int threads) {
   const auto s = attention_shape(q, k, v, window, scalars);
   const auto tq = heads_view(q, "q", q, s.batch, s.heads, s.queries, s.head_dim);
@@ -158,7 +158,7 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
   const auto extras = attention_extras(q, bias, mask, slopes, sinks, s);
   auto* pl = static_cast<float*>(lse.contiguous("lse", q, DType::f32, s.batch * s.heads * s.queries));
   auto* ps = static_cast<float*>(
-      statistics.contiguous("statistics", q, DType::f32, 2 * s.batch * s.heads * s.queries));
+      optional(statistics, "statistics", q, DType::f32, 2 * s.batch * s.heads * s.queries));
   py::gil_scoped_release unlocked;
   backend::attention_forward(tq, tk, tv, extras, to, pl, ps, s, WHERE(q, threads));
 }
@@ -214,7 +214,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   const auto arg = [](const char* name) { return py::arg(name); };
   const auto maybe = [](const char* name) { return py::arg(name).none(true); };
   m.def("attention_forward", &attention_forward, arg("q"), arg("k"), arg("v"), maybe("bias"), maybe("mask"),
-        maybe("slopes"), maybe("sinks"), arg("out"), arg("lse"), arg("statistics"), arg("window"),
+        maybe("slopes"), maybe("sinks"), arg("out"), arg("lse"), maybe("statistics"), arg("window"),
         arg("scalars"), arg("threads"));
   m.def("attention_backward", &attention_backward, arg("dout"), maybe("dlse"), arg("q"), arg("k"), arg("v"),
         maybe("bias"), maybe("mask"), maybe("slopes"), maybe("sinks"), arg("out"), arg("statistics"),

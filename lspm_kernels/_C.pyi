@@ -33,7 +33,7 @@ def attention_forward(
     sinks: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    statistics: Tensor,
+    statistics: Tensor | None,
     window: tuple[int, int, int, int],
     scalars: tuple[float, float, float],
     threads: int,

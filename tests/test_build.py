@@ -148,7 +148,7 @@ def test_without_triton(monkeypatch, tmp_path):
 def test_info_says_what_runs_and_why_the_rest_does_not():
     text = info()
     assert f"torch {torch.__version__}" in text
-    assert f"{compiled.cpu.isa:8s}in use" in text
+    assert f"{compiled.cpu.isa:12s}in use" in text
     for op in ("attention", "layer_norm"):
         assert f"{op:12s}cpu       available" in text
     if not torch.cuda.is_available():

@@ -80,13 +80,6 @@ void softmax_tile(ForwardScratch<O>& w, int64_t first, int64_t rows, const Colum
   }
 }
 
-struct ForwardViews {
-  const HeadsView &q, &k, &v;
-  const AttentionExtras& extras;
-  const HeadsView& out;
-  float *lse, *statistics;
-};
-
 // Queries [begin, end) of one head.
 template <class T, class O>
 void forward_block(const ForwardViews& t, int64_t b, int64_t h, int64_t begin, int64_t end,
@@ -122,23 +115,8 @@ void forward_block(const ForwardViews& t, int64_t b, int64_t h, int64_t begin, i
                to - from, true);
     }
   }
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t query = begin + r;
-    const bool sees =
-        s.first_key(query) < s.end_key(query) && !(t.extras.mask.data && w.max[r] == -kInfinity);
-    const float sink = t.extras.sinks ? t.extras.sinks[h] : -kInfinity, max = std::max(w.max[r], sink);
-    const float part = sees ? std::exp(w.max[r] - max) : 0.0f;  // of what was summed, at the common maximum
-    const float total = sees || t.extras.sinks ? w.sum[r] * part + std::exp(sink - max) : 0.0f;
-    const int64_t row = (b * s.heads + h) * s.queries + query, rows = s.batch * s.heads * s.queries;
-    t.lse[row] = total == 0 ? -kInfinity : max + std::log(total);
-    t.statistics[row] = total == 0 ? 0.0f : max;
-    t.statistics[rows + row] = total == 0 ? 0.0f : 1.0f / total;
-    const float factor = sees ? part / total : 0.0f;
-    T* to = t.out.at<T>(b, h, query);
-    for_each_vector(s.value_dim, [&](int64_t d, auto lanes) {
-      lanes.store(to + d, load(w.out + r * kScores + d) * factor);
-    });
-  }
+  for (int64_t r = 0; r < count; ++r)
+    finish_row<T>(t, s, b, h, begin + r, w.max[r], w.sum[r], w.out + r * kScores);
 }
 
 template <class T>
@@ -163,6 +141,7 @@ void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& 
                        const AttentionExtras& extras, const HeadsView& out, float* lse, float* statistics,
                        const AttentionShape& s, int threads) {
   const ForwardViews t{q, k, v, extras, out, lse, statistics};
+  if (s.queries <= kFewQueries && !statistics) return attention_decode(t, s, threads);
   switch (s.dtype) {
     case DType::f32:
       return forward<float>(t, s, threads);

@@ -21,4 +21,38 @@ inline int64_t first_column(const AttentionShape& s, int64_t query, int64_t key)
   return std::max<int64_t>(0, s.first_key(query) - key) / kSkip * kSkip;
 }
 
+struct ForwardViews {
+  const HeadsView &q, &k, &v;
+  const AttentionExtras& extras;
+  const HeadsView& out;
+  float *lse, *statistics;
+};
+
+// The end of a query's softmax: writes its output, from what was summed under its maximum and the sum of all
+// that, and lse and the statistics.
+template <class T>
+void finish_row(const ForwardViews& t, const AttentionShape& s, int64_t b, int64_t h, int64_t query,
+                float max, float sum, const float* summed) {
+  const bool sees = s.first_key(query) < s.end_key(query) && !(t.extras.mask.data && max == -kInfinity);
+  const float sink = t.extras.sinks ? t.extras.sinks[h] : -kInfinity, common = std::max(max, sink);
+  const float part = sees ? std::exp(max - common) : 0.0f;  // of what was summed, under the common maximum
+  const float total = sees || t.extras.sinks ? sum * part + std::exp(sink - common) : 0.0f;
+  const int64_t row = (b * s.heads + h) * s.queries + query, rows = s.batch * s.heads * s.queries;
+  t.lse[row] = total == 0 ? -kInfinity : common + std::log(total);
+  if (t.statistics) {
+    t.statistics[row] = total == 0 ? 0.0f : common;
+    t.statistics[rows + row] = total == 0 ? 0.0f : 1.0f / total;
+  }
+  const float factor = sees ? part / total : 0.0f;
+  T* to = t.out.at<T>(b, h, query);
+  for_each_vector(s.value_dim,
+                  [&](int64_t d, auto lanes) { lanes.store(to + d, load(summed + d) * factor); });
+}
+
+// The forward for so few queries that reading keys and values takes longer than all products: see
+// attention_decode.cpp. No backward follows: its scores would be rounded otherwise than these, and where one
+// key has nearly all of a softmax that shows.
+constexpr int64_t kFewQueries = 4;
+void attention_decode(const ForwardViews& t, const AttentionShape& s, int threads);
+
 }  // namespace lspm::cpu

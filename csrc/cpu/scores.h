@@ -72,7 +72,7 @@ inline void add_extras(float* scores, float* cap_slope, int64_t stride, const Sc
     for (int64_t n = 0; n < t.columns; n += kLanes) {
       F v = load(scores + r * stride + n) * scale;
       if (s.softcap != 0) {
-        const F part = tanh(v * (1.0f / s.softcap));
+        const F part = tanh(v / s.softcap);
         if (cap_slope) store(cap_slope + r * stride + n, 1.0f - part * part);
         v = part * s.softcap;
       }
