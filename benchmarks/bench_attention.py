@@ -1,7 +1,8 @@
-"""Causal attention, against PyTorch's scaled_dot_product_attention."""
+"""Attention, against PyTorch's scaled_dot_product_attention: causal, whole, in a window, decoding."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import command
 import pytest
@@ -10,49 +11,65 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lspm_kernels
-from harness import FORWARD, TRAINING, Case
+from harness import FORWARD, TRAINING, Case, Goal
 from lspm_kernels.ops import attention as table
 
-SHAPES = ((8, 12, 256, 64), (4, 12, 1024, 64), (1, 12, 4096, 64))  # B, H, T, D
-# Products of T x T x D that a causal kernel computes half of: q k^T and p v; in the backward pass those of
-# dv, dp, dq and dk, and q k^T once more, as no kernel that tiles keeps it.
+# B, H, H_kv, T, D
+SHAPES = ((8, 12, 12, 256, 64), (4, 12, 12, 1024, 64), (1, 12, 12, 4096, 64), (2, 16, 4, 2048, 128))
+WINDOW = 256
+# Products of T_q x T_k x D: q k^T and p v; in the backward pass those of dv, dp, dq and dk, and q k^T once
+# more, as no kernel that tiles keeps it. Tensors of q's and of k's size that move: backward with gradients.
 PRODUCTS = {FORWARD: 2, TRAINING: 2 + 5}
-# Tensors of q's size that move: q, k, v and the output; backward those, the output's gradient and three more.
-TENSORS = {FORWARD: 4, TRAINING: 4 + 8}
+TENSORS = {FORWARD: (2, 2), TRAINING: (6, 6)}
+F32, BF16 = torch.float32, torch.bfloat16
+SPEEDUPS = {
+    ("causal", FORWARD, F32): 1.6, ("causal", TRAINING, F32): 1.6, ("causal", FORWARD, BF16): 2.0,
+    ("causal", TRAINING, BF16): 3.0, ("whole", FORWARD, BF16): 1.2, ("whole", TRAINING, BF16): 2.0,
+}  # fmt: skip
+WINDOW_SPEEDUP = 8.0
+ROOF_PERCENT = {("causal", F32): 75.0, ("decode", F32): 80.0, ("decode", BF16): 80.0}
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-    return lspm_kernels.attention(q, k, v, causal=True, backend=backend)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def last_heads(H: int, H_kv: int, tensor: Tensor) -> Tensor:
+    """The oracle computes one key head: heads do not touch each other, and T x T in float64 is large."""
+    return tensor[-1:, -max(1, H // H_kv) if tensor.shape[1] == H else -1 :]
 
 
-def last_head(tensor: Tensor) -> Tensor:
-    """The oracle computes one head: heads do not touch each other, and a T x T matrix in float64 is large."""
-    return tensor[-1:, -1:]
-
-
-def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Callable[[], list[Tensor]]:
-    return lambda: [torch.randn(shape).to(dtype) for _ in range(3)]
-
-
-def case(mode: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Case:
-    batch, heads, tokens, size = shape
-    name = f"B{batch}-H{heads}-T{tokens}-D{size}"
-    elements = batch * heads * tokens * size
+def case(kind: str, mode: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Case:
+    B, H, H_kv, T, D = shape
+    seen = torch.ones(T, T, dtype=torch.bool).tril().triu(-WINDOW) if kind == "window" else None
+    ours, torchs = {
+        "causal": (dict(causal=True), dict(is_causal=True)),
+        "window": (dict(causal=True, window=(WINDOW, 0)), dict(attn_mask=seen)),
+    }.get(kind, ({}, {}))
+    queries = 1 if kind == "decode" else T
+    share = {"causal": 0.5, "window": WINDOW / T}.get(kind, 1.0)
+    sizes = (B, H, queries, D), (B, H_kv, T, D), (B, H_kv, T, D)
+    of_q, of_k = TENSORS[mode]
+    speedup = WINDOW_SPEEDUP if kind == "window" else SPEEDUPS.get((kind, mode, dtype))
+    bounds = {"speedup": speedup, "roof": ROOF_PERCENT.get((kind, dtype))}
+    goals = tuple(Goal(what, bound) for what, bound in bounds.items() if bound)
     return Case(
-        "attention", mode, dtype, name, inputs(shape, dtype), table, ours, {"torch": sdpa},
-        bytes=TENSORS[mode] * elements * dtype.itemsize, flops=PRODUCTS[mode] * elements * tokens,
-        roof="matmul", part=last_head, compiled=False,  # for the compiler, SDPA is one call
+        f"attention-{kind}", mode, dtype, f"B{B}-H{H}-{H_kv}-T{T}-D{D}",
+        lambda: [torch.randn(size).to(dtype) for size in sizes], table,
+        partial(lspm_kernels.attention, **ours), {"torch": partial(sdpa, **torchs)},
+        bytes=(of_q * B * H * queries * D + of_k * B * H_kv * T * D) * dtype.itemsize,
+        flops=int(2 * PRODUCTS[mode] * share * B * H * queries * T * D), goals=goals,
+        roof="copy" if kind == "decode" else "matmul", part=partial(last_heads, H, H_kv), compiled=False,
     )  # fmt: skip
 
 
 def cases(smoke: bool = False) -> Iterator[Case]:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (F32, BF16):
         for mode in (FORWARD, TRAINING):
-            yield from (case(mode, dtype, shape) for shape in (((2, 2, 40, 64),) if smoke else SHAPES))
+            yield from (case("causal", mode, dtype, s) for s in (((2, 2, 1, 40, 64),) if smoke else SHAPES))
+            yield case("whole", mode, dtype, (2, 2, 1, 40, 64) if smoke else SHAPES[1])
+            yield case("window", mode, dtype, (1, 2, 2, 300, 64) if smoke else SHAPES[2])
+        yield case("decode", FORWARD, dtype, (2, 2, 2, 300, 64) if smoke else (4, 12, 12, 4096, 64))
 
 
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))
