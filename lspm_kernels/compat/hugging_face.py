@@ -12,14 +12,14 @@ def register() -> None:
     which padding, sliding windows and the places in a cache are written already.
 
     Raises:
-        ImportError: transformers is missing, or older than the interface (4.53).
+        ImportError: transformers is missing, or has no mask interface yet. Tested with 5.23.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         raise ImportError(
-            "hugging_face.register: transformers must be installed, version 4.53 or newer"
+            "hugging_face.register: transformers must be installed, with its AttentionMaskInterface"
             f" (pip install transformers), got {type(error).__name__}: {error}"
         ) from error
     AttentionInterface.register("lspm", attention_forward)

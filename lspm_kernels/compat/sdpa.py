@@ -20,7 +20,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """softmax(query key^T * scale + attn_mask) value, as torch's function of this name means it.
 
-    A query that sees no key gives 0 and no gradient, as torch 2.5 and newer have it; older ones gave NaN.
+    A query that sees no key gives 0 and no gradient, as in torch 2.14 (some older versions gave NaN).
 
     Args:
         query: (..., H, T_q, D), float32, bfloat16 or float16. D from 1 to 256.

@@ -47,7 +47,7 @@ def test_without_transformers(monkeypatch):
     with pytest.raises(ImportError) as raised:
         hugging_face.register()
     assert str(raised.value) == (
-        "hugging_face.register: transformers must be installed, version 4.53 or newer"
+        "hugging_face.register: transformers must be installed, with its AttentionMaskInterface"
         " (pip install transformers), got ModuleNotFoundError:"
         " import of transformers halted; None in sys.modules"
     )
