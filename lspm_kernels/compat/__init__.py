@@ -1,0 +1,1 @@
+"""Names that other libraries' users know, over lspm_kernels' ops."""

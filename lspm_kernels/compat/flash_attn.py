@@ -1,0 +1,128 @@
+"""FlashAttention-2's functions of dense tensors, over lspm_kernels.attention.
+
+Names, arguments, their order and defaults are FlashAttention-2's, so that another import is the whole change.
+Tensors are (B, T, H, D) and read where they lie: no input is copied.
+"""
+
+import torch
+from torch import Tensor
+
+from lspm_kernels.ops.attention import attention
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """Attention of (B, T, H, D) tensors: lspm_kernels.attention, whose docstring has the formula.
+
+    Args:
+        q: (B, T_q, H, D), float32, bfloat16 or float16. D from 1 to 256.
+        k, v: (B, T_k, H_kv, D); H is a multiple of H_kv.
+        dropout_p: the share of probabilities that is dropped, its seed drawn from torch's default generator.
+            torch.compile refuses it, as it cannot trace that draw.
+        softmax_scale: D ** -0.5 where None.
+        causal: the last query stands at the last key (bottom-right), whatever T_q and T_k are.
+        window_size: (left, right): keys before and behind its place that a query sees; -1: all.
+        softcap: scores stay within (-softcap, softcap); 0: no cap.
+        alibi_slopes: (H,) or (B, H).
+        deterministic: taken and not needed: every result has the same bits in every run.
+        return_attn_probs: return (out, softmax_lse, None) instead.
+
+    Returns:
+        out: (B, T_q, H, D), contiguous. softmax_lse is (B, H, T_q) float32, with a gradient, and -inf where a
+        query sees no key. The third of the tuple, which FlashAttention-2 keeps for its own tests, is None.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value.
+
+    Source: Dao, "FlashAttention-2" (2023), and its package flash_attn.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            raise ValueError(f"flash_attn_func: {name} must be a tensor (B, T, H, D), got {_shape(x)}")
+    result = attention(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        causal=causal,
+        window=_window(window_size),
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        scale=softmax_scale,
+        return_lse=return_attn_probs,
+    )
+    if not return_attn_probs:
+        return result.transpose(1, 2)
+    out, lse = result
+    return out.transpose(1, 2), lse, None
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_func of the three tensors in qkv (B, T, 3, H, D), none copied."""
+    if not isinstance(qkv, Tensor) or qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(
+            f"flash_attn_qkvpacked_func: qkv must be a tensor (B, T, 3, H, D), got {_shape(qkv)}"
+        )
+    return flash_attn_func(
+        *qkv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_func of q (B, T_q, H, D) and the two tensors in kv (B, T_k, 2, H_kv, D), none copied."""
+    if not isinstance(kv, Tensor) or kv.dim() != 5 or kv.shape[2] != 2:
+        raise ValueError(
+            f"flash_attn_kvpacked_func: kv must be a tensor (B, T, 2, H_kv, D), got {_shape(kv)}"
+        )
+    return flash_attn_func(
+        q, *kv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def _shape(x):
+    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+
+
+def _window(sides):
+    """(left, right) as attention takes them, with None for -1; None where both are unbounded."""
+    if isinstance(sides, Tensor) and not torch.is_floating_point(sides):
+        sides = sides.tolist()
+    if not isinstance(sides, tuple | list) or len(sides) != 2:
+        raise ValueError(f"flash_attn_func: window_size must be a pair (left, right), got {sides!r}")
+    if any(not isinstance(side, int) or side < -1 for side in sides):
+        raise ValueError(
+            f"flash_attn_func: window_size must have integers of at least -1, got {tuple(sides)}"
+        )
+    return tuple(None if side == -1 else side for side in sides)

@@ -1,0 +1,97 @@
+"""Attention for the models of transformers: register(), then model.set_attn_implementation("lspm")."""
+
+from torch import Tensor, nn
+
+from lspm_kernels.ops.attention import attention
+
+
+def register() -> None:
+    """Makes "lspm" an attention implementation of transformers, for every model that asks its interface.
+
+    Masks come as for its "sdpa": none where all is visible or plainly causal, else bool (B, 1, T_q, T_k), in
+    which padding, sliding windows and the places in a cache are written already.
+
+    Raises:
+        ImportError: transformers is missing, or has no mask interface yet. Tested with 5.23.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+    except ImportError as error:
+        raise ImportError(
+            "hugging_face.register: transformers must be installed, with its AttentionMaskInterface"
+            f" (pip install transformers), got {type(error).__name__}: {error}"
+        ) from error
+    AttentionInterface.register("lspm", attention_forward)
+    AttentionMaskInterface.register("lspm", sdpa_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """What a model calls in place of its own attention; lspm_kernels.attention says what is computed.
+
+    Args:
+        module: the attention module; its is_causal counts where the argument is None.
+        query: (B, H, T_q, D).
+        key, value: (B, H_kv, T_k, D), H a multiple of H_kv: heads are not repeated.
+        attention_mask: None, bool (True: visible) or added to the scores, broadcast to (B, H, T_q, T_k).
+        dropout: 0 outside training, which the model sees to.
+        scaling: D ** -0.5 where None.
+        is_causal: counts only where there is no mask and more than one query. The first query then stands at
+            the first key, since a key behind the last query is an empty place of a static cache.
+        softcap: scores stay within (-softcap, softcap); None: no cap.
+        s_aux: (H,) sinks, with a gradient.
+        position_bias: added to the scores, with a gradient; broadcast to (B, H, T_q, T_k).
+        kwargs: what other implementations need. A sliding_window is in the mask already.
+
+    Returns:
+        (out, None): out (B, T_q, H, Dv), contiguous.
+
+    Raises:
+        ValueError: attention probabilities are asked for, which are never stored.
+        NotImplementedError: a paged cache is given.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "attention_forward: output_attentions must be False, as probabilities are not stored"
+            ' (model.set_attn_implementation("eager") stores them), got True'
+        )
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError(
+            f"attention_forward: lspm needs a cache that is not paged, got {type(kwargs['cache']).__name__}"
+        )
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
+    if query.shape[0] == 1 != key.shape[0]:  # learned queries have no batch
+        query = query.expand(key.shape[0], -1, -1, -1)
+    bias = position_bias
+    if attention_mask is not None and attention_mask.requires_grad:
+        bias = attention_mask if bias is None else bias + attention_mask
+        attention_mask = None
+    out = attention(
+        query,
+        key,
+        value,
+        causal=causal,
+        top_left=causal,
+        bias=bias,
+        mask=attention_mask,
+        softcap=softcap or 0.0,
+        dropout_p=dropout,
+        scale=scaling,
+        sinks=s_aux,
+    )
+    return out.transpose(1, 2).contiguous(), None
