@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch
-from lspm_kernels.dispatch import Backend
+from lspm_kernels import checks, compiled, dispatch, triton
+from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import attention as reference
 
@@ -20,6 +20,21 @@ BACKENDS = (
         compiled.cpu_kernel("attention_forward"),
         compiled.cpu_kernel("attention_backward"),
         compiled.nothing_missing,
+    ),
+    Backend(
+        "triton",
+        "cuda",
+        _FLOATS,
+        triton.kernel("attention_forward"),
+        triton.kernel("attention_backward"),
+        triton.missing,
+        (
+            Limit(
+                "fewer than 2 ** 30 queries and keys",  # its places have 32 bits
+                lambda q, k, v: q.shape[2] < 2**30 and k.shape[2] < 2**30,
+                lambda q, k, v: max(q.shape[2], k.shape[2]),
+            ),
+        ),
     ),
 )
 
@@ -42,7 +57,7 @@ def _window(q, k, left, right, top_left, seed):
 def _forward(row, q, k, v, bias, mask, slopes, sinks, left, right, top_left, seed, *scalars, saves=True):
     out = _empty_rows(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    statistics = lse.new_empty(2, *lse.shape) if saves else None
+    statistics = lse.new_empty(2, *lse.shape) if saves or not q.is_cpu else None
     if row is not None and lse.numel():
         window = _window(q, k, left, right, top_left, seed)
         row.forward(
@@ -171,7 +186,7 @@ def attention(
         scale: D ** -0.5 where None.
         sinks: (H,): exp(sink) is added to each denominator of a head; it has a gradient.
         return_lse: return the logarithms of the denominators too; they have a gradient.
-        backend: "cpu" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         out: (B, H, T_q, Dv), q's dtype; out.transpose(1, 2) is contiguous, so that joining the heads,

@@ -254,9 +254,12 @@ def test_defaults_are_torchs():
 
 def test_only_the_rows_of_the_table_run():
     given = tensors()
-    assert [row.name for row in ops.BACKENDS] == ["cpu"]
-    with pytest.raises(ValueError, match="attention: backend must be one of cpu, reference, got 'fast'"):
+    assert [row.name for row in ops.BACKENDS] == ["cpu", "triton"]
+    message = "attention: backend must be one of cpu, triton, reference, got 'fast'"
+    with pytest.raises(ValueError, match=message):
         lk.attention(*given, backend="fast")
+    with pytest.raises(NotImplementedError, match="attention: triton needs a tensor on cuda, got cpu"):
+        lk.attention(*given, backend="triton")
     with pytest.warns(
         lk.FallbackWarning, match="attention: cpu needs dtype float32, bfloat16, float16, got "
     ):

@@ -70,8 +70,8 @@ class Scope:
             expression = f"as<float>(0x{match[1]}u)"
         elif match := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", operand):
             expression = f"as<double>(0x{match[1]}ull)"
-        elif re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+", operand):
-            return f"(({ty or 's64'}){operand}ll)"
+        elif match := re.fullmatch(r"(-?\d+|0x[0-9a-fA-F]+)U?", operand):
+            return f"(({ty or 's64'}){match[1]}ll)"
         elif operand in self.parameters:
             expression = f"(u64)argv[{self.parameters[operand]}]"
         else:
