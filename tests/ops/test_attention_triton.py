@@ -21,7 +21,8 @@ from lspm_kernels.triton import attention
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 REGISTERS = 65536  # of a multiprocessor: a block that takes more cannot be launched
-# What runs in seconds here: of sm_80 with fewer keys than queries, of sm_90 as wide as its wgmma.
+# Tiles that run in seconds here: on sm_80 not square, so that no size stands for another, and on sm_90 as
+# wide as wgmma is.
 SMALL = {80: attention._Tile(32, 16, 2, 2), 90: attention._Tile(64, 64, 4, 2)}
 FORWARD, BACKWARD = ["_forward_kernel"], ["_dots_kernel", "_dkdv_kernel", "_dq_kernel"]
 # B, H, H_kv, T_q, T_k, D, Dv
@@ -30,6 +31,7 @@ SHAPES = {
     "more queries than keys": (1, 2, 2, 70, 21, 16, 16),
     "long": (1, 2, 1, 100, 130, 16, 16),
     "wide": (1, 2, 1, 70, 90, 64, 32),
+    "table": (1, 2, 1, 150, 150, 64, 64),
     "odd dims": (2, 2, 1, 20, 33, 7, 20),
     "one element": (1, 1, 1, 1, 1, 1, 1),
     "decoding": (2, 2, 1, 1, 40, 16, 16),
@@ -96,7 +98,7 @@ def case(shape, dtype, options):
     def call(f, *t):
         found = f(**dict(zip(names, t, strict=True)), **options)
         if isinstance(found, tuple):  # where no key is seen, lse has no gradient
-            assert (found[1] > -torch.inf).logical_or(found[1] == -torch.inf).all()
+            assert not found[1].isnan().any()
             return found[0], torch.where(found[1].isfinite(), found[1], 0.0)
         return found
 
@@ -159,6 +161,11 @@ def test_against_the_reference(driver, name):
 @pytest.mark.parametrize("name", ON_SM_90)
 def test_against_the_reference_with_wgmma(driver, name):
     check(*CASES[name])
+
+
+def test_a_tile_of_the_table(gpu, table):
+    check("table", BF16, {"causal": True})
+    assert not gpu.lint
 
 
 @on_sm_80

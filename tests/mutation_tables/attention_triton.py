@@ -1,0 +1,60 @@
+"""Bugs in the Triton kernels of attention."""
+
+from mutations import Mutation
+
+FILE = "lspm_kernels/triton/attention.py"
+TILES = "lspm_kernels/triton/attention_tiles.py"
+TESTS = "tests/ops/test_attention_triton.py"
+
+
+def executed(name, case, old, new, file=FILE):
+    """A bug that a test of this name sees on sm_80."""
+    return Mutation(f"triton: attention: {name}", file, old, new, (TESTS, "-k", f"sm_80 and {case}"))
+
+
+MUTATIONS = [
+    executed("masked load without other", "decoding", "DIM), other=0.0)", "DIM))", TILES),
+    executed(
+        "window one key too wide", "decoding", "query + shift - left)", "query + shift - left - 1)", TILES
+    ),
+    executed(
+        "tiles before the window are read",
+        "not_read",
+        "begin = tl.maximum(first + shift - left, 0)",
+        "begin = keys * 0",
+        TILES,
+    ),
+    executed("the sums of another maximum", "plain", "sums * shrink[:, None]", "sums"),
+    executed("only one head of a group in dk and dv", "plain", "kv * group + group)", "kv * group + 1)"),
+    executed(
+        "dropout draws a word of another counter",
+        "dropout",
+        "key // 64 * 16 + key % 16",
+        "key // 64 * 16 + key % 64",
+        TILES,
+    ),
+    executed(
+        "what dropout drops has a gradient", "dropout", "        dp = dp * keep\n", "        dp = dp\n", TILES
+    ),
+    executed("no sink in the denominator", "sinks", "total += tl.exp(sink - common)", "total += 0.0"),
+    executed(
+        "delta without the gradient of lse",
+        "sinks",
+        "total -= tl.load(dlse + at, mask=row < queries, other=0.0)",
+        "total -= 0.0",
+    ),
+    executed("dk without the cap's slope", "softcap", "ds = (ds * cap_slope).to", "ds = ds.to"),
+    executed(
+        "dbias of one head alone",
+        "bias and key",
+        "range(owner % bias_heads, heads, bias_heads)",
+        "range(owner % bias_heads, bias_heads, bias_heads)",
+    ),
+    Mutation(
+        "triton: attention: a tile of more elements than registers",
+        FILE,
+        "(64, 2, False): _Tile(128, 64, 4, 2)",
+        "(64, 2, False): _Tile(128, 128, 4, 2)",
+        (TESTS, "-k", "sm_80 and spills and 64 and not scored"),
+    ),
+]
