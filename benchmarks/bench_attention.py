@@ -26,16 +26,15 @@ SPEEDUPS = {
     ("causal", FORWARD, F32): 1.6, ("causal", TRAINING, F32): 1.6, ("causal", FORWARD, BF16): 2.0,
     ("causal", TRAINING, BF16): 3.0, ("whole", FORWARD, BF16): 1.2, ("whole", TRAINING, BF16): 2.0,
 }  # fmt: skip
-WINDOW_SPEEDUP = 8.0
 ROOF_PERCENT = {("causal", F32): 75.0, ("decode", F32): 80.0, ("decode", BF16): 80.0}
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+def sdpa(q, k, v, **options) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
 
 
 def last_heads(H: int, H_kv: int, tensor: Tensor) -> Tensor:
-    """The oracle computes one key head: heads do not touch each other, and T x T in float64 is large."""
+    """What the oracle computes: heads do not touch each other, and T x T in float64 is large."""
     return tensor[-1:, -max(1, H // H_kv) if tensor.shape[1] == H else -1 :]
 
 
@@ -46,15 +45,15 @@ def case(kind: str, mode: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Ca
         "causal": (dict(causal=True), dict(is_causal=True)),
         "window": (dict(causal=True, window=(WINDOW, 0)), dict(attn_mask=seen)),
     }.get(kind, ({}, {}))
-    queries = 1 if kind == "decode" else T
-    share = {"causal": 0.5, "window": WINDOW / T}.get(kind, 1.0)
+    queries, share = 1 if kind == "decode" else T, {"causal": 0.5, "window": WINDOW / T}.get(kind, 1.0)
     sizes = (B, H, queries, D), (B, H_kv, T, D), (B, H_kv, T, D)
     of_q, of_k = TENSORS[mode]
-    speedup = WINDOW_SPEEDUP if kind == "window" else SPEEDUPS.get((kind, mode, dtype))
+    speedup = 8.0 if kind == "window" else SPEEDUPS.get((kind, mode, dtype))
     bounds = {"speedup": speedup, "roof": ROOF_PERCENT.get((kind, dtype))}
     goals = tuple(Goal(what, bound) for what, bound in bounds.items() if bound)
     return Case(
-        f"attention-{kind}", mode, dtype, f"B{B}-H{H}-{H_kv}-T{T}-D{D}",
+        "attention" if kind == "causal" else f"attention-{kind}", mode, dtype,
+        f"B{B}-H{H}{'' if H == H_kv else f'-{H_kv}'}-T{T}-D{D}",
         lambda: [torch.randn(size).to(dtype) for size in sizes], table,
         partial(lspm_kernels.attention, **ours), {"torch": partial(sdpa, **torchs)},
         bytes=(of_q * B * H * queries * D + of_k * B * H_kv * T * D) * dtype.itemsize,

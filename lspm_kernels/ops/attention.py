@@ -57,7 +57,7 @@ def _window(q, k, left, right, top_left, seed):
 def _forward(row, q, k, v, bias, mask, slopes, sinks, left, right, top_left, seed, *scalars, saves=True):
     out = _empty_rows(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    statistics = lse.new_empty(2, *lse.shape) if saves or not q.is_cpu else None
+    statistics = None if row is not None and row.name == "cpu" and not saves else lse.new_empty(2, *lse.shape)
     if row is not None and lse.numel():
         window = _window(q, k, left, right, top_left, seed)
         row.forward(
