@@ -5,11 +5,12 @@ export OMP_WAIT_POLICY ?= passive
 # bfloat16 pays where the processor multiplies it in tiles; elsewhere it is slower than float32.
 DEMO_PRECISION := $(shell grep -qs amx_bf16 /proc/cpuinfo && echo --precision bfloat16)
 
-.PHONY: help demo test bench bench-smoke lint format wheel-check data clean
+.PHONY: help demo test test-long bench bench-smoke lint format wheel-check data clean
 
 help:
 	@echo 'make demo         train a GPT on the standard library for three minutes, sample it, compare with plain PyTorch'
-	@echo 'make test         the whole test suite'
+	@echo 'make test         the test suite'
+	@echo 'make test-long    what takes minutes more: larger tiles of the GPU kernels, compiled and emulated'
 	@echo 'make bench        measure this machine into benchmarks/results/, and the tables of the README'
 	@echo 'make lint         ruff and clang-format; make format mends what they find'
 	@echo 'make wheel-check  one built wheel under two torch versions'
@@ -27,7 +28,10 @@ demo: .venv/installed
 	$(BIN)/python benchmarks/bench_gpt.py --cases '*gpt_demo*'
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not long'
+
+test-long: .venv/installed
+	$(BIN)/python -m pytest -m long
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py

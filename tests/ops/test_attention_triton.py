@@ -163,6 +163,7 @@ def test_against_the_reference_with_wgmma(driver, name):
     check(*CASES[name])
 
 
+@pytest.mark.long
 def test_a_tile_of_the_table(gpu, table):
     check("table", BF16, {"causal": True})
     assert not gpu.lint
@@ -271,7 +272,7 @@ def test_the_limit_of_the_row(table):
 
 @pytest.mark.parametrize("sm", [80, 90, 100], ids="sm_{}".format)
 @pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, *(pytest.param(dim, marks=pytest.mark.long) for dim in (128, 256))])
 @pytest.mark.parametrize("scored", [False, True], ids=["", "scored"])
 def test_compiles_without_spills(table, sm, dtype, dim, scored, monkeypatch):
     monkeypatch.setitem(SHAPES, "compiled", (1, 2, 1, 144, 144, dim, dim))
