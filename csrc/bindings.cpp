@@ -186,10 +186,10 @@ void attention_backward(const TensorView& dout, const OptionalView& dlse, const 
   if (tdbias.data && !tdbias.key_stride && s.keys > 1)
     TensorView::refuse("dbias", "have a gradient for each key");
   const auto* pdl = static_cast<const float*>(optional(dlse, "dlse", q, DType::f32, rows));
-  const auto* pl = static_cast<const float*>(statistics.contiguous("statistics", q, DType::f32, 2 * rows));
+  const auto* ps = static_cast<const float*>(statistics.contiguous("statistics", q, DType::f32, 2 * rows));
   auto* pd = static_cast<float*>(delta.contiguous("delta", q, DType::f32, rows));
   py::gil_scoped_release unlocked;
-  backend::attention_backward(tdout, pdl, tq, tk, tv, extras, tout, pl, tdq, tdk, tdv, tdbias, pd, s,
+  backend::attention_backward(tdout, pdl, tq, tk, tv, extras, tout, ps, tdq, tdk, tdv, tdbias, pd, s,
                               WHERE(q, threads));
 }
 #endif

@@ -9,6 +9,15 @@ def shape(t: object) -> tuple[int, ...] | str:
     return tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
 
 
+def broadcasts(t: object, sizes: tuple[int, ...]) -> bool:
+    """Whether t is a tensor that broadcasts to sizes."""
+    return (
+        isinstance(t, Tensor)
+        and t.dim() <= len(sizes)
+        and all(n in (1, size) for n, size in zip(reversed(t.shape), reversed(sizes), strict=False))
+    )
+
+
 def parameter(
     op: str, name: str, t: Tensor, cols: int, device: torch.device, dtypes: tuple[torch.dtype, ...]
 ) -> None:
@@ -92,11 +101,7 @@ def scores(
 def _scores(op, name, t, q, sizes, dtypes):
     if t is None:
         return None
-    if (
-        not isinstance(t, Tensor)
-        or t.dim() > 4
-        or any(n not in (1, size) for n, size in zip(reversed(t.shape), reversed(sizes), strict=False))
-    ):
+    if not broadcasts(t, sizes):
         raise ValueError(f"{op}: {name} must broadcast to (B, H, T_q, T_k) = {sizes}, got {shape(t)}")
     if t.dtype not in dtypes:
         rule = " or ".join(dict.fromkeys(map(str, dtypes)))
@@ -107,7 +112,7 @@ def _scores(op, name, t, q, sizes, dtypes):
 
 
 def per_head(op: str, name: str, t: Tensor | None, q: Tensor, dims: tuple[int, ...]) -> Tensor | None:
-    """Raises ValueError unless t is None or holds a finite number for each head, or batch and head, of q."""
+    """Raises ValueError unless t is None or holds a number for each head, or batch and head, of q."""
     if t is None:
         return None
     allowed = [tuple(q.shape[2 - d : 2]) for d in dims]

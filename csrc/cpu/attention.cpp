@@ -142,14 +142,7 @@ void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& 
                        const AttentionShape& s, int threads) {
   const ForwardViews t{q, k, v, extras, out, lse, statistics};
   if (s.queries <= kFewQueries && !statistics) return attention_decode(t, s, threads);
-  switch (s.dtype) {
-    case DType::f32:
-      return forward<float>(t, s, threads);
-    case DType::bf16:
-      return forward<bf16>(t, s, threads);
-    default:
-      return forward<f16>(t, s, threads);
-  }
+  with_type(s, [&](auto type) { forward<decltype(type)>(t, s, threads); });
 }
 
 }  // namespace lspm::cpu

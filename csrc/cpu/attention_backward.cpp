@@ -59,9 +59,8 @@ void probabilities(BackwardScratch<O>& w, const BackwardViews& t, const ScoresTi
       const bool inside = first + r < rows;
       const int64_t row = at + first + r, end = inside ? s.end_key(tile.query + first + r) : tile.key;
       visible[r] = std::min(columns, end - tile.key);
-      // Where all keys of a query lie in this tile, its sums can be had from what is here, with the rounding
-      // errors of p and dp in them, which then cancel: a query that looks at one key alone has exactly ds =
-      // 0.
+      // Where all keys of a query lie in this tile, its maximum and sums can be had from what is here, with
+      // the rounding errors of p and dp in them, which then cancel: ds of a key seen alone is exactly 0.
       const int64_t begin = s.first_key(tile.query + first + r);
       const bool whole = begin >= tile.key && visible[r] > begin - tile.key && end - tile.key <= columns;
       const float sink = t.extras.sinks ? t.extras.sinks[tile.head] : -kInfinity;
@@ -310,14 +309,7 @@ void attention_backward(const HeadsView& dout, const float* dlse, const HeadsVie
                         const HeadsView& dv, const ScoresView& dbias, float* delta, const AttentionShape& s,
                         int threads) {
   const BackwardViews t{dout, dlse, q, k, v, extras, out, dq, dk, dv, dbias, statistics, delta, nullptr};
-  switch (s.dtype) {
-    case DType::f32:
-      return backward<float>(t, s, threads);
-    case DType::bf16:
-      return backward<bf16>(t, s, threads);
-    default:
-      return backward<f16>(t, s, threads);
-  }
+  with_type(s, [&](auto type) { backward<decltype(type)>(t, s, threads); });
 }
 
 }  // namespace lspm::cpu

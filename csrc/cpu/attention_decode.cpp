@@ -179,14 +179,7 @@ void decode(const ForwardViews& t, const AttentionShape& s, int threads) {
 }  // namespace
 
 void attention_decode(const ForwardViews& t, const AttentionShape& s, int threads) {
-  switch (s.dtype) {
-    case DType::f32:
-      return decode<float>(t, s, threads);
-    case DType::bf16:
-      return decode<bf16>(t, s, threads);
-    default:
-      return decode<f16>(t, s, threads);
-  }
+  with_type(s, [&](auto type) { decode<decltype(type)>(t, s, threads); });
 }
 
 }  // namespace lspm::cpu

@@ -21,6 +21,13 @@ inline int64_t first_column(const AttentionShape& s, int64_t query, int64_t key)
   return std::max<int64_t>(0, s.first_key(query) - key) / kSkip * kSkip;
 }
 
+// Calls f(T{}) with the type of q, k and v.
+template <class Call>
+void with_type(const AttentionShape& s, Call f) {
+  if (s.dtype == DType::f32) return f(float{});
+  return s.dtype == DType::bf16 ? f(bf16{}) : f(f16{});
+}
+
 struct ForwardViews {
   const HeadsView &q, &k, &v;
   const AttentionExtras& extras;

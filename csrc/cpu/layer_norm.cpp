@@ -10,28 +10,10 @@
 #include <type_traits>
 
 #include "cpu/memory.h"
-#include "cpu/pairs.h"
 #include "cpu/parallel.h"
 
 namespace lspm::cpu {
 namespace {
-
-// Whether `out` is to be streamed, which it is made ready for.
-template <class T>
-bool streams(T* out, const LayerNormShape& s) {
-  const int64_t bytes = s.rows * s.cols * int64_t(sizeof(T));
-  if (!out || bytes < kLargeBytes) return false;
-  prefer_huge_pages(out, bytes);
-  return reinterpret_cast<uintptr_t>(out) % sizeof(F) == 0 && s.cols % (2 * kLanes) == 0;
-}
-
-template <bool kStream, class T, class V, class Lanes>
-void write(T* p, V v, Lanes lanes) {
-  if constexpr (kStream)
-    lanes.stream(p, v);
-  else
-    lanes.store(p, v);
-}
 
 // Weights as floats, in the order in which pairs of T lie; null where there are none.
 template <class T, class W>
@@ -275,10 +257,10 @@ void forward(const void* x, const void* residual, const void* weight, const void
                 rstd,
                 s,
                 eps};
-  const bool stream = streams(job.y, s) & (streams(job.sum, s) | !sum);
+  const int64_t elements = s.rows * s.cols;
+  const bool stream = streams(job.y, elements, s.cols) & (streams(job.sum, elements, s.cols) | !sum);
   const auto rows = stream ? &Job::template rows<true> : &Job::template rows<false>;
-  parallel_for(s.rows, s.rows * s.cols, threads,
-               [&](int64_t begin, int64_t end) { (job.*rows)(begin, end); });
+  parallel_for(s.rows, elements, threads, [&](int64_t begin, int64_t end) { (job.*rows)(begin, end); });
 }
 
 template <class T, class W>
@@ -294,7 +276,7 @@ void backward(const void* dy, const void* dsum, const void* sum, const float* me
                 static_cast<const W*>(weight),
                 static_cast<T*>(dx),
                 s};
-  const bool stream = streams(job.dx, s);
+  const bool stream = streams(job.dx, s.rows * s.cols, s.cols);
   const int64_t run = s.rows_per_partial();
   parallel_for(s.partials, s.rows * s.cols, threads, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> room(new float[s.cols]);

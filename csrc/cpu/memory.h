@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/pairs.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -23,6 +25,25 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
   // Advice: where the system has none to give, memory is as it was.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// Whether `elements` of `out`, which lie in runs of `run`, are to be streamed; makes them ready for it. out:
+// or null.
+template <class T>
+bool streams(T* out, int64_t elements, int64_t run) {
+  const int64_t bytes = elements * int64_t(sizeof(T));
+  if (!out || bytes < kLargeBytes) return false;
+  prefer_huge_pages(out, bytes);
+  return reinterpret_cast<uintptr_t>(out) % sizeof(F) == 0 && run % (2 * kLanes) == 0;
+}
+
+// Stores a vector or a pair, past the cache where kStream.
+template <bool kStream, class T, class V, class Lanes>
+void write(T* p, V v, Lanes lanes) {
+  if constexpr (kStream)
+    lanes.stream(p, v);
+  else
+    lanes.store(p, v);
 }
 
 }  // namespace lspm::cpu

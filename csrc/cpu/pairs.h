@@ -14,14 +14,13 @@ namespace lspm {
 struct Pair {
   F first, second;
 };
-#define LSPM_PAIR_OPERATOR(op)                                                                   \
-  inline Pair operator op(Pair a, Pair b) { return {a.first op b.first, a.second op b.second}; } \
-  inline Pair operator op(Pair a, float b) { return {a.first op b, a.second op b}; }             \
-  inline Pair& operator op## = (Pair & a, Pair b) { return a = a op b; }
-LSPM_PAIR_OPERATOR(+)
-LSPM_PAIR_OPERATOR(-)
-LSPM_PAIR_OPERATOR(*)
-#undef LSPM_PAIR_OPERATOR
+inline Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
+inline Pair operator-(Pair a, Pair b) { return {a.first - b.first, a.second - b.second}; }
+inline Pair operator*(Pair a, Pair b) { return {a.first * b.first, a.second * b.second}; }
+inline Pair operator-(Pair a, float b) { return {a.first - b, a.second - b}; }
+inline Pair operator*(Pair a, float b) { return {a.first * b, a.second * b}; }
+inline Pair& operator+=(Pair& a, Pair b) { return a = a + b; }
+inline Pair& operator*=(Pair& a, Pair b) { return a = a * b; }
 
 inline F joined(F v) { return v; }
 inline F joined(Pair v) { return v.first + v.second; }
@@ -86,6 +85,7 @@ struct PairLanes {
   }
   Pair keep(Pair v) const { return v; }
 };
+
 // The same interface for what is left over at the end: single vectors, or the first lanes of one.
 template <class T, class Lanes>
 struct Single : Lanes {

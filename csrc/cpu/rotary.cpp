@@ -8,29 +8,10 @@
 #include <memory>
 
 #include "cpu/memory.h"
-#include "cpu/pairs.h"
 #include "cpu/parallel.h"
 
 namespace lspm::cpu {
 namespace {
-
-// Whether out is to be streamed, which it is made ready for.
-template <class T>
-bool streams(T* out, const RotaryShape& s) {
-  const int64_t bytes = s.elements() * int64_t(sizeof(T));
-  if (bytes < kLargeBytes) return false;
-  prefer_huge_pages(out, bytes);
-  const int64_t run = s.interleaved ? 2 * s.half : s.half;  // of elements that lie one after the other
-  return reinterpret_cast<uintptr_t>(out) % sizeof(F) == 0 && (s.dim | run) % (2 * kLanes) == 0;
-}
-
-template <bool kStream, class T, class V, class Lanes>
-void write(T* p, V v, Lanes lanes) {
-  if constexpr (kStream)
-    lanes.stream(p, v);
-  else
-    lanes.store(p, v);
-}
 
 // The even and the odd elements of 2 * kLanes, rotated by kLanes angles.
 template <bool kStream, class T>
@@ -120,7 +101,8 @@ void rotate(const void* x, const void* cos, const void* sin, const int64_t* offs
   const Job job{static_cast<const T*>(x),   static_cast<const W*>(cos),
                 static_cast<const W*>(sin), offsets,
                 static_cast<T*>(out),       s};
-  const bool stream = streams(job.out, s);
+  const int64_t run = s.interleaved ? 2 * s.half : s.half;  // of elements that lie one after the other
+  const bool stream = streams(job.out, s.elements(), s.dim | run);
   const auto rows = stream
                         ? s.interleaved ? &Job::template rows<true, true> : &Job::template rows<true, false>
                     : s.interleaved ? &Job::template rows<false, true>

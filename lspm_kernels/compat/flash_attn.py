@@ -7,6 +7,7 @@ Tensors are (B, T, H, D) and read where they lie: no input is copied.
 import torch
 from torch import Tensor
 
+from lspm_kernels import checks
 from lspm_kernels.ops.attention import attention
 
 
@@ -49,7 +50,7 @@ def flash_attn_func(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != 4:
-            raise ValueError(f"flash_attn_func: {name} must be a tensor (B, T, H, D), got {_shape(x)}")
+            raise ValueError(f"flash_attn_func: {name} must be a tensor (B, T, H, D), got {checks.shape(x)}")
     result = attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
         causal=causal,
@@ -80,7 +81,7 @@ def flash_attn_qkvpacked_func(
     """flash_attn_func of the three tensors in qkv (B, T, 3, H, D), none copied."""
     if not isinstance(qkv, Tensor) or qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(
-            f"flash_attn_qkvpacked_func: qkv must be a tensor (B, T, 3, H, D), got {_shape(qkv)}"
+            f"flash_attn_qkvpacked_func: qkv must be a tensor (B, T, 3, H, D), got {checks.shape(qkv)}"
         )
     return flash_attn_func(
         *qkv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
@@ -103,16 +104,12 @@ def flash_attn_kvpacked_func(
     """flash_attn_func of q (B, T_q, H, D) and the two tensors in kv (B, T_k, 2, H_kv, D), none copied."""
     if not isinstance(kv, Tensor) or kv.dim() != 5 or kv.shape[2] != 2:
         raise ValueError(
-            f"flash_attn_kvpacked_func: kv must be a tensor (B, T, 2, H_kv, D), got {_shape(kv)}"
+            f"flash_attn_kvpacked_func: kv must be a tensor (B, T, 2, H_kv, D), got {checks.shape(kv)}"
         )
     return flash_attn_func(
         q, *kv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
-
-
-def _shape(x):
-    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
 
 def _window(sides):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lspm_kernels import checks
 from lspm_kernels.ops.attention import attention
 
 _OP = "scaled_dot_product_attention"
@@ -42,9 +43,9 @@ def scaled_dot_product_attention(
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.dim() < 2:
-            raise ValueError(f"{_OP}: {name} must be a tensor (..., T, D), got {_shape(x)}")
+            raise ValueError(f"{_OP}: {name} must be a tensor (..., T, D), got {checks.shape(x)}")
     if is_causal and attn_mask is not None:
-        raise ValueError(f"{_OP}: attn_mask must be None where is_causal=True, got {_shape(attn_mask)}")
+        raise ValueError(f"{_OP}: attn_mask must be None where is_causal=True, got {checks.shape(attn_mask)}")
     # Heads are the third dimension from behind; with enable_gqa they do not broadcast.
     own = 3 if enable_gqa and min(x.dim() for x in (query, key, value)) > 2 else 2
     try:
@@ -73,10 +74,6 @@ def scaled_dot_product_attention(
     return out.reshape(*batch, *q.shape[-3:-1], v.shape[-1])
 
 
-def _shape(x):
-    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-
-
 def _four(x):
     """x with four dimensions: leading ones are added, or folded into the batch."""
     return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
@@ -84,13 +81,9 @@ def _four(x):
 
 def _mask(mask, sizes):
     """A mask that broadcasts to the four dimensions that _four leaves of sizes."""
-    if (
-        not isinstance(mask, Tensor)
-        or mask.dim() > len(sizes)
-        or any(n not in (1, size) for n, size in zip(reversed(mask.shape), reversed(sizes), strict=False))
-    ):
+    if not checks.broadcasts(mask, sizes):
         raise ValueError(
-            f"{_OP}: attn_mask must broadcast to (..., H, T_q, T_k) = {tuple(sizes)}, got {_shape(mask)}"
+            f"{_OP}: attn_mask must broadcast to (..., H, T_q, T_k) = {sizes}, got {checks.shape(mask)}"
         )
     if mask.dim() > 3 and len(sizes) > 4 and max(mask.shape[:-3]) > 1:
         mask = mask.expand(*sizes[:-3], *mask.shape[-3:])

@@ -72,14 +72,14 @@ def _backward(
 ):  # fmt: skip
     dq, dk, dv = (_empty_rows(x, x.shape[-1]) for x in (q, k, v))
     dbias = q.new_zeros(bias.shape if wants_dbias else 0, dtype=torch.float32)
-    wants_dbias = wants_dbias and bias.shape[-1] > 1
+    of_rows = wants_dbias and bias.shape[-1] == 1  # one bias for all scores of a row
     delta = torch.empty_like(statistics[0])
     if row is not None and delta.numel():
         window = _window(q, k, left, right, top_left, seed)
         row.backward(
             _rows(dout), None if dlse is None else dlse.contiguous(), _rows(q), _rows(k), _rows(v),
-            bias, mask, slopes, sinks, out, statistics, dq, dk, dv, dbias if wants_dbias else None, delta,
-            window, scalars,
+            bias, mask, slopes, sinks, out, statistics, dq, dk, dv,
+            dbias if wants_dbias and not of_rows else None, delta, window, scalars,
         )  # fmt: skip
     elif row is not None:
         dk.zero_()
@@ -90,9 +90,7 @@ def _backward(
     if sinks is not None:
         dsink = -(sinks[:, None] - statistics[0]).exp() * statistics[1] * delta  # (B, H, T_q)
     dsinks = delta.new_empty(0) if dsink is None else dsink.sum((0, 2), dtype=torch.float64).float()
-    if (
-        dbias.numel() and not wants_dbias
-    ):  # one bias for a row: all gradients of its scores, which sum to dlse
+    if of_rows and dbias.numel():  # the gradients of a row's scores and of its sink sum to dlse
         total = torch.zeros_like(delta) if dlse is None else dlse.masked_fill(statistics[1] == 0, 0.0)
         dbias = (total if dsink is None else total - dsink)[..., None].sum_to_size(dbias.shape)
     return dq, dk, dv, dbias, dsinks

@@ -60,8 +60,8 @@ def broadcast(kinds, sizes):
 
 
 def case(options, shape, dtype):
-    """The tensors that get a gradient, and a function of (attention, *tensors)."""
-    B, H, H_kv, T_q, T_k, D, Dv = SHAPES[shape]
+    """The tensors of a shape that get a gradient, and a function of (attention, *tensors)."""
+    B, H, H_kv, T_q, T_k, D, Dv = shape
     options = dict(options)
     given = [torch.randn(s).to(dtype) for s in ((B, H, T_q, D), (B, H_kv, T_k, D), (B, H_kv, T_k, Dv))]
     names, sizes = ["q", "k", "v"], (B, H, T_q, T_k)
@@ -82,7 +82,7 @@ def case(options, shape, dtype):
 
 
 def check(options, shape, dtype, **more):
-    given, call = case(options, shape, dtype)
+    given, call = case(options, SHAPES[shape], dtype)
     oracle.check(*(lambda *t, f=f: call(f, *t, **more) for f in (lk.attention, reference.attention)), given)
 
 
@@ -96,7 +96,7 @@ def test_against_the_reference(name, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_few_queries_without_a_gradient(name, dtype):
-    given, call = case(OPTIONS[name], "few queries", dtype)
+    given, call = case(OPTIONS[name], SHAPES["few queries"], dtype)
     forms = (lambda *t, f=f: call(f, *t, return_lse=True) for f in (lk.attention, reference.attention))
     oracle.check(*forms, given, gradients=False)
 
@@ -104,7 +104,7 @@ def test_few_queries_without_a_gradient(name, dtype):
 @pytest.mark.parametrize("name", ["window", "mask", "sinks", "bias", "dropout", "everything"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_gradient_of_lse(name, shape):
-    given, call = case(OPTIONS[name], shape, torch.float32)
+    given, call = case(OPTIONS[name], SHAPES[shape], torch.float32)
 
     def form(f):
         def run(*t):
@@ -117,7 +117,7 @@ def test_the_gradient_of_lse(name, shape):
 
 
 def test_lse_alone_has_a_gradient():
-    given, call = case({}, "small", torch.float32)
+    given, call = case({}, SHAPES["small"], torch.float32)
     forms = (lambda *t, f=f: call(f, *t, return_lse=True)[1] for f in (lk.attention, reference.attention))
     oracle.check(*forms, given)
 
@@ -135,7 +135,7 @@ def test_every_instruction_set(isa, name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["window", "bias", "bias of all", "dropout", "everything"])
 def test_same_bits_for_any_number_of_threads(name):
-    given, call = case(OPTIONS[name], "several tiles", torch.float32)
+    given, call = case(OPTIONS[name], SHAPES["several tiles"], torch.float32)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
@@ -198,7 +198,7 @@ def test_memory_is_linear_in_the_length_with_every_option():
 @pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
 def test_compile(mode):
     torch._dynamo.reset()
-    given, call = case(OPTIONS["everything"], "small", torch.float32)
+    given, call = case(OPTIONS["everything"], SHAPES["small"], torch.float32)
     ours = torch.compile(lambda *t: call(lk.attention, *t), fullgraph=True, backend=mode)
     oracle.check(ours, lambda *t: call(reference.attention, *t), given)
 

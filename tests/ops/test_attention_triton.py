@@ -1,10 +1,10 @@
 """The Triton kernels of attention: what Triton compiles them to, executed on the CPU (tests/cuda_on_cpu)."""
 
 import dataclasses
-import shutil
 
 import pytest
 import torch
+from ops import test_attention_options
 
 import lspm_kernels as lk
 import oracle
@@ -70,33 +70,12 @@ CASES = {
 ON_SM_90 = ["16 bits", "half", "window", "everything"]
 
 
-def broadcast(kinds, sizes):
-    """Sizes of what is one for all where kinds is 0."""
-    return [size if kind else 1 for kind, size in zip(kinds, sizes, strict=True)]
-
-
 def case(shape, dtype, options):
     """The tensors that get a gradient, and a function of (attention, *tensors)."""
-    B, H, H_kv, T_q, T_k, D, Dv = SHAPES[shape]
-    options = dict(options)
-    given = [torch.randn(s).to(dtype) for s in ((B, H, T_q, D), (B, H_kv, T_k, D), (B, H_kv, T_k, Dv))]
-    names, sizes = ["q", "k", "v"], (B, H, T_q, T_k)
-    if kinds := options.pop("bias", None):
-        given.append(torch.randn(broadcast(kinds, sizes)).to(dtype))
-        names.append("bias")
-    if options.pop("sinks", None):
-        given.append(torch.randn(H))
-        names.append("sinks")
-    if kinds := options.pop("mask", None):
-        options["mask"] = torch.rand(broadcast(kinds, sizes)) < 0.7
-    if kinds := options.pop("added", None):
-        added = torch.randn(broadcast(kinds, sizes))
-        options["mask"] = added.masked_fill(added > 1, -torch.inf).to(dtype)
-    if dims := options.pop("slopes", None):
-        options["alibi_slopes"] = torch.rand((B, H)[-dims:])
+    given, plain = test_attention_options.case(options, SHAPES[shape], dtype)
 
     def call(f, *t):
-        found = f(**dict(zip(names, t, strict=True)), **options)
+        found = plain(f, *t)
         if isinstance(found, tuple):  # where no key is seen, lse has no gradient
             assert not found[1].isnan().any()
             return found[0], torch.where(found[1].isfinite(), found[1], 0.0)
@@ -130,25 +109,14 @@ def table(monkeypatch):
     monkeypatch.setattr(dispatch, "_admitted", {})  # knows the table as it was
 
 
-@pytest.fixture(scope="module", params=[80, 90], ids="sm_{}".format)
-def gpu(request):
-    if not shutil.which("g++"):
-        pytest.skip("g++ is not installed")
-    with triton_driver.activated(request.param) as driver:
-        yield driver
-
-
 on_sm_80 = pytest.mark.parametrize("gpu", [80], ids=["sm_80"], indirect=True)
 on_sm_90 = pytest.mark.parametrize("gpu", [90], ids=["sm_90"], indirect=True)
 
 
 @pytest.fixture
-def driver(gpu, table, monkeypatch):
-    monkeypatch.setattr(attention, "_tile", lambda *_: SMALL[gpu.sm])
-    gpu.seed = 0
-    gpu.launches.clear()
-    yield gpu
-    assert not gpu.lint
+def driver(driver, table, monkeypatch):
+    monkeypatch.setattr(attention, "_tile", lambda *_: SMALL[driver.sm])
+    return driver
 
 
 @on_sm_80

@@ -1,7 +1,6 @@
 """The Triton kernels of layer norm: what Triton compiles them to, executed on the CPU (tests/cuda_on_cpu)."""
 
 import dataclasses
-import shutil
 import subprocess
 import sys
 
@@ -106,24 +105,8 @@ def tensors(rows, cols, dtype=F32, weight_dtype=F32, present=ALL):
     return [made[name] if name in ("x", *present) else None for name in made]
 
 
-@pytest.fixture(scope="module", params=[80, 90], ids="sm_{}".format)
-def gpu(request):
-    if not shutil.which("g++"):
-        pytest.skip("g++ is not installed")
-    with triton_driver.activated(request.param) as driver:
-        yield driver
-
-
 # Where the code generators differ little, one suffices.
 on_one_gpu = pytest.mark.parametrize("gpu", [80], ids=["sm_80"], indirect=True)
-
-
-@pytest.fixture
-def driver(gpu):
-    gpu.seed = 0
-    gpu.launches.clear()
-    yield gpu
-    assert not gpu.lint
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,7 +1,6 @@
 """The Triton kernel of rotary: what Triton compiles it to, executed on the CPU (tests/cuda_on_cpu)."""
 
 import dataclasses
-import shutil
 
 import pytest
 import torch
@@ -66,24 +65,8 @@ def check(case, view=lambda x: x, **options):
     oracle.check(*forms, [torch.randn(B, H, T, D).to(dtype)])
 
 
-@pytest.fixture(scope="module", params=[80, 90], ids="sm_{}".format)
-def gpu(request):
-    if not shutil.which("g++"):
-        pytest.skip("g++ is not installed")
-    with triton_driver.activated(request.param) as driver:
-        yield driver
-
-
 # Where the code generators differ little, one suffices.
 on_one_gpu = pytest.mark.parametrize("gpu", [80], ids=["sm_80"], indirect=True)
-
-
-@pytest.fixture
-def driver(gpu):
-    gpu.seed = 0
-    gpu.launches.clear()
-    yield gpu
-    assert not gpu.lint
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
