@@ -14,6 +14,8 @@
 #include <string>
 #include <utility>
 
+#include "../dtype.h"
+
 #ifdef __CUDACC__
 #define SHARED(type, name, extents) __shared__ type name extents
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
@@ -147,6 +149,34 @@ __device__ __forceinline__ T row_sum(T value) {
   if (lane == 0) warp_sums[threadIdx.y * warps + threadIdx.x / kWarp] = value;
   __syncthreads();
   return warp_sum(lane < warps ? warp_sums[threadIdx.y * warps + lane] : T{});
+}
+
+// The types of an op's data and of its parameters, which are of the data's type or float.
+template <class T, class W>
+struct Types {
+  using Data = T;
+  using Parameter = W;
+};
+
+// Calls body(Types<T, W>()) for the two dtypes. An error names `op`, and `name`, the second dtype's.
+template <class Body>
+void with_types(const char* op, DType dtype, const char* name, DType parameter_dtype, Body body) {
+  const auto refuse = [&](const std::string& rule, DType got) {
+    throw std::invalid_argument(std::string(op) + ": " + rule + ", got " + std::to_string(int(got)));
+  };
+  const bool same = parameter_dtype == dtype;
+  if (!same && parameter_dtype != DType::f32)
+    refuse(std::string(name) + " must be dtype or f32", parameter_dtype);
+  switch (dtype) {
+    case DType::f32:
+      return body(Types<float, float>());
+    case DType::bf16:
+      return same ? body(Types<bf16, bf16>()) : body(Types<bf16, float>());
+    case DType::f16:
+      return same ? body(Types<f16, f16>()) : body(Types<f16, float>());
+    default:
+      refuse("dtype must be f32, bf16 or f16", dtype);
+  }
 }
 
 }  // namespace lspm::cuda

@@ -258,40 +258,14 @@ dim3 block_shape(int64_t cols, int block, int most) {
   return dim3(threads, threads < block ? block / threads : 1);
 }
 
-template <class T, class W>
-struct Types {
-  using Data = T;
-  using Weight = W;
-};
-
-// Calls body(Types<T, W>()) with the types of the tensors and of the weights.
-template <class Body>
-void with_types(const char* function, const LayerNormShape& shape, Body body) {
-  const bool same = shape.weight_dtype == shape.dtype;
-  if (!same && shape.weight_dtype != DType::f32)
-    throw std::invalid_argument(std::string(function) + ": weight_dtype must be dtype or f32, got " +
-                                std::to_string(int(shape.weight_dtype)));
-  switch (shape.dtype) {
-    case DType::f32:
-      return body(Types<float, float>());
-    case DType::bf16:
-      return same ? body(Types<bf16, bf16>()) : body(Types<bf16, float>());
-    case DType::f16:
-      return same ? body(Types<f16, f16>()) : body(Types<f16, float>());
-    default:
-      throw std::invalid_argument(std::string(function) + ": dtype must be f32, bf16 or f16, got " +
-                                  std::to_string(int(shape.dtype)));
-  }
-}
-
 }  // namespace
 
 void layer_norm_forward(const void* x, const void* residual, const void* weight, const void* bias, void* sum,
                         void* y, float* mean, float* rstd, const LayerNormShape& shape, float eps, int device,
                         void* stream) {
-  with_types("layer_norm_forward", shape, [&](auto types) {
+  with_types("layer_norm_forward", shape.dtype, "weight_dtype", shape.weight_dtype, [&](auto types) {
     using T = typename decltype(types)::Data;
-    using W = typename decltype(types)::Weight;
+    using W = typename decltype(types)::Parameter;
     if (shape.rows == 0 || shape.cols == 0) return;
     constexpr int kWidth = kVectorBytes / sizeof(T);
     auto* kernel = layer_norm_forward_kernel<T, W, 1, false>;
@@ -310,9 +284,9 @@ void layer_norm_forward(const void* x, const void* residual, const void* weight,
 void layer_norm_backward(const void* dy, const void* dsum, const void* sum, const float* mean,
                          const float* rstd, const void* weight, void* dx, void* dweight, void* dbias,
                          float* partial, const LayerNormShape& shape, int device, void* stream) {
-  with_types("layer_norm_backward", shape, [&](auto types) {
+  with_types("layer_norm_backward", shape.dtype, "weight_dtype", shape.weight_dtype, [&](auto types) {
     using T = typename decltype(types)::Data;
-    using W = typename decltype(types)::Weight;
+    using W = typename decltype(types)::Parameter;
     constexpr int kWidth = kVectorBytes / sizeof(T);
     if (shape.cols == 0) return;
     const bool weights = dweight || dbias;

@@ -87,39 +87,13 @@ dim3 block_shape(int64_t pairs, int64_t heads, int64_t positions) {
   return dim3(x, y, fit(positions, kThreads / (x * y) < 64 ? kThreads / (x * y) : 64));  // 64: CUDA's limit
 }
 
-template <class T, class W>
-struct Types {
-  using Data = T;
-  using Table = W;
-};
-
-// Calls body(Types<T, W>()) with the types of x and of the tables.
-template <class Body>
-void with_types(const RotaryShape& shape, Body body) {
-  const bool same = shape.table_dtype == shape.dtype;
-  if (!same && shape.table_dtype != DType::f32)
-    throw std::invalid_argument("rotary: table_dtype must be dtype or f32, got " +
-                                std::to_string(int(shape.table_dtype)));
-  switch (shape.dtype) {
-    case DType::f32:
-      return body(Types<float, float>());
-    case DType::bf16:
-      return same ? body(Types<bf16, bf16>()) : body(Types<bf16, float>());
-    case DType::f16:
-      return same ? body(Types<f16, f16>()) : body(Types<f16, float>());
-    default:
-      throw std::invalid_argument("rotary: dtype must be f32, bf16 or f16, got " +
-                                  std::to_string(int(shape.dtype)));
-  }
-}
-
 }  // namespace
 
 void rotary(const void* x, const void* cos, const void* sin, const int64_t* offsets, void* out,
             const RotaryShape& shape, int device, void* stream) {
-  with_types(shape, [&](auto types) {
+  with_types("rotary", shape.dtype, "table_dtype", shape.table_dtype, [&](auto types) {
     using T = typename decltype(types)::Data;
-    using W = typename decltype(types)::Table;
+    using W = typename decltype(types)::Parameter;
     const RotaryShape& s = shape;
     if (s.elements() == 0) return;
     constexpr int kWide = kVectorBytes / sizeof(T);
