@@ -21,7 +21,8 @@ struct AttentionShape {
   DType dtype;                                    // of q, k, v, out and their gradients: f32, bf16 or f16
   int64_t left, right;                            // of the window; below 0: all
   int64_t shift;
-  float scale, softcap, dropout;  // softcap 0: none
+  float scale, softcap;  // softcap 0: none
+  double dropout;        // the share that is dropped, which is compared with 32 bits
   uint64_t seed;
 
   int64_t group() const { return heads / kv_heads; }  // query heads to a key head

@@ -125,7 +125,7 @@ lspm::AttentionExtras attention_extras(const TensorView& q, const OptionalView& 
 }
 
 // scale, softcap, dropout.
-using Scalars = std::tuple<float, float, float>;
+using Scalars = std::tuple<float, float, double>;
 // left, right, shift, seed.
 using Window = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 

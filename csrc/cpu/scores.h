@@ -90,8 +90,8 @@ inline void add_extras(float* scores, float* cap_slope, int64_t stride, const Sc
 // keep: 0 for what dropout drops of the tile, 1 / (1 - dropout) for the rest. t.key is a multiple of 64.
 inline void draw_dropout(float* keep, int64_t stride, const ScoresTile& t, const AttentionShape& s) {
   constexpr int64_t kColumns = 64, kWord = 16;  // columns that share counters, and of them a word's
-  const auto threshold = uint32_t(std::min(double(s.dropout) * 4294967296.0, 4294967295.0));
-  const F kept = broadcast(1.0f / (1.0f - s.dropout));
+  const auto threshold = uint32_t(std::min(s.dropout * 4294967296.0, 4294967295.0));
+  const F kept = broadcast(float(1.0 / (1.0 - s.dropout)));
   for (int64_t r = 0; r < t.rows; ++r)
     for (int64_t n = 0; n < t.columns; n += kColumns)
       for (int64_t part = 0; part < kWord; part += kLanes) {

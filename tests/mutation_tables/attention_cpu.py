@@ -127,7 +127,7 @@ MUTATIONS = [
     in_kernel(
         name="attention: what dropout keeps is not divided",
         file="csrc/cpu/scores.h",
-        old="broadcast(1.0f / (1.0f - s.dropout))",
+        old="broadcast(float(1.0 / (1.0 - s.dropout)))",
         new="broadcast(1.0f)",
         tests=("tests/ops/test_attention_options.py", "-x"),
     ),

@@ -154,6 +154,15 @@ def test_philox_is_the_published_one():
         assert not philox.kept(0, (value + 1) / 2**32, 1, 1, 1, 64, torch.device("cpu"))[0, 0, 0, j]
 
 
+def test_the_share_of_dropout_is_not_rounded():
+    q, k, v = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 64, 8), torch.zeros(1, 1, 64, 8)
+    v[:, :, 0] = 1.0
+    word = 0x6627E8D5  # of key 0 under seed 0; float32 has no number between this share and the next
+    for threshold in (word, word + 1):
+        out = lk.attention(q, k, v, dropout_p=threshold / 2**32, seed=0)
+        assert (out != 0).all() if word >= threshold else (out == 0).all()
+
+
 def test_dropout_drops_its_share():
     q, k = torch.zeros(2, 3, 500, 8), torch.randn(2, 3, 500, 8)
     v = torch.ones(2, 3, 500, 8)
