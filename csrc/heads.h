@@ -4,16 +4,37 @@
 
 #include "dtype.h"
 
+#ifdef __CUDACC__
+#define LSPM_HOST_DEVICE __host__ __device__
+#else
+#define LSPM_HOST_DEVICE
+#endif
+
 namespace lspm {
 
 // A tensor (batch, heads, rows, dim): where it begins and its strides in elements. The last stride is 1.
+//
+// starts, or null: (batch), the row at which each batch begins; packed sequences have a batch_stride of 0.
+// pages, or null: (batch, page_columns), of which rows i page_rows to (i + 1) page_rows of a batch lie in
+// page i; the tensor is then (pages, heads, page_rows, dim), and batch_stride leads from page to page.
 struct HeadsView {
   void* data;
   int64_t batch_stride, head_stride, row_stride;
+  const int32_t* starts = nullptr;
+  const int32_t* pages = nullptr;
+  int64_t page_rows = 0, page_columns = 0;
 
   template <class T>
-  T* at(int64_t batch, int64_t head, int64_t row = 0) const {
+  LSPM_HOST_DEVICE T* at(int64_t batch, int64_t head, int64_t row = 0) const {
+    if (starts) row += starts[batch];
+    if (pages) batch = pages[batch * page_columns + row / page_rows], row %= page_rows;
     return static_cast<T*>(data) + batch * batch_stride + head * head_stride + row * row_stride;
+  }
+
+  // How many of `rows` rows from `row` on lie row_stride apart.
+  LSPM_HOST_DEVICE int64_t together(int64_t row, int64_t rows) const {
+    const int64_t left = page_rows - (pages ? row % page_rows : 0);
+    return pages && left < rows ? left : rows;
   }
 };
 
