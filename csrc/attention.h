@@ -19,9 +19,9 @@ struct AttentionExtras {  // data: or null
 };
 
 namespace cpu {
-// lse: rows(), the logarithm of each softmax's denominator; -inf where that is 0. statistics, or null where no
-// backward follows: (2, rows()), of each row the maximum and the inverse of the denominator under that, which
-// is 0 where no key is seen.
+// lse: rows(), the logarithm of each softmax's denominator; -inf where that is 0. statistics, or null where
+// no backward follows: (2, rows()), of each row the maximum and the inverse of the denominator under that,
+// which is 0 where no key is seen.
 void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& v,
                        const AttentionExtras& extras, const HeadsView& out, float* lse, float* statistics,
                        const AttentionShape& shape, int threads);

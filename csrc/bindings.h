@@ -24,5 +24,11 @@ inline void check_first(const lspm::TensorView& x, const char* name) {
   if (x.dtype() > lspm::DType::f16) lspm::TensorView::refuse(name, "be float32, bfloat16 or float16");
 }
 
+inline void* optional(const lspm::OptionalView& view, const char* name, const lspm::TensorView& beside,
+                      lspm::DType dtype, int64_t elements) {
+  return view ? view->contiguous(name, beside, dtype, elements) : nullptr;
+}
+
 // One for each further file, called by the module's init.
+void bind_attention(pybind11::module_& m);
 void bind_rotary(pybind11::module_& m);

@@ -63,6 +63,8 @@ struct TensorView {
         return DType::f16;
       case 0x040:
         return DType::i64;
+      case 0x020:
+        return DType::i32;
       case 0x608:
         return DType::b8;
       default:

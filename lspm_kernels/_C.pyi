@@ -1,6 +1,7 @@
 from torch import Tensor
 
 isa: str
+_Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int]
 
 def attention_backward(
     dout: Tensor,
@@ -19,6 +20,7 @@ def attention_backward(
     dv: Tensor,
     dbias: Tensor | None,
     delta: Tensor,
+    sequences: _Sequences | None,
     window: tuple[int, int, int, int],
     scalars: tuple[float, float, float],
     threads: int,
@@ -34,6 +36,7 @@ def attention_forward(
     out: Tensor,
     lse: Tensor,
     statistics: Tensor | None,
+    sequences: _Sequences | None,
     window: tuple[int, int, int, int],
     scalars: tuple[float, float, float],
     threads: int,

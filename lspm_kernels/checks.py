@@ -1,7 +1,10 @@
 """Checks of arguments that several ops make: a message names the op, the argument, the rule and the value."""
 
+import itertools
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def shape(t: object) -> tuple[int, ...] | str:
@@ -111,18 +114,73 @@ def _scores(op, name, t, q, sizes, dtypes):
     return t[(None,) * (4 - t.dim())]
 
 
-def per_head(op: str, name: str, t: Tensor | None, q: Tensor, dims: tuple[int, ...]) -> Tensor | None:
-    """Raises ValueError unless t is None or holds a number for each head, or batch and head, of q."""
+def per_head(
+    op: str, name: str, t: Tensor | None, device: torch.device, allowed: tuple[tuple[int, ...], ...]
+) -> Tensor | None:
+    """Raises ValueError unless t is None or has one of the shapes allowed and, on a CPU, no NaN."""
     if t is None:
         return None
-    allowed = [tuple(q.shape[2 - d : 2]) for d in dims]
     if not isinstance(t, Tensor) or tuple(t.shape) not in allowed:
         raise ValueError(f"{op}: {name} must have shape {' or '.join(map(str, allowed))}, got {shape(t)}")
     if not t.is_floating_point():
         raise ValueError(f"{op}: {name} must have a floating-point dtype, got {t.dtype}")
-    if t.device != q.device:
-        raise ValueError(f"{op}: {name} must be on q's device {q.device}, got {t.device}")
+    if t.device != device:
+        raise ValueError(f"{op}: {name} must be on q's device {device}, got {t.device}")
+    if t.device.type == "cpu" and readable(t) and t.isnan().any():
+        raise ValueError(f"{op}: {name} must not be NaN, got {t.detach().tolist()}")
     return t
+
+
+def readable(t: Tensor) -> bool:
+    """Whether the values of t can be read here: not while something traces, transforms or captures."""
+    if torch.compiler.is_compiling() or type(t) not in (Tensor, Parameter) or t.is_meta:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def integers(
+    op: str, name: str, t: Tensor, size: int | None, device: torch.device
+) -> tuple[Tensor, list[int] | None]:
+    """Checks a vector of int32 or int64; gives it as int32, contiguous, and what it holds where readable."""
+    if not isinstance(t, Tensor) or t.dim() != 1 or (size is not None and t.numel() != size):
+        rule = "a tensor of one dimension" if size is None else f"a tensor of shape ({size},)"
+        raise ValueError(f"{op}: {name} must be {rule}, got {shape(t)}")
+    if t.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: {name} must have dtype torch.int32 or torch.int64, got {t.dtype}")
+    if t.device != device:
+        raise ValueError(f"{op}: {name} must be on q's device {device}, got {t.device}")
+    values = t.tolist() if readable(t) else None
+    return t.to(torch.int32).contiguous(), values
+
+
+def starts(
+    op: str, name: str, t: Tensor, longest_name: str, longest: int | None, x: Tensor
+) -> tuple[Tensor, int]:
+    """Checks the cumulative lengths of sequences packed in x (1, H, rows, D); gives them and the longest."""
+    t, ends = integers(op, name, t, None, x.device)
+    rows = x.shape[2]
+    if t.numel() == 0:
+        raise ValueError(f"{op}: {name} must have an element more than there are sequences, got none")
+    if longest is not None and (not isinstance(longest, int | torch.SymInt) or longest < 0):
+        raise ValueError(f"{op}: {longest_name} must be an integer of at least 0, got {longest!r}")
+    if ends is None:
+        if longest is None:
+            raise ValueError(f"{op}: {longest_name} must be given where {name} cannot be read, got None")
+        return t, longest
+    lengths = [end - begin for begin, end in itertools.pairwise(ends)]
+    if ends[0] != 0:
+        raise ValueError(f"{op}: {name} must begin with 0, got {ends[0]}")
+    for b, length in enumerate(lengths):
+        if length < 0:
+            raise ValueError(f"{op}: {name} must not decrease, got {ends[b]} before {ends[b + 1]}")
+    if ends[-1] != rows:
+        raise ValueError(f"{op}: {name} must end with the number of rows {rows}, got {ends[-1]}")
+    found = max(lengths, default=0)
+    if longest is not None and longest < found:
+        raise ValueError(f"{op}: {longest_name} must be at least the longest sequence {found}, got {longest}")
+    return t, found
 
 
 def number(op: str, name: str, value: float, low: float, high: float) -> None:

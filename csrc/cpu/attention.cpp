@@ -27,6 +27,7 @@ struct ForwardScratch {
   float keep[kForwardQueries * kScores];  // what dropout multiplies p by
   float out[kBlock * kScores];
   float max[kBlock], sum[kBlock];  // of each row so far
+  RowBuffer rows;
 };
 
 // Columns [begin, end) of a tile, of which the rows see those before visible(r).
@@ -93,8 +94,10 @@ void forward_block(const ForwardViews& t, int64_t b, int64_t h, int64_t begin, i
   for (int64_t r = 0; r < count; ++r) std::fill_n(w.out + r * kScores, s.value_dim, 0.0f);
   for (int64_t key = s.first_key(begin) / kKeys * kKeys; key < last_keys; key += kKeys) {
     const int64_t keys = std::min(kKeys, last_keys - key);
-    pack_right_transposed(t.k.at<const T>(b, kv, key), t.k.row_stride, w.k, k_panel, s.head_dim, keys);
-    pack_right(t.v.at<const T>(b, kv, key), t.v.row_stride, w.v, v_panel, keys, s.value_dim);
+    const auto k = w.rows.template rows<T>(t.k, b, kv, key, keys, s.head_dim);
+    pack_right_transposed(k.data, k.stride, w.k, k_panel, s.head_dim, keys);
+    const auto v = w.rows.template rows<T>(t.v, b, kv, key, keys, s.value_dim);
+    pack_right(v.data, v.stride, w.v, v_panel, keys, s.value_dim);
     for (int64_t i = 0; i < count; i += kForwardQueries) {
       const int64_t rows = std::min(kForwardQueries, count - i);
       const int64_t to = std::min(keys, s.end_key(begin + i + rows - 1) - key);
@@ -120,17 +123,19 @@ void forward_block(const ForwardViews& t, int64_t b, int64_t h, int64_t begin, i
 }
 
 template <class T>
-void forward(const ForwardViews& t, const AttentionShape& s, int threads) {
+void forward(const ForwardViews& t, const AttentionShape& all, int threads) {
   using Scratch = ForwardScratch<OperandOf<T>>;
-  const int64_t blocks = (s.queries + kBlock - 1) / kBlock, items = s.batch * s.heads * blocks;
+  const int64_t blocks = (all.queries + kBlock - 1) / kBlock, items = all.batch * all.heads * blocks;
   const std::unique_ptr<Scratch[]> scratch(new Scratch[std::max(threads, 1)]);
-  parallel_claim(items, s.batch * s.heads * s.queries * s.keys, threads, [&](auto next, int thread) {
+  parallel_claim(items, all.batch * all.heads * all.queries * all.keys, threads, [&](auto next, int thread) {
     const TileRegisters tiles;
     for (int64_t item; (item = next()) < items;) {
       const int64_t block = blocks - 1 - item % blocks;  // the longest first, where attention is causal
       const int64_t head = item / blocks, begin = block * kBlock;
-      forward_block<T>(t, head / s.heads, head % s.heads, begin, std::min(s.queries, begin + kBlock), s,
-                       scratch[thread]);
+      const AttentionShape s = all.of(head / all.heads);
+      if (begin < s.queries)
+        forward_block<T>(t, head / s.heads, head % s.heads, begin, std::min(s.queries, begin + kBlock), s,
+                         scratch[thread]);
     }
   });
 }

@@ -47,7 +47,7 @@ void probabilities(BackwardScratch<O>& w, const BackwardViews& t, const ScoresTi
   constexpr int64_t kUnit = std::max<int64_t>(kTileDepth<O>, kLanes),
                     kPanelSize = panel_size(kBackwardQueries);
   const int64_t rows = tile.rows, columns = tile.columns;
-  const int64_t at = (tile.batch * s.heads + tile.head) * s.queries + tile.query;
+  const int64_t at = s.row(tile.batch, tile.head, tile.query);
   const bool extras = has_extras(tile, s, t.extras), capped = s.softcap != 0, drops = s.dropout > 0;
   const float all = kScalesQueries<O> ? 1.0f : s.scale, scale = extras ? 1.0f : all;
   if (extras) add_extras(w.scores, capped ? w.cap_slope : nullptr, kScores, tile, all, s, t.extras);
@@ -73,7 +73,7 @@ void probabilities(BackwardScratch<O>& w, const BackwardViews& t, const ScoresTi
         zero = std::max(lspm::max(largest), sink);
         if (zero == -kInfinity) zero = 0;  // all hidden: exp(-inf - 0) is 0
       }
-      const float share = inside ? t.statistics[s.batch * s.heads * s.queries + row] : 0.0f;
+      const float share = inside ? t.statistics[s.rows() + row] : 0.0f;
       F sums{}, dots{};
       for (int64_t n = from; n < visible[r]; n += kLanes) {
         const int64_t place = r * kScores + n;
@@ -172,7 +172,7 @@ void backward_tile(const BackwardViews& t, float* dq_sums, int64_t dq_row, Turns
     if (seen.first >= seen.last && turn == 0)
       for (int64_t r = 0; r < rows; ++r) {
         std::fill_n(t.dq.at<T>(b, h, i + r), D, T{});
-        const int64_t row = (b * s.heads + h) * s.queries + i + r;
+        const int64_t row = s.row(b, h, i + r);
         t.delta[row] = t.dlse ? -t.dlse[row] : 0.0f;
       }
     if (turn < seen.first || turn >= seen.last) continue;
@@ -192,10 +192,10 @@ void backward_tile(const BackwardViews& t, float* dq_sums, int64_t dq_row, Turns
       for_each_vector(D, [&](int64_t d, auto lanes) {
         lanes.store(t.dq.at<T>(b, h, i + r) + d, load(sums + r * dq_row + d) * s.scale);
       });
-    float* const delta = t.delta + (b * s.heads + h) * s.queries + i;
+    const int64_t row = s.row(b, h, i);
     for (int64_t r = 0; r < rows; ++r) {
-      if (turn == seen.first) delta[r] = t.dlse ? -t.dlse[(b * s.heads + h) * s.queries + i + r] : 0.0f;
-      delta[r] += w.dots[r];
+      if (turn == seen.first) t.delta[row + r] = t.dlse ? -t.dlse[row + r] : 0.0f;
+      t.delta[row + r] += w.dots[r];
     }
     turns.pass(first_turn + item, turn);
   }
@@ -206,15 +206,21 @@ void backward_tile(const BackwardViews& t, float* dq_sums, int64_t dq_row, Turns
 
 // The dot product of each row of dout with that of out, less dlse.
 template <class T>
-void row_dots(const BackwardViews& t, const AttentionShape& s, int threads) {
-  const int64_t rows = s.batch * s.heads * s.queries;
-  parallel_for(rows, rows * s.value_dim, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / s.queries / s.heads, h = row / s.queries % s.heads, i = row % s.queries;
-      const T *x = t.dout.at<const T>(b, h, i), *y = t.out.at<const T>(b, h, i);
-      t.dots[row] =
-          sum_of(s.value_dim, [&](int64_t d, auto lanes) { return lanes.load(x + d) * lanes.load(y + d); }) -
-          (t.dlse ? t.dlse[row] : 0.0f);
+void row_dots(const BackwardViews& t, const AttentionShape& all, int threads) {
+  const int64_t tiles = (all.queries + kBackwardQueries - 1) / kBackwardQueries;
+  const int64_t items = all.batch * all.heads * tiles;
+  parallel_for(items, all.rows() * all.value_dim, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / tiles / all.heads, h = item / tiles % all.heads;
+      const AttentionShape s = all.of(b);
+      const int64_t first = item % tiles * kBackwardQueries;
+      for (int64_t i = first; i < std::min(first + kBackwardQueries, s.queries); ++i) {
+        const T *x = t.dout.at<const T>(b, h, i), *y = t.out.at<const T>(b, h, i);
+        const int64_t row = s.row(b, h, i);
+        t.dots[row] = sum_of(s.value_dim,
+                             [&](int64_t d, auto lanes) { return lanes.load(x + d) * lanes.load(y + d); }) -
+                      (t.dlse ? t.dlse[row] : 0.0f);
+      }
     }
   });
 }
@@ -263,16 +269,14 @@ void bias_backward(const BackwardViews& t, const AttentionShape& s, int threads)
 }
 
 template <class T>
-void backward(BackwardViews t, const AttentionShape& s, int threads) {
+void backward(const BackwardViews& t, const AttentionShape& all, int threads) {
   using Scratch = BackwardScratch<OperandOf<T>>;
-  const std::unique_ptr<float[]> dots(new float[s.batch * s.heads * s.queries]);
-  t.dots = dots.get();
-  row_dots<T>(t, s, threads);
+  row_dots<T>(t, all, threads);
   // At least one tile, which zeroes dq where there are no keys.
-  const int64_t key_tiles = std::max<int64_t>(1, (s.keys + kKeys - 1) / kKeys);
-  const int64_t query_tiles = s.group() * ((s.queries + kBackwardQueries - 1) / kBackwardQueries);
-  const int64_t heads = s.batch * s.kv_heads;
-  const int64_t dq_row = round_up(s.head_dim, std::is_same_v<OperandOf<T>, float> ? kLanes : kPanel);
+  const int64_t key_tiles = std::max<int64_t>(1, (all.keys + kKeys - 1) / kKeys);
+  const int64_t query_tiles = all.group() * ((all.queries + kBackwardQueries - 1) / kBackwardQueries);
+  const int64_t heads = all.batch * all.kv_heads;
+  const int64_t dq_row = round_up(all.head_dim, std::is_same_v<OperandOf<T>, float> ? kLanes : kPanel);
   // A thread takes all key tiles of a head where there are heads enough to go round, else one tile at a time.
   // The tiles are handed out in order, so that whatever a tile waits for has begun.
   const bool whole = heads >= 4 * threads;
@@ -281,24 +285,27 @@ void backward(BackwardViews t, const AttentionShape& s, int threads) {
   const std::unique_ptr<Scratch[]> scratch(new Scratch[std::max(threads, 1)]);
   const std::unique_ptr<float[]> dq_sums(new float[slots * dq_size]);
   Turns turns(slots * query_tiles);
-  const int64_t tiles_of_head = query_tiles / s.group();
-  const auto reset = [&](int64_t slot) {
-    for (int64_t i = 0; i < query_tiles; ++i)
-      turns.turns[slot * query_tiles + i] = KeyTiles(s, i % tiles_of_head * kBackwardQueries).first;
+  const auto reset = [&](int64_t slot, const AttentionShape& s) {
+    const int64_t tiles = (s.queries + kBackwardQueries - 1) / kBackwardQueries;
+    for (int64_t i = 0; i < s.group() * tiles; ++i)
+      turns.turns[slot * query_tiles + i] = KeyTiles(s, i % tiles * kBackwardQueries).first;
   };
-  for (int64_t slot = 0; slot < slots && !whole; ++slot) reset(slot);
-  parallel_claim(claims, s.batch * s.heads * s.queries * s.keys, threads, [&](auto next, int thread) {
+  for (int64_t slot = 0; slot < slots && !whole; ++slot) reset(slot, all.of(slot / all.kv_heads));
+  parallel_claim(claims, all.batch * all.heads * all.queries * all.keys, threads, [&](auto next, int thread) {
     const TileRegisters tiles;
     for (int64_t claim; (claim = next()) < claims;) {
       const int64_t head = whole ? claim : claim / key_tiles, slot = whole ? thread : head;
-      const int64_t first = whole ? 0 : claim % key_tiles, last = whole ? key_tiles : first + 1;
-      if (whole) reset(slot);
+      const int64_t first = whole ? 0 : claim % key_tiles, b = head / all.kv_heads;
+      const AttentionShape s = all.of(b);
+      const int64_t tiles_of_it = std::max<int64_t>(1, (s.keys + kKeys - 1) / kKeys);
+      const int64_t last = std::min(tiles_of_it, whole ? key_tiles : first + 1);
+      if (whole) reset(slot, s);
       for (int64_t tile = first; tile < last; ++tile)
-        backward_tile<T>(t, dq_sums.get() + slot * dq_size, dq_row, turns, slot * query_tiles,
-                         head / s.kv_heads, head % s.kv_heads, tile * kKeys, s, scratch[thread]);
+        backward_tile<T>(t, dq_sums.get() + slot * dq_size, dq_row, turns, slot * query_tiles, b,
+                         head % all.kv_heads, tile * kKeys, s, scratch[thread]);
     }
   });
-  if (t.dbias.data) bias_backward<T>(t, s, threads);
+  if (t.dbias.data) bias_backward<T>(t, all, threads);
 }
 
 }  // namespace
@@ -308,7 +315,8 @@ void attention_backward(const HeadsView& dout, const float* dlse, const HeadsVie
                         const float* statistics, const HeadsView& dq, const HeadsView& dk,
                         const HeadsView& dv, const ScoresView& dbias, float* delta, const AttentionShape& s,
                         int threads) {
-  const BackwardViews t{dout, dlse, q, k, v, extras, out, dq, dk, dv, dbias, statistics, delta, nullptr};
+  const BackwardViews t{dout, dlse, q,  k,     v,          extras, out,
+                        dq,   dk,   dv, dbias, statistics, delta,  delta + s.rows()};
   with_type(s, [&](auto type) { backward<decltype(type)>(t, s, threads); });
 }
 

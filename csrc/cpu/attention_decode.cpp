@@ -31,14 +31,16 @@ void score_rows(const T* k, int64_t stride, int64_t keys, const float* q, int64_
   }
 }
 
-// out[r] = the sum of p[r][j] v[j] over j, for kRows rows.
+// Adds p[r][j] v[j] over j to out[r], for kRows rows.
 template <int kRows, class T>
 void value_rows(const T* v, int64_t stride, int64_t keys, const float* p, int64_t dim, float* out,
                 int64_t out_stride) {
   constexpr int kVectors = 4;
   int64_t d = 0;
   for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes) {
-    F sums[kRows][kVectors] = {};
+    F sums[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r)
+      for (int c = 0; c < kVectors; ++c) sums[r][c] = load(out + r * out_stride + d + c * kLanes);
     const T* row = v + d;
     for (int64_t j = 0; j < keys; ++j, row += stride)
 #pragma GCC unroll 4
@@ -52,7 +54,8 @@ void value_rows(const T* v, int64_t stride, int64_t keys, const float* p, int64_
       for (int c = 0; c < kVectors; ++c) store(out + r * out_stride + d + c * kLanes, sums[r][c]);
   }
   for_each_vector(dim - d, [&](int64_t rest, auto lanes) {
-    F sums[kRows] = {};
+    F sums[kRows];
+    for (int r = 0; r < kRows; ++r) sums[r] = load(out + r * out_stride + d + rest);
     for (int64_t j = 0; j < keys; ++j) {
       const F x = lanes.load(v + j * stride + d + rest);
       for (int r = 0; r < kRows; ++r) sums[r] += x * p[r * kKeys + j];
@@ -121,9 +124,11 @@ void decode_chunk(const ForwardViews& t, const AttentionShape& s, int64_t b, int
     for_each_vector(s.head_dim,
                     [&](int64_t d, auto lanes) { store(w.q.get() + r * w.q_stride + d, lanes.load(q + d)); });
   }
-  for_row_blocks(rows, [&](int64_t r, auto n) {
-    score_rows<n.value>(t.k.at<const T>(b, kv, key), t.k.row_stride, columns, w.q.get() + r * w.q_stride,
-                        w.q_stride, s.head_dim, w.scores.get() + r * kKeys);
+  for_each_stretch<T>(t.k, b, kv, key, columns, [&](const T* k, int64_t first, int64_t keys) {
+    for_row_blocks(rows, [&](int64_t r, auto n) {
+      score_rows<n.value>(k, t.k.row_stride, keys, w.q.get() + r * w.q_stride, w.q_stride, s.head_dim,
+                          w.scores.get() + r * kKeys + first);
+    });
   });
   for (int64_t head = 0; head < s.group(); ++head) {
     const ScoresTile tile{b, kv * s.group() + head, 0, key, s.queries, columns};
@@ -136,30 +141,35 @@ void decode_chunk(const ForwardViews& t, const AttentionShape& s, int64_t b, int
                   std::min(columns, s.end_key(i) - key), columns, extras ? 1.0f : s.scale,
                   found.at(place, head * s.queries + i));
   }
-  for_row_blocks(rows, [&](int64_t r, auto n) {
-    value_rows<n.value>(t.v.at<const T>(b, kv, key), t.v.row_stride, columns, w.scores.get() + r * kKeys,
-                        s.value_dim, found.at(place, r) + 2, found.stride);
+  for (int64_t r = 0; r < rows; ++r) std::fill_n(found.at(place, r) + 2, found.stride - 2, 0.0f);
+  for_each_stretch<T>(t.v, b, kv, key, columns, [&](const T* v, int64_t first, int64_t keys) {
+    for_row_blocks(rows, [&](int64_t r, auto n) {
+      value_rows<n.value>(v, t.v.row_stride, keys, w.scores.get() + r * kKeys + first, s.value_dim,
+                          found.at(place, r) + 2, found.stride);
+    });
   });
 }
 
 template <class T>
-void decode(const ForwardViews& t, const AttentionShape& s, int threads) {
-  const int64_t rows = s.group() * s.queries, heads = s.batch * s.kv_heads;
-  const int64_t chunks = std::max<int64_t>(1, (s.keys + kKeys - 1) / kKeys);
-  Found found{nullptr, rows, 2 + round_up(s.value_dim, kLanes)};
+void decode(const ForwardViews& t, const AttentionShape& all, int threads) {
+  const int64_t rows = all.group() * all.queries, heads = all.batch * all.kv_heads;
+  const int64_t chunks = std::max<int64_t>(1, (all.keys + kKeys - 1) / kKeys);
+  Found found{nullptr, rows, 2 + round_up(all.value_dim, kLanes)};
   found.data.reset(new float[heads * chunks * rows * found.stride]);
-  const int64_t work = heads * s.keys * (s.head_dim + s.value_dim);
+  const int64_t work = heads * all.keys * (all.head_dim + all.value_dim);
   parallel_claim(heads * chunks, work, threads, [&](auto next, int) {
-    DecodeScratch w(rows, s.queries, s.head_dim);
+    DecodeScratch w(rows, all.queries, all.head_dim);
     for (int64_t item; (item = next()) < heads * chunks;) {
-      const int64_t head = item / chunks;
-      decode_chunk<T>(t, s, head / s.kv_heads, head % s.kv_heads, item % chunks * kKeys, found, item, w);
+      const int64_t b = item / chunks / all.kv_heads, kv = item / chunks % all.kv_heads;
+      decode_chunk<T>(t, all.of(b), b, kv, item % chunks * kKeys, found, item, w);
     }
   });
   parallel_for(heads, work, threads, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> out(new float[found.stride]);
     for (int64_t row = begin * rows; row < end * rows; ++row) {
       const int64_t head = row / rows, r = row % rows;
+      const AttentionShape s = all.of(head / all.kv_heads);
+      if (r >= s.group() * s.queries) continue;
       float max = -kInfinity, sum = 0;
       for (int64_t c = 0; c < chunks; ++c) max = std::max(max, found.at(head * chunks + c, r)[0]);
       std::fill_n(out.get(), found.stride, 0.0f);

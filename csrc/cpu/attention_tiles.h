@@ -1,5 +1,7 @@
 // What the forward and the backward of attention have in common: their tiles.
 #pragma once
+#include <memory>
+
 #include "cpu/gemm.h"
 #include "cpu/gemm_bf16.h"
 #include "cpu/parallel.h"
@@ -35,6 +37,40 @@ struct ForwardViews {
   float *lse, *statistics;
 };
 
+// Calls f(data, first, rows) for rows [begin, begin + count) of a head in stretches that lie a stride apart.
+template <class T, class Call>
+void for_each_stretch(const HeadsView& t, int64_t b, int64_t h, int64_t begin, int64_t count, Call f) {
+  for (int64_t i = 0, rows; i < count; i += rows) {
+    rows = t.together(begin + i, count - i);
+    f(t.at<const T>(b, h, begin + i), i, rows);
+  }
+}
+
+// Rows of a tile: where they are, or in a copy where they lie on several pages.
+class RowBuffer {
+ public:
+  template <class T>
+  struct Rows {
+    const T* data;
+    int64_t stride;
+  };
+
+  template <class T>
+  Rows<T> rows(const HeadsView& t, int64_t b, int64_t h, int64_t begin, int64_t count, int64_t dim) {
+    if (t.together(begin, count) == count) return {t.at<const T>(b, h, begin), t.row_stride};
+    if (!copy_) copy_.reset(new float[kKeys * kMaxDim]);
+    T* const copy = reinterpret_cast<T*>(copy_.get());
+    for_each_stretch<T>(t, b, h, begin, count, [&](const T* from, int64_t first, int64_t rows) {
+      for (int64_t r = 0; r < rows; ++r)
+        std::copy_n(from + r * t.row_stride, dim, copy + (first + r) * kMaxDim);
+    });
+    return {copy, kMaxDim};
+  }
+
+ private:
+  std::unique_ptr<float[]> copy_;
+};
+
 // The end of a query's softmax: writes its output, from what was summed under its maximum and the sum of all
 // that, and lse and the statistics.
 template <class T>
@@ -44,7 +80,7 @@ void finish_row(const ForwardViews& t, const AttentionShape& s, int64_t b, int64
   const float sink = t.extras.sinks ? t.extras.sinks[h] : -kInfinity, common = std::max(max, sink);
   const float part = sees ? std::exp(max - common) : 0.0f;  // of what was summed, under the common maximum
   const float total = sees || t.extras.sinks ? sum * part + std::exp(sink - common) : 0.0f;
-  const int64_t row = (b * s.heads + h) * s.queries + query, rows = s.batch * s.heads * s.queries;
+  const int64_t row = s.row(b, h, query), rows = s.rows();
   t.lse[row] = total == 0 ? -kInfinity : common + std::log(total);
   if (t.statistics) {
     t.statistics[row] = total == 0 ? 0.0f : common;

@@ -9,7 +9,7 @@ from lspm_kernels.operator import Operator
 from lspm_kernels.reference import attention as reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_DIM = 256
+MAX_DIM = 256
 _ALL = -1  # what a kernel takes for a side of the window that has no bound
 
 BACKENDS = (
@@ -54,32 +54,41 @@ def _window(q, k, left, right, top_left, seed):
     return left, right, 0 if top_left else k.shape[2] - q.shape[2], seed
 
 
-def _forward(row, q, k, v, bias, mask, slopes, sinks, left, right, top_left, seed, *scalars, saves=True):
+def _forward(
+    row, q, k, v, bias, mask, slopes, sinks, query_starts, key_starts, key_counts, pages, queries, keys,
+    left, right, top_left, seed, *scalars, saves=True,
+):  # fmt: skip
     out = _empty_rows(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    statistics = None if row is not None and row.name == "cpu" and not saves else lse.new_empty(2, *lse.shape)
+    statistics = lse.new_empty(2 if saves and key_counts is None else 0, *lse.shape)
     if row is not None and lse.numel():
+        kept = statistics if len(statistics) else None if row.name == "cpu" else lse.new_empty(2, *lse.shape)
+        uneven = query_starts is not None or key_counts is not None
+        sequences = (query_starts, key_starts, key_counts, pages, queries, keys) if uneven else None
         window = _window(q, k, left, right, top_left, seed)
         row.forward(
-            _rows(q), _rows(k), _rows(v), bias, mask, slopes, sinks, out, lse, statistics, window, scalars
-        )
+            _rows(q), _rows(k), _rows(v), bias, mask, slopes, sinks, out, lse, kept, sequences, window,
+            scalars,
+        )  # fmt: skip
     return out, lse, statistics
 
 
 def _backward(
-    row, dout, dlse, q, k, v, bias, mask, slopes, sinks, out, statistics, wants_dbias,
-    left, right, top_left, seed, *scalars, saves=True,
+    row, dout, dlse, q, k, v, bias, mask, slopes, sinks, query_starts, key_starts, out, statistics,
+    wants_dbias, queries, keys, left, right, top_left, seed, *scalars, saves=True,
 ):  # fmt: skip
     dq, dk, dv = (_empty_rows(x, x.shape[-1]) for x in (q, k, v))
     dbias = q.new_zeros(bias.shape if wants_dbias else 0, dtype=torch.float32)
     of_rows = wants_dbias and bias.shape[-1] == 1  # one bias for all scores of a row
-    delta = torch.empty_like(statistics[0])
+    delta = torch.empty_like(statistics)
     if row is not None and delta.numel():
+        packed = query_starts is not None
+        sequences = (query_starts, key_starts, None, None, queries, keys) if packed else None
         window = _window(q, k, left, right, top_left, seed)
         row.backward(
             _rows(dout), None if dlse is None else dlse.contiguous(), _rows(q), _rows(k), _rows(v),
             bias, mask, slopes, sinks, out, statistics, dq, dk, dv,
-            dbias if wants_dbias and not of_rows else None, delta, window, scalars,
+            dbias if wants_dbias and not of_rows else None, delta, sequences, window, scalars,
         )  # fmt: skip
     elif row is not None:
         dk.zero_()
@@ -88,20 +97,21 @@ def _backward(
     # What a sink has of the softmax takes no part in the output, so its score's gradient is -p delta.
     dsink = None
     if sinks is not None:
-        dsink = -(sinks[:, None] - statistics[0]).exp() * statistics[1] * delta  # (B, H, T_q)
+        dsink = -(sinks[:, None] - statistics[0]).exp() * statistics[1] * delta[0]  # (B, H, T_q)
     dsinks = delta.new_empty(0) if dsink is None else dsink.sum((0, 2), dtype=torch.float64).float()
     if of_rows and dbias.numel():  # the gradients of a row's scores and of its sink sum to dlse
-        total = torch.zeros_like(delta) if dlse is None else dlse.masked_fill(statistics[1] == 0, 0.0)
+        total = torch.zeros_like(delta[0]) if dlse is None else dlse.masked_fill(statistics[1] == 0, 0.0)
         dbias = (total if dsink is None else total - dsink)[..., None].sum_to_size(dbias.shape)
     return dq, dk, dv, dbias, dsinks
 
 
 _OPTIONS = "int left, int right, bool top_left, int seed, float scale, float softcap, float dropout"
-_EXTRAS = "Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? sinks"
+_STARTS = "Tensor? query_starts, Tensor? key_starts"
+_EXTRAS = f"Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? sinks, {_STARTS}"
 
 _attention_backward = Operator(
     f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_EXTRAS}, Tensor out,"
-    f" Tensor statistics, bool wants_dbias, {_OPTIONS})"
+    f" Tensor statistics, bool wants_dbias, SymInt queries, SymInt keys, {_OPTIONS})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
     BACKENDS,
     _backward,
@@ -109,8 +119,8 @@ _attention_backward = Operator(
 
 
 def _save(ctx, inputs, output):
-    *tensors, _, _, _, _, _, _, _ = inputs
-    ctx.options = inputs[len(tensors) :]
+    *tensors, ctx.key_counts, _ = inputs[:11]
+    ctx.options = inputs[11:]
     out, _, statistics = output
     ctx.save_for_backward(*tensors, out, statistics)
     ctx.mark_non_differentiable(statistics)
@@ -118,24 +128,39 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, dout, dlse, _):
-    q, k, v, bias, mask, slopes, sinks, out, statistics = ctx.saved_tensors
+    if ctx.key_counts is not None:
+        raise NotImplementedError("attention: the keys and values of a cache have no gradient")
+    *inputs, out, statistics = ctx.saved_tensors
+    bias, sinks = inputs[3], inputs[6]
     wants_dbias = bias is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dbias, dsinks = _attention_backward(
-        ctx.row, torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, bias, mask, slopes, sinks,
-        out, statistics, wants_dbias, *ctx.options,
+        ctx.row, torch.zeros_like(out) if dout is None else dout, dlse, *inputs, out, statistics, wants_dbias,
+        *ctx.options,
     )  # fmt: skip
     dbias = dbias.to(bias.dtype) if wants_dbias else None
-    return dq, dk, dv, dbias, None, None, None if sinks is None else dsinks, *[None] * len(ctx.options)
+    rest = [None] * (4 + len(ctx.options))
+    return dq, dk, dv, dbias, None, None, None if sinks is None else dsinks, *rest
 
 
 _attention = Operator(
-    f"attention(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_OPTIONS})"
-    " -> (Tensor out, Tensor lse, Tensor statistics)",
+    f"attention(Tensor q, Tensor k, Tensor v, {_EXTRAS}, Tensor? key_counts, Tensor? pages, SymInt queries,"
+    f" SymInt keys, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor statistics)",
     BACKENDS,
     _forward,
     _save,
     _gradient,
 )
+
+
+def run(row, q, k, v, bias, mask, slopes, sinks, heads, sequences, left, right, *options):
+    """(out, lse), of (B, H) heads: query_starts, key_starts, key_counts, pages, queries, keys of sequences,
+    where packed ones are (1, H, rows, D), or None; top_left, seed, scale, softcap, dropout."""
+    if slopes is not None:
+        slopes = slopes.float().expand(heads)[..., None, None]
+    sinks = None if sinks is None else sinks.float().contiguous()
+    sequences = sequences or (None, None, None, None, q.shape[2], k.shape[2])
+    window = (_ALL if side is None else side for side in (left, right))
+    return _attention(row, q, k, v, bias, mask, slopes, sinks, *sequences, *window, *options)[:2]
 
 
 def attention(
@@ -199,11 +224,12 @@ def attention(
     Press et al., "Train Short, Test Long" (2022), for the slopes; Xiao et al., "Efficient Streaming Language
     Models with Attention Sinks" (2024).
     """
-    q, k, v = checks.heads("attention", q, k, v, _MAX_DIM)
+    q, k, v = checks.heads("attention", q, k, v, MAX_DIM)
+    heads = tuple(q.shape[:2])
     left, right = checks.window("attention", causal, window)
     bias, mask = checks.scores("attention", q, k, bias, mask)
-    slopes = checks.per_head("attention", "alibi_slopes", alibi_slopes, q, (1, 2))
-    sinks = checks.per_head("attention", "sinks", sinks, q, (1,))
+    slopes = checks.per_head("attention", "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads))
+    sinks = checks.per_head("attention", "sinks", sinks, q.device, (heads[1:],))
     checks.number("attention", "softcap", softcap, 0.0, float("inf"))
     checks.number("attention", "dropout_p", dropout_p, 0.0, 1.0)
     seed = checks.seed("attention", seed) if dropout_p else 0
@@ -214,11 +240,8 @@ def attention(
             q, k, v, window=(left, right), top_left=top_left, bias=bias, mask=mask, alibi_slopes=slopes,
             softcap=softcap, dropout_p=dropout_p, seed=seed, scale=scale, sinks=sinks, return_lse=return_lse,
         )  # fmt: skip
-    if slopes is not None:
-        slopes = slopes.float().expand(q.shape[:2])[..., None, None]
-    out, lse, _ = _attention(
-        row, q, k, v, bias, mask, slopes, None if sinks is None else sinks.float().contiguous(),
-        _ALL if left is None else left, _ALL if right is None else right, bool(top_left), seed,
-        scale, float(softcap), float(dropout_p),
+    out, lse = run(
+        row, q, k, v, bias, mask, slopes, sinks, heads, None, left, right, bool(top_left), seed, scale,
+        float(softcap), float(dropout_p),
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -6,12 +6,11 @@ from lspm_kernels.reference import philox
 
 
 def attention(q, k, v, *, causal=False, window=None, top_left=False, bias=None, mask=None, alibi_slopes=None,
-              softcap=0.0, dropout_p=0.0, seed=0, scale=None, sinks=None, return_lse=False):  # fmt: skip
-    """softmax(q k^T * scale + ...) v in float32 at least; lspm_kernels.attention says what each option is."""
+              softcap=0.0, dropout_p=0.0, seed=0, scale=None, sinks=None, return_lse=False, b=0):  # fmt: skip
+    """softmax(q k^T * scale + ...) v in float32 at least, of batches from b on; see lspm_kernels."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    (B, H, T_q, D), T_k = q.shape, k.shape[2]
-    groups = H // k.shape[1] if k.shape[1] else 1
-    k, v = (t.to(wide).repeat_interleave(groups, dim=1) for t in (k, v))
+    (B, H, T_q, D), (_, H_kv, T_k, _) = q.shape, k.shape
+    k, v = (t.to(wide).repeat_interleave(H // max(H_kv, 1), dim=1) for t in (k, v))
     scores = q.to(wide) @ k.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -34,7 +33,8 @@ def attention(q, k, v, *, causal=False, window=None, top_left=False, bias=None, 
         scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(B, H, T_q, 1)], -1)
     p = scores.softmax(-1)[..., :T_k] * visible
     if dropout_p:
-        p = p * philox.kept(seed, dropout_p, B, H, T_q, T_k, q.device) / (1 - dropout_p)
+        kept = philox.kept(seed, dropout_p, range(b, b + B), H, T_q, T_k, q.device)
+        p = p * kept / (1 - dropout_p)
     out = (p @ v).to(q.dtype)
     lse = scores.logsumexp(-1).masked_fill(hidden & (sinks is None), -torch.inf)
     return (out, lse) if return_lse else out

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 
-def kept(seed: int, p: float, B: int, H: int, T_q: int, T_k: int, device: torch.device) -> Tensor:
-    """(B, H, T_q, T_k), True where a 32-bit word is not below p * 2 ** 32.
+def kept(seed: int, p: float, batches: range, H: int, T_q: int, T_k: int, device: torch.device) -> Tensor:
+    """(batches, H, T_q, T_k), True where a 32-bit word is not below p * 2 ** 32.
 
     The word of (b, h, i, j) is word j // 16 % 4 of the counter (j // 64 * 16 + j % 16, i, h, b) under `seed`.
     """
-    index = [torch.arange(n, device=device) for n in (T_k, T_q, H, B)]
+    index = [torch.arange(n, device=device) for n in (T_k, T_q, H)]
+    index.append(torch.arange(batches.start, batches.stop, device=device))
     j = index[0]
     x = list(
         torch.broadcast_tensors(
@@ -23,7 +24,7 @@ def kept(seed: int, p: float, B: int, H: int, T_q: int, T_k: int, device: torch.
         products = _product(x[0], 0xD2511F53), _product(x[2], 0xCD9E8D57)
         x = [products[1][0] ^ x[1] ^ keys[0], products[1][1], products[0][0] ^ x[3] ^ keys[1], products[0][1]]
         keys = [keys[0] + 0x9E3779B9 & low, keys[1] + 0xBB67AE85 & low]
-    words = torch.stack(x).gather(0, (j // 16 % 4).expand(1, B, H, T_q, T_k))[0]
+    words = torch.stack(x).gather(0, (j // 16 % 4).expand(1, len(batches), H, T_q, T_k))[0]
     return words >= min(int(p * 2**32), low)
 
 

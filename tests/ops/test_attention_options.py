@@ -150,8 +150,8 @@ def test_philox_is_the_published_one():
     words = {0: 0x6627E8D5, 1: 0xE169C58D, 2: 0xBC57AC4C, 3: 0x9B00DBD8}
     for word, value in words.items():
         j = word * 16  # counter (0, 0, 0, 0), seed 0
-        assert philox.kept(0, value / 2**32, 1, 1, 1, 64, torch.device("cpu"))[0, 0, 0, j]
-        assert not philox.kept(0, (value + 1) / 2**32, 1, 1, 1, 64, torch.device("cpu"))[0, 0, 0, j]
+        assert philox.kept(0, value / 2**32, range(1), 1, 1, 64, torch.device("cpu"))[0, 0, 0, j]
+        assert not philox.kept(0, (value + 1) / 2**32, range(1), 1, 1, 64, torch.device("cpu"))[0, 0, 0, j]
 
 
 def test_the_share_of_dropout_is_not_rounded():

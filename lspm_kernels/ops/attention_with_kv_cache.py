@@ -1,0 +1,216 @@
+"""Attention to a cache of keys and values that grows in place, as when a text is generated."""
+
+import torch
+from torch import Tensor
+
+from lspm_kernels import checks, dispatch
+from lspm_kernels.ops import attention as dense
+from lspm_kernels.ops.rotary import rotary
+from lspm_kernels.reference import attention_with_kv_cache as reference
+
+BACKENDS = dense.BACKENDS
+_OP = "attention_with_kv_cache"
+
+
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor | None = None,
+    block_table: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Appends k and v to a cache, in place, and gives q's attention to what the cache then holds.
+
+    The last query stands at the last key; lspm_kernels.attention has the formula and the options. With cos
+    and sin, q and k are rotated first: query and key i of a sequence by the angle of position
+    cache_seqlens + i, but every query by that of cache_seqlens where it sees all keys (neither causal nor
+    window).
+
+    Args:
+        q: (B, H, T_q, D), float32, bfloat16 or float16. D from 1 to 256.
+        k_cache: (B, H_kv, S, D), with room for S keys of each sequence; or, with a block_table, pages
+            (N, H_kv, S, D) of S keys. Any strides with a contiguous last dimension, so that a cache
+            (B, S, H_kv, D) is taken by its transpose(1, 2).
+        v_cache: as k_cache, with Dv dims.
+        k, v: (B, H_kv, T, D) and (B, H_kv, T, Dv), or None: what is appended behind cache_seqlens.
+        cache_seqlens: keys in the cache before the call: an int, or int32 or int64 (B,). None, without k:
+            the cache is full.
+        block_table: (B, P), int32 or int64: key i of sequence b is row i % S of page block_table[b, i // S].
+        cache_batch_idx: (B,), int32 or int64: which sequence of the cache is each of q's. None: 0, 1, 2, ...
+        cache_leftpad: (B,), int32 or int64: where the keys of each sequence begin. None: at 0.
+        cos, sin: (positions, R / 2): as rotary's.
+        interleaved: as rotary's.
+        causal, window, softcap, scale: as attention's.
+        alibi_slopes: (H,) or (B, H).
+        sinks: (H,).
+        return_lse: return the logarithms of the denominators too.
+        backend: as attention's.
+
+    Returns:
+        out: (B, H, T_q, Dv), q's dtype; out.transpose(1, 2) is contiguous. With return_lse (out, lse),
+        lse (B, H, T_q) float32. There is no gradient.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value; the cache is too small; a
+            gradient is wanted. Nothing has been appended then.
+        NotImplementedError: the backend asked for does not take this call.
+
+    Source: Dao, "FlashAttention-2" (2023), whose flash_attn_with_kvcache this is with attention's options;
+    Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023).
+    """
+    _check(q, k_cache, v_cache, k, v)
+    B, H, T_q, D = q.shape
+    new = 0 if k is None else k.shape[2]
+    heads = B, H
+    table, counts, begins, longest = _places(
+        q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_leftpad
+    )
+    left, right = checks.window(_OP, causal, window)
+    slopes = checks.per_head(_OP, "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads))
+    sinks = checks.per_head(_OP, "sinks", sinks, q.device, (heads[1:],))
+    checks.number(_OP, "softcap", softcap, 0.0, float("inf"))
+    scale = D**-0.5 if scale is None else float(scale)
+    row = dispatch.pick(_OP, BACKENDS, backend, q, k_cache, v_cache)
+    before = counts - new
+    if (cos is None) != (sin is None) or (cos is not None and k is None):
+        raise ValueError(f"{_OP}: cos must come with sin and k, got {checks.shape(cos)}")
+    if cos is not None:
+        turned = q if left is not None or right is not None else q.reshape(B, H * T_q, 1, D)
+        turn = {"interleaved": interleaved, "offsets": before.long(), "backend": backend}
+        q, k = rotary(turned, cos, sin, **turn).reshape(B, H, T_q, D), rotary(k, cos, sin, **turn)
+    if new:
+        at = before[:, None] + torch.arange(new, device=q.device)  # (B, T)
+        batch = torch.arange(B, device=q.device)[:, None]
+        if table is not None:
+            batch, at = table[batch, at // k_cache.shape[2]], at % k_cache.shape[2]
+        for cache, x in ((k_cache, k), (v_cache, v)):
+            cache[batch, :, at] = x.transpose(1, 2)
+    if begins is not None:
+        counts = counts - begins
+    if row is None:
+        starts = [0] * B if begins is None else begins.tolist()
+        return reference.attention_with_kv_cache(
+            q, k_cache, v_cache, starts, counts.tolist(), table, window=(left, right), alibi_slopes=slopes,
+            softcap=softcap, scale=scale, sinks=sinks, return_lse=return_lse,
+        )  # fmt: skip
+    sequences = None, begins, counts, table, T_q, longest
+    out, lse = dense.run(
+        row, q, k_cache, v_cache, None, None, slopes, sinks, heads, sequences, left, right, False, 0, scale,
+        float(softcap), 0.0,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check(q, k_cache, v_cache, k, v):
+    """Checks what has nothing to do with places in the cache."""
+    if (k is None) != (v is None):
+        raise ValueError(f"{_OP}: v must be there where k is, got {checks.shape(v)}")
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_tensor(name, x, q)
+        if name != "q" and x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{_OP}: {name} must have a contiguous last dimension, got strides {x.stride()}")
+    (B, H, _, D), (_, H_kv, _, _) = q.shape, k_cache.shape
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(f"{_OP}: k_cache must have a number of heads that divides q's {H}, got {H_kv}")
+    if k_cache.shape[-1] != D:
+        raise ValueError(f"{_OP}: k_cache must have q's head dim {D}, got {k_cache.shape[-1]}")
+    if v_cache.shape[:-1] != k_cache.shape[:-1]:
+        raise ValueError(
+            f"{_OP}: v_cache must have k_cache's first sizes {tuple(k_cache.shape[:-1])}, got"
+            f" {tuple(v_cache.shape[:-1])}"
+        )
+    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)) if k is not None else ():
+        _check_tensor(name, x, q)
+        sizes = (B, H_kv, k.shape[2], cache.shape[-1])
+        if tuple(x.shape) != sizes:
+            raise ValueError(f"{_OP}: {name} must have shape {sizes}, got {tuple(x.shape)}")
+
+
+def _check_tensor(name, x, q):
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{_OP}: {name} must be a floating-point tensor (B, H, T, D), got {got}")
+    if x.dtype != q.dtype:
+        raise ValueError(f"{_OP}: {name} must have q's dtype {q.dtype}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{_OP}: {name} must be on q's device {q.device}, got {x.device}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{_OP}: {name} must be without a gradient, got requires_grad=True")
+    if not 1 <= x.shape[-1] <= dense.MAX_DIM:
+        raise ValueError(f"{_OP}: {name} must have a head dim of 1 to {dense.MAX_DIM}, got {x.shape[-1]}")
+
+
+def _places(q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_leftpad):
+    """Checks where keys lie: table, keys of each sequence after the call, where they begin, the longest."""
+    B, S = q.shape[0], k_cache.shape[2]
+    if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
+        raise ValueError(f"{_OP}: block_table must come without cache_batch_idx and cache_leftpad")
+    table, pages = _table(q, k_cache, block_table, cache_batch_idx)
+    room = S if block_table is None else S * block_table.shape[1]
+    counts, lengths = _counts(q, cache_seqlens, room, new)
+    begins, pads = None, [0] * B
+    if cache_leftpad is not None:
+        begins, pads = checks.integers(_OP, "cache_leftpad", cache_leftpad, B, q.device)
+    if lengths is None or pads is None:
+        return table, counts + new, begins, room
+    for length, pad in zip(lengths, pads, strict=True):
+        if not 0 <= length <= room - new:
+            raise ValueError(
+                f"{_OP}: cache_seqlens must be from 0 to the cache's room of {room} less {new} new keys, got"
+                f" {length}"
+            )
+        if not 0 <= pad <= length + new:
+            raise ValueError(f"{_OP}: cache_leftpad must be from 0 to the keys {length + new}, got {pad}")
+    for length, row in zip(lengths, pages or (), strict=pages is not None):
+        used = row if block_table is None else row[: -(-(length + new) // max(S, 1))]
+        name = "cache_batch_idx" if block_table is None else "block_table"
+        for page in used:
+            if not 0 <= page < k_cache.shape[0]:
+                raise ValueError(f"{_OP}: {name} must be from 0 to {k_cache.shape[0] - 1}, got {page}")
+    return table, counts + new, begins, max(lengths, default=0) + new
+
+
+def _counts(q, cache_seqlens, room, new):
+    """Keys of each sequence before the call, as a tensor and, where they can be read, as a list."""
+    B = q.shape[0]
+    if cache_seqlens is None and new:
+        raise ValueError(f"{_OP}: cache_seqlens must be given where k is, got None")
+    if isinstance(cache_seqlens, Tensor):
+        return checks.integers(_OP, "cache_seqlens", cache_seqlens, B, q.device)
+    length = room if cache_seqlens is None else cache_seqlens
+    if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
+        raise ValueError(f"{_OP}: cache_seqlens must be an int or a tensor, got {type(length).__name__}")
+    return torch.full((B,), length, dtype=torch.int32, device=q.device), [length] * B
+
+
+def _table(q, k_cache, block_table, cache_batch_idx):
+    """Pages of each sequence (B, P) or None, and their numbers in lists where they can be read."""
+    B = q.shape[0]
+    if block_table is not None:
+        if not isinstance(block_table, Tensor) or block_table.dim() != 2 or block_table.shape[0] != B:
+            raise ValueError(f"{_OP}: block_table must have shape ({B}, P), got {checks.shape(block_table)}")
+        flat, pages = checks.integers(_OP, "block_table", block_table.reshape(-1), None, q.device)
+        P = block_table.shape[1]
+        return flat.view(B, P), pages and [pages[b * P : b * P + P] for b in range(B)]
+    if cache_batch_idx is not None:
+        flat, pages = checks.integers(_OP, "cache_batch_idx", cache_batch_idx, B, q.device)
+        return flat[:, None], pages and [[page] for page in pages]
+    if k_cache.shape[0] != B:
+        raise ValueError(f"{_OP}: k_cache must have q's batch size {B}, got {k_cache.shape[0]}")
+    return None, None
