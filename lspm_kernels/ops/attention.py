@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch, triton
+from lspm_kernels import attention_checks, checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import attention as reference
@@ -224,12 +224,14 @@ def attention(
     Press et al., "Train Short, Test Long" (2022), for the slopes; Xiao et al., "Efficient Streaming Language
     Models with Attention Sinks" (2024).
     """
-    q, k, v = checks.heads("attention", q, k, v, MAX_DIM)
+    q, k, v = attention_checks.heads("attention", q, k, v, MAX_DIM)
     heads = tuple(q.shape[:2])
-    left, right = checks.window("attention", causal, window)
-    bias, mask = checks.scores("attention", q, k, bias, mask)
-    slopes = checks.per_head("attention", "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads))
-    sinks = checks.per_head("attention", "sinks", sinks, q.device, (heads[1:],))
+    left, right = attention_checks.window("attention", causal, window)
+    bias, mask = attention_checks.scores("attention", q, k, bias, mask)
+    slopes = attention_checks.per_head(
+        "attention", "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads)
+    )
+    sinks = attention_checks.per_head("attention", "sinks", sinks, q.device, (heads[1:],))
     checks.number("attention", "softcap", softcap, 0.0, float("inf"))
     checks.number("attention", "dropout_p", dropout_p, 0.0, 1.0)
     seed = checks.seed("attention", seed) if dropout_p else 0

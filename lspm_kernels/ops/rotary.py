@@ -166,11 +166,7 @@ def _check_offsets(offsets, x, last):
 
 def _check_values(offsets, last):
     """Checks what a tensor of offsets holds, where it holds anything that can be read here."""
-    if torch.compiler.is_compiling() or type(offsets) is not Tensor or offsets.is_meta or not offsets.numel():
-        return
-    if torch._C._are_functorch_transforms_active():
-        return
-    if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not offsets.numel() or not checks.readable(offsets):
         return
     for value in torch.stack(offsets.aminmax()).tolist():
         if not 0 <= value <= last:

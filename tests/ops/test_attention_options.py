@@ -216,8 +216,8 @@ def test_opcheck():
     q, k, v = (torch.randn(s).requires_grad_() for s in ((2, 4, 40, 16), (2, 2, 50, 16), (2, 2, 50, 24)))
     bias, sinks = torch.randn(1, 4, 40, 1, requires_grad=True), torch.randn(4, requires_grad=True)
     mask, slopes = torch.rand(2, 1, 1, 50) < 0.8, torch.rand(2, 4, 1, 1)
-    options = (20, 0, False, 5, 0.25, 2.0, 0.1, "cpu")
-    given = (q, k, v, bias, mask, slopes, sinks, *options)
+    options = (40, 50, 20, 0, False, 5, 0.25, 2.0, 0.1, "cpu")
+    given = (q, k, v, bias, mask, slopes, sinks, *[None] * 4, *options)
     torch.library.opcheck(torch.ops.lspm.attention.default, given)
 
 
