@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
-# bfloat16 pays where the processor multiplies it in tiles; elsewhere it is slower than float32.
-DEMO_PRECISION := $(shell grep -qs amx_bf16 /proc/cpuinfo && echo --precision bfloat16)
+# bfloat16 pays where the processor multiplies it; elsewhere it is slower than float32.
+DEMO_PRECISION := $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo --precision bfloat16)
 
 .PHONY: help demo test test-long bench bench-smoke lint format wheel-check data clean
 

@@ -40,6 +40,11 @@ def like(op: str, name: str, t: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}")
 
 
+def rows(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension: itself wherever it can be."""
+    return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
+
+
 def readable(t: Tensor) -> bool:
     """Whether the values of t can be read here: not while something traces, transforms or captures."""
     if torch.compiler.is_compiling() or type(t) not in (Tensor, Parameter) or t.is_meta:
@@ -82,12 +87,10 @@ def number(op: str, name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{op}: {name} must {rule}, got {value!r}")
 
 
-def seed(op: str, value: int | None) -> int:
-    """A seed as kernels take it, an int64; one of torch's default generator where value is None."""
+def seed(op: str, value: int | None) -> Tensor:
+    """A seed, an int64 on the CPU; one of torch's default generator where value is None."""
     if value is None:
-        if torch.compiler.is_compiling():
-            raise ValueError(f"{op}: seed must be given where torch.compile traces a dropout, got None")
-        return int(torch.randint(2**63 - 1, ()))
+        return torch.randint(2**63 - 1, (), device="cpu")
     if not isinstance(value, int) or not 0 <= value < 2**63:
         raise ValueError(f"{op}: seed must be an integer from 0 to 2 ** 63 - 1, got {value!r}")
-    return value
+    return torch.tensor(value, dtype=torch.int64, device="cpu")

@@ -32,7 +32,6 @@ def flash_attn_func(
         q: (B, T_q, H, D), float32, bfloat16 or float16. D from 1 to 256.
         k, v: (B, T_k, H_kv, D); H is a multiple of H_kv.
         dropout_p: the share of probabilities that is dropped, its seed drawn from torch's default generator.
-            torch.compile refuses it, as it cannot trace that draw.
         softmax_scale: D ** -0.5 where None.
         causal: the last query stands at the last key (bottom-right), whatever T_q and T_k are.
         window_size: (left, right): keys before and behind its place that a query sees; -1: all.

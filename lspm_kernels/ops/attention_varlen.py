@@ -94,7 +94,7 @@ def attention_varlen(
     sinks = attention_checks.per_head(_OP, "sinks", sinks, q.device, (heads[1:],))
     checks.number(_OP, "softcap", softcap, 0.0, float("inf"))
     checks.number(_OP, "dropout_p", dropout_p, 0.0, 1.0)
-    seed = checks.seed(_OP, seed) if dropout_p else 0
+    seed = checks.seed(_OP, seed) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     row = dispatch.pick(_OP, BACKENDS, backend, q, k, v)
     if row is None:

@@ -111,8 +111,8 @@ def attention_with_kv_cache(
         )  # fmt: skip
     sequences = None, begins, counts, table, T_q, longest
     out, lse = dense.run(
-        row, q, k_cache, v_cache, None, None, slopes, sinks, heads, sequences, left, right, False, 0, scale,
-        float(softcap), 0.0,
+        row, q, k_cache, v_cache, None, None, slopes, sinks, heads, sequences, left, right, False, None,
+        scale, float(softcap), 0.0,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -27,9 +27,8 @@ def _rotate(kernel, x, cos, sin, offsets, offset, interleaved):
     B, H, T, D = x.shape
     out = x.new_empty(B, T, H, D)
     if kernel is not None and out.numel():
-        x = x if x.stride(-1) == 1 or D == 1 else x.contiguous()
         offsets = None if offsets is None else offsets.contiguous()
-        kernel(x, cos.contiguous(), sin.contiguous(), offsets, out, offset, interleaved)
+        kernel(checks.rows(x), cos.contiguous(), sin.contiguous(), offsets, out, offset, interleaved)
     return out.transpose(1, 2)
 
 

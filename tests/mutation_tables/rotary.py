@@ -65,7 +65,8 @@ MUTATIONS = [
     ),
     in_op(
         name="rotary, op: a copy of what could be read where it lies",
-        old="x if x.stride(-1) == 1 or D == 1 else x.contiguous()",
+        file="lspm_kernels/checks.py",
+        old="x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()",
         new="x.contiguous()",
     ),
     in_cuda(

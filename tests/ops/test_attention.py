@@ -191,7 +191,7 @@ def test_compile(mode):
 
 def test_opcheck():
     q, k, v = (x.requires_grad_() for x in tensors())
-    extras, sizes, options = [None] * 6, (40, 50), (-1, 0, False, 0, 0.25, 0.0, 0.0, "cpu")
+    extras, sizes, options = [None] * 7, (40, 50), (-1, 0, False, 0.25, 0.0, 0.0, "cpu")
     given = (q, k, v, *extras, None, None, *sizes, *options)
     torch.library.opcheck(torch.ops.lspm.attention.default, given)
     out, lse, saved = (x.detach() for x in torch.ops.lspm.attention(*given))

@@ -184,8 +184,8 @@ def test_opcheck():
     q, k, v = (torch.randn(1, h, n, 16).requires_grad_() for h, n in ((4, 30), (2, 40), (2, 40)))
     ends = starts((20, 10)), starts((15, 25))
     sinks = torch.randn(4, requires_grad=True)
-    options = (20, 25, 7, 0, False, 5, 0.25, 2.0, 0.1, "cpu")
-    given = (q, k, v, None, None, torch.rand(2, 4, 1, 1), sinks, *ends, None, None, *options)
+    options = (torch.tensor(5), None, None, 20, 25, 7, 0, False, 0.25, 2.0, 0.1, "cpu")
+    given = (q, k, v, None, None, torch.rand(2, 4, 1, 1), sinks, *ends, *options)
     torch.library.opcheck(torch.ops.lspm.attention.default, given)
 
 
