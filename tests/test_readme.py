@@ -10,6 +10,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 PUBLIC = {
     "layer_norm": ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"],
     "attention": ["attention"],
+    "attention_varlen": ["attention_varlen"],
+    "attention_with_kv_cache": ["attention_with_kv_cache"],
     "rotary": ["rotary"],
 }
 

@@ -87,20 +87,15 @@ def attention_with_kv_cache(
     checks.number(_OP, "softcap", softcap, 0.0, float("inf"))
     scale = D**-0.5 if scale is None else float(scale)
     row = dispatch.pick(_OP, BACKENDS, backend, q, k_cache, v_cache)
-    before = counts - new
     if (cos is None) != (sin is None) or (cos is not None and k is None):
         raise ValueError(f"{_OP}: cos must come with sin and k, got {checks.shape(cos)}")
     if cos is not None:
         turned = q if left is not None or right is not None else q.reshape(B, H * T_q, 1, D)
-        turn = {"interleaved": interleaved, "offsets": before.long(), "backend": backend}
+        before = (counts - new).long() if isinstance(cache_seqlens, Tensor) else cache_seqlens
+        turn = {"interleaved": interleaved, "offsets": before, "backend": backend}
         q, k = rotary(turned, cos, sin, **turn).reshape(B, H, T_q, D), rotary(k, cos, sin, **turn)
     if new:
-        at = before[:, None] + torch.arange(new, device=q.device)  # (B, T)
-        batch = torch.arange(B, device=q.device)[:, None]
-        if table is not None:
-            batch, at = table[batch, at // k_cache.shape[2]], at % k_cache.shape[2]
-        for cache, x in ((k_cache, k), (v_cache, v)):
-            cache[batch, :, at] = x.transpose(1, 2)
+        _append(k_cache, v_cache, k, v, counts, table, cache_seqlens)
     if begins is not None:
         counts = counts - begins
     if row is None:
@@ -115,6 +110,21 @@ def attention_with_kv_cache(
         scale, float(softcap), 0.0,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _append(k_cache, v_cache, k, v, counts, table, cache_seqlens):
+    """Writes k and v behind cache_seqlens; counts includes them."""
+    B, _, new, _ = k.shape
+    if table is None and not isinstance(cache_seqlens, Tensor):
+        for cache, x in ((k_cache, k), (v_cache, v)):
+            cache[:, :, cache_seqlens : cache_seqlens + new] = x
+        return
+    at = counts[:, None] + torch.arange(-new, 0, device=k.device)  # (B, T)
+    batch = torch.arange(B, device=k.device)[:, None]
+    if table is not None:
+        batch, at = table[batch, at // k_cache.shape[2]], at % k_cache.shape[2]
+    for cache, x in ((k_cache, k), (v_cache, v)):
+        cache[batch, :, at] = x.transpose(1, 2)
 
 
 def _check(q, k_cache, v_cache, k, v):
