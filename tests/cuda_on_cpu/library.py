@@ -1,11 +1,18 @@
 """Calls the C functions of a kernel library with PyTorch tensors in emulated device memory."""
 
 import ctypes
+import functools
 import os
+import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
+
+from cuda_on_cpu import build
+
+FLAVOURS = os.environ.get("LSPM_CUDA_ON_CPU", "fast check ptxcheck").split()
 
 COUNTERS = ("mma", "ldmatrix", "ldmatrix_conflicts", "cp_async", "shuffles", "barriers")
 SHARED_MAX = 163 * 1024  # bytes of a block on sm_80
@@ -80,6 +87,28 @@ class Library:
         for buffer in self.buffers:
             self.c.emu_free(ctypes.c_void_p(buffer.start))
         self.buffers.clear()
+
+
+@functools.cache
+def load(flavour, *sources, ptx_kernels=""):
+    """The library of kernels and their entries, as build.kernels makes it."""
+    return Library(build.kernels(sources, flavour, ptx_kernels))
+
+
+def fixture(*sources, ptx_kernels=""):
+    """A fixture that is load()'s library in each flavour of LSPM_CUDA_ON_CPU, or of all but asan."""
+
+    @pytest.fixture(params=FLAVOURS)
+    def library(request):
+        if request.param == "ptxcheck" and not shutil.which("nvcc"):
+            pytest.skip("nvcc is not installed")
+        library = load(request.param, *sources, ptx_kernels=ptx_kernels)
+        library.flavour = request.param
+        yield library
+        library.configure()
+        library.free()
+
+    return library
 
 
 def as_c(argument):
