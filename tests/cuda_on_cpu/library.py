@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import asan
 import pytest
 import torch
 
@@ -122,18 +123,8 @@ def as_c(argument):
 
 
 def run_under_asan(*command):
-    """Runs Python with AddressSanitizer loaded first, as it must be; raises KernelError with what it says."""
-    libraries = [
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "LSPM_CUDA_ON_CPU": "asan",
-    }
+    """Runs Python with AddressSanitizer loaded; raises KernelError with what it says."""
+    environment = asan.environment() | {"LSPM_CUDA_ON_CPU": "asan"}
     result = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
     )
