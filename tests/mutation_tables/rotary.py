@@ -15,6 +15,7 @@ def build(isa):
 
 
 in_cpu = partial(Mutation, file="csrc/cpu/rotary.cpp", tests=TESTS, command=build("base"))
+in_memory = partial(in_cpu, tests=("tests/test_asan.py",), command=())
 in_binding = partial(in_cpu, file="csrc/bindings_rotary.cpp")
 in_op = partial(Mutation, file="lspm_kernels/ops/rotary.py", tests=TESTS)
 in_cuda = partial(
@@ -52,6 +53,16 @@ MUTATIONS = [
         old="streams(job.out, s.elements(), s.dim | run)",
         new="streams(job.out, s.elements(), 0)",
         command=build("avx2"),  # the base instruction set streams nothing
+    ),
+    in_memory(
+        name="rotary, asan: whole vectors read where the last pairs are fewer",
+        old="std::memcpy(room, from + 2 * i, bytes);",
+        new="std::memcpy(room, from + 2 * i, sizeof room);",
+    ),
+    in_memory(
+        name="rotary, asan: whole vectors written where the last pairs are fewer",
+        old="std::memcpy(to + 2 * i, room, bytes);",
+        new="std::memcpy(to + 2 * i, room, sizeof room);",
     ),
     in_binding(
         name="rotary, binding: one position past the table admitted",
