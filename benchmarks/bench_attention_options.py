@@ -57,7 +57,7 @@ def cases(smoke: bool = False) -> Iterator[Case]:
         )  # fmt: skip
         if mode == FORWARD:
             shape = (2, 2, 300, 64) if smoke else CACHE
-            yield case("decode", mode, dtype, shape, {}, {}, 1.0, 1, roof="copy", goals=(Goal("roof", 80.0),))
+            yield case("decode", mode, dtype, shape, {}, {}, 1.0, 1, roof="read", goals=(Goal("roof", 80.0),))
 
 
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))

@@ -142,6 +142,17 @@ class TestMachine:
             copy(size)
             assert 2 * sum(moved) == size
 
+    def test_the_sum_reads_what_it_says(self, monkeypatch):
+        moved = []
+        original = torch.Tensor.sum
+        monkeypatch.setattr(machine, "last_level_cache", lambda device: 2**20)
+        read = machine.read_roof.__wrapped__("cpu")
+        monkeypatch.setattr(torch.Tensor, "sum", lambda t: moved.append(t.nbytes) or original(t))
+        for size in (2**20, 2**27, 2**27):
+            moved.clear()
+            read(size)
+            assert sum(moved) == size
+
 
 class TestResults:
     def test_new_rows_take_the_place_of_old_ones(self, tmp_path):
