@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     }
     uint32_t p[kRows][kTiles / 2][4];
     as_factor<T>(p, s);
-    multiply_add<kDim, kRows, kTiles>(sums, p, v_tile);
+    multiply_add<kDim>(sums, p, v_tile);
   }
 
   float factor[kRows][2];
@@ -204,24 +204,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   store_rows<kDim>(sums, factor, q_tile, share, out, first, call.aligned);
 }
 
-template <class T, class Tile>
-void start_forward(const ForwardCall& call, cudaStream_t stream) {
-  const AttentionShape& s = call.shape;
-  const int64_t tiles = (s.queries + Tile::kQueries - 1) / Tile::kQueries;
-  launch({dim3(unsigned(tiles), unsigned(s.heads), unsigned(s.batch)), Tile::kThreads, Tile::kElements * sizeof(T), stream},
-         attention_forward_kernel<T, Tile>, call);
-}
-
 }  // namespace
 
 void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& v,
                        const AttentionExtras& extras, const HeadsView& out, float* lse, float* statistics,
                        const AttentionShape& shape, int device, void* stream) {
   if (shape.rows() == 0) return;
-  const ForwardCall call = {attention_call(shape, extras, {&q, &k, &v, &out}), q, k, v, out, lse, statistics};
+  const ForwardCall call = {attention_call(shape, extras, {&q, &k, &v, &out}, false), q, k, v, out, lse,
+                            statistics};
   const DeviceGuard guard(device);
-  with_tile<ForwardTile>("attention_forward", call, [&](auto type, auto tile) {
-    start_forward<decltype(type), decltype(tile)>(call, cudaStream_t(stream));
+  with_type("attention_forward", shape.dtype, [&](auto type) {
+    using T = decltype(type);
+    with_tile<ForwardTile>(call, [&](auto tile) {
+      using Tile = decltype(tile);
+      const int64_t tiles = (shape.queries + Tile::kQueries - 1) / Tile::kQueries;
+      launch({dim3(unsigned(tiles), unsigned(shape.heads), unsigned(shape.batch)), Tile::kThreads,
+              Tile::kElements * sizeof(T), cudaStream_t(stream)},
+             attention_forward_kernel<T, Tile>, call);
+    });
   });
 }
 

@@ -125,15 +125,15 @@ __device__ __forceinline__ void multiply_transpose(float (&d)[kRows][kTiles][4],
   }
 }
 
-// d += a times a tile of 8 kTiles rows.
-template <int kDim, int kRows, int kTiles, class T>
-__device__ __forceinline__ void multiply_add(float (&d)[kRows][kDim / 8][4],
-                                             const uint32_t (&a)[kRows][kTiles / 2][4], const T* tile) {
+// d += a times columns of a tile of 16 kFactors rows, as many as d has.
+template <int kDim, int kRows, int kTiles, int kFactors, class T>
+__device__ __forceinline__ void multiply_add(float (&d)[kRows][kTiles][4],
+                                             const uint32_t (&a)[kRows][kFactors][4], const T* tile) {
   const int place = lane_place<kDim>(true);
 #pragma unroll
-  for (int k = 0; k < kTiles / 2; ++k) {
+  for (int k = 0; k < kFactors; ++k) {
 #pragma unroll
-    for (int n = 0; n < kDim / 8; n += 2) {
+    for (int n = 0; n < kTiles; n += 2) {
       uint32_t b[4];
       ptx::ldmatrix_x4<true>(b, tile + 16 * k * kDim + at_columns(place, n / 2));
       const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
@@ -159,38 +159,38 @@ __device__ __forceinline__ void as_factor(uint32_t (&a)[kRows][kTiles / 2][4],
     }
 }
 
-// Rounds d times its rows' factors and writes it to the rows of `to` from `first` on, in whole chunks through
-// the warp's own rows of a tile, which no other warp touches any more.
-template <int kDim, int kRows, class T, class Share>
-__device__ __forceinline__ void store_rows(const float (&d)[kRows][kDim / 8][4], const float (&factor)[kRows][2],
+// Rounds d times its rows' factors and writes it to the rows of `to` from `first` on, in columns from `column` on,
+// a multiple of 64; in whole chunks through that part of a tile, which no other warp touches any more.
+template <int kDim, int kRows, int kTiles, class T, class Share>
+__device__ __forceinline__ void store_rows(const float (&d)[kRows][kTiles][4], const float (&factor)[kRows][2],
                                            T* tile, const Share& share, const Rows<T>& to, int first,
-                                           bool aligned) {
-  constexpr int kChunks = kDim / kChunk;
+                                           bool aligned, int column = 0) {
   __syncwarp();  // the other lanes have read what lay there
+  tile += column;
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       T* const row = tile + (share.row(r, h) + lane_row()) * kDim + lane_column();
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n)
+      for (int n = 0; n < kTiles; ++n)
         *reinterpret_cast<uint32_t*>(row + (n ^ lane_row()) * kChunk) =
             ptx::pack<T>(d[r][n][2 * h] * factor[r][h], d[r][n][2 * h + 1] * factor[r][h]);
     }
   __syncwarp();
 #pragma unroll 4
-  for (int i = threadIdx.x % kWarp; i < 16 * kRows * kChunks; i += kWarp) {
-    const int own = i / kChunks, chunk = i % kChunks;
+  for (int i = threadIdx.x % kWarp; i < 16 * kRows * kTiles; i += kWarp) {
+    const int own = i / kTiles, chunk = i % kTiles, col = column + chunk * kChunk;
     const int row = share.row(own / 16, own / 8 % 2) + own % 8;
-    if (first + row >= to.rows || chunk * kChunk >= to.dim) continue;
+    if (first + row >= to.rows || col >= to.dim) continue;
     const Vec<T, kChunk> v = load<kChunk>(tile + row * kDim + (chunk ^ own % 8) * kChunk);
-    T* const at = to.data + (first + row) * to.stride + chunk * kChunk;
+    T* const at = to.data + (first + row) * to.stride + col;
     if (aligned) {
       store(at, v);
     } else {
 #pragma unroll
       for (int e = 0; e < kChunk; ++e)
-        if (chunk * kChunk + e < to.dim) at[e] = v.at[e];
+        if (col + e < to.dim) at[e] = v.at[e];
     }
   }
 }
@@ -234,16 +234,16 @@ struct AttentionCall {
   bool drops, aligned, general;
 };
 
-// aligned: whether every row of every view begins at a multiple of 16 bytes and ends so.
+// general: whether the call needs the kernels that know extras, views without alignment and pages, anyway.
 inline AttentionCall attention_call(const AttentionShape& shape, const AttentionExtras& extras,
-                                    std::initializer_list<const HeadsView*> views) {
+                                    std::initializer_list<const HeadsView*> views, bool general) {
   bool aligned = (shape.head_dim | shape.value_dim) % kChunk == 0, paged = false;
   for (const HeadsView* view : views) {
     aligned &= (view->batch_stride | view->head_stride | view->row_stride) % kChunk == 0;
     aligned &= aligned_for_vectors(view->data);
     paged |= view->pages != nullptr;
   }
-  const bool general = !aligned || paged || extras.bias.data || extras.mask.data || extras.slopes.data ||
+  general = general || !aligned || paged || extras.bias.data || extras.mask.data || extras.slopes.data ||
                        shape.softcap != 0.0f || shape.dropout > 0.0 || !(shape.scale > 0.0f);
   return {shape,
           extras,
@@ -256,25 +256,26 @@ inline AttentionCall attention_call(const AttentionShape& shape, const Attention
           general};
 }
 
-// Calls body(T(), Tile<dim, general>()) for the call's type and the least padded dim.
-template <template <int, bool> class Tile, class Body>
-void with_tile(const char* op, const AttentionCall& call, Body body) {
-  const AttentionShape& s = call.shape;
-  const auto with_dim = [&](auto type) {
-    const int64_t dim = s.head_dim > s.value_dim ? s.head_dim : s.value_dim;
-    if (dim <= 64) return call.general ? body(type, Tile<64, true>()) : body(type, Tile<64, false>());
-    if (dim <= 128) return call.general ? body(type, Tile<128, true>()) : body(type, Tile<128, false>());
-    throw std::invalid_argument(std::string(op) + ": dims must be at most 128, got " + std::to_string(dim));
-  };
-  switch (s.dtype) {
+// Calls body(T()) for the call's type.
+template <class Body>
+void with_type(const char* op, DType dtype, Body body) {
+  switch (dtype) {
     case DType::bf16:
-      return with_dim(bf16());
+      return body(bf16());
     case DType::f16:
-      return with_dim(f16());
+      return body(f16());
     default:
       throw std::invalid_argument(std::string(op) + ": dtype must be bf16 or f16, got " +
-                                  std::to_string(int(s.dtype)));
+                                  std::to_string(int(dtype)));
   }
+}
+// Calls body(Tile<dim, general>()) for the least padded dim.
+template <template <int, bool> class Tile, class Body>
+void with_tile(const AttentionCall& call, Body body) {
+  const int64_t dim = max(call.shape.head_dim, call.shape.value_dim);
+  if (dim <= 64) return call.general ? body(Tile<64, true>()) : body(Tile<64, false>());
+  if (dim <= 128) return call.general ? body(Tile<128, true>()) : body(Tile<128, false>());
+  call.general ? body(Tile<256, true>()) : body(Tile<256, false>());
 }
 
 // Philox4x32-10 (Salmon et al. 2011).

@@ -120,7 +120,8 @@ class Attention(torch.autograd.Function):
         dsinks = None
         if sinks is not None:
             delta = delta.tensor()[0]
-            dsinks = -((sinks[:, None] - statistics[0]).exp() * statistics[1] * delta).sum((0, 2))
+            dsinks = -(sinks[:, None] - statistics[0]).exp() * statistics[1] * delta
+            dsinks = dsinks.sum((0, 2), dtype=torch.float64).float()
         return None, *grads, dsinks, None, None, None, None
 
 
