@@ -6,7 +6,6 @@
 // is copied while the other is multiplied. Tiles that the window hides whole are skipped.
 // Bytes moved: q and out once, k and v once for each tile of queries, from L2 where a head's fit.
 #include "../attention.h"
-
 #include "attention_tiles.cuh"
 
 namespace lspm::cuda {
@@ -89,7 +88,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     __syncthreads();  // the keys have come, and every warp is done with the values before
     load_values(start);
     float s[kRows][kTiles][4];
-    multiply_transpose<kDim>(s, k_tile, [&](uint32_t(&a)[kRows][4], int i) {
+    multiply_transpose<kDim>(s, k_tile, [&](uint32_t (&a)[kRows][4], int i) {
       if constexpr (Tile::kHoldsQueries) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
@@ -112,7 +111,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
           float cap_slope[4];
-          scores.apply(s[r][n], cap_slope, [&](int i) { return query(r, i); }, [&](int i) { return key(n, i); });
+          scores.apply(
+              s[r][n], cap_slope, [&](int i) { return query(r, i); }, [&](int i) { return key(n, i); });
         }
     }
     if (start < open_begin || start + kKeys > open_end) {
@@ -210,8 +210,8 @@ void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& 
                        const AttentionExtras& extras, const HeadsView& out, float* lse, float* statistics,
                        const AttentionShape& shape, int device, void* stream) {
   if (shape.rows() == 0) return;
-  const ForwardCall call = {attention_call(shape, extras, {&q, &k, &v, &out}, false), q, k, v, out, lse,
-                            statistics};
+  const ForwardCall call = {
+      attention_call(shape, extras, {&q, &k, &v, &out}, false), q, k, v, out, lse, statistics};
   const DeviceGuard guard(device);
   with_type("attention_forward", shape.dtype, [&](auto type) {
     using T = decltype(type);

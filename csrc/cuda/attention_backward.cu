@@ -1,13 +1,12 @@
 // The gradients of attention (Dao, "FlashAttention-2", 2023), without atomics: every sum has one owner.
 //
-// Of each row the dot product of out and its gradient first. Then a block owns a tile of keys and goes through
-// the queries of all heads that read it (dk, dv), and one owns a tile of queries and goes through the keys
-// (dq, delta). Both find the probabilities again from the row's maximum and denominator. Sums stay in
+// Of each row the dot product of out and its gradient first. Then a block owns a tile of keys and goes
+// through the queries of all heads that read it (dk, dv), and one owns a tile of queries and goes through the
+// keys (dq, delta). Both find the probabilities again from the row's maximum and denominator. Sums stay in
 // registers; products are transposed where keys are owned, so that they too are left factors of the next
 // ones and never leave the registers. What is gone through is copied ahead into two stages.
 // Bytes moved: all tensors once, what is gone through once for each tile, from L2 where a head's fit.
 #include "../attention.h"
-
 #include "attention_tiles.cuh"
 
 namespace lspm::cuda {
@@ -45,7 +44,8 @@ constexpr int kLanesOfRow = 8;
 constexpr int kDotThreads = 128;
 
 template <class T>
-__global__ void __launch_bounds__(kDotThreads) attention_dots_kernel(const __grid_constant__ BackwardCall call) {
+__global__ void __launch_bounds__(kDotThreads)
+    attention_dots_kernel(const __grid_constant__ BackwardCall call) {
   const int batch = blockIdx.z, head = blockIdx.y, lane = threadIdx.x % kLanesOfRow;
   const int query = int(blockIdx.x * (kDotThreads / kLanesOfRow) + threadIdx.x / kLanesOfRow);
   const AttentionShape shape = call.shape.of(batch);
@@ -82,12 +82,13 @@ struct RowStatistics {
   }
 };
 
-// Turns a fragment's products s and gradients dp of the dropped probabilities into the gradients of the products
-// over the scale; and s into the probabilities as dropout leaves them or, kSums, those times their gradients.
-// kept: bit i says whether dropout keeps element i.
+// Turns a fragment's products s and gradients dp of the dropped probabilities into the gradients of the
+// products over the scale; and s into the probabilities as dropout leaves them or, kSums, those times their
+// gradients. kept: bit i says whether dropout keeps element i.
 template <bool kGeneral, bool kSums, class Query, class Key, class Statistics>
-__device__ __forceinline__ void differentiate(float (&s)[4], float (&dp)[4], uint32_t kept, const Scores& scores,
-                                              bool masked, Query query, Key key, Statistics statistics) {
+__device__ __forceinline__ void differentiate(float (&s)[4], float (&dp)[4], uint32_t kept,
+                                              const Scores& scores, bool masked, Query query, Key key,
+                                              Statistics statistics) {
   const AttentionCall& call = scores.call;
   float cap_slope[4];
   if constexpr (kGeneral) {
@@ -191,12 +192,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads)
     const T* const dout_tile = dout_tiles + stage * kQueries * kDim;
     const float* const of_rows = rows + stage * 3 * kQueries;
     float s[kRows][kTiles][4], dp[kRows][kTiles][4];
-    multiply_transpose<kDim>(s, q_tile, [&](uint32_t(&a)[kRows][4], int i) {
-      load_rows<kDim>(a, k_tile, share, place, i);
-    });
-    multiply_transpose<kDim>(dp, dout_tile, [&](uint32_t(&a)[kRows][4], int i) {
-      load_rows<kDim>(a, v_tile, share, place, i);
-    });
+    multiply_transpose<kDim>(
+        s, q_tile, [&](uint32_t (&a)[kRows][4], int i) { load_rows<kDim>(a, k_tile, share, place, i); });
+    multiply_transpose<kDim>(
+        dp, dout_tile, [&](uint32_t (&a)[kRows][4], int i) { load_rows<kDim>(a, v_tile, share, place, i); });
 
     const auto key = [&](int r, int i) { return first + share.row(r, i / 2) + lane_row(); };
     const auto query = [&](int n, int i) { return this_start + 8 * n + lane_column() + i % 2; };
@@ -220,7 +219,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads)
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const float* const at = of_rows + 8 * n + lane_column();
-      const Vec<float, 2> power = load<2>(at), part = load<2>(at + kQueries), dot = load<2>(at + 2 * kQueries);
+      const Vec<float, 2> power = load<2>(at), part = load<2>(at + kQueries),
+                          dot = load<2>(at + 2 * kQueries);
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
         differentiate<kGeneral, false>(
@@ -303,20 +303,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     const T* const k_tile = k_tiles + stage * kKeys * kDim;
     const T* const v_tile = v_tiles + stage * kKeys * kDim;
     float s[kRows][kTiles][4], dp[kRows][kTiles][4];
-    multiply_transpose<kDim>(s, k_tile, [&](uint32_t(&a)[kRows][4], int i) {
-      load_rows<kDim>(a, q_tile, share, place, i);
-    });
-    multiply_transpose<kDim>(dp, v_tile, [&](uint32_t(&a)[kRows][4], int i) {
-      load_rows<kDim>(a, dout_tile, share, place, i);
-    });
+    multiply_transpose<kDim>(
+        s, k_tile, [&](uint32_t (&a)[kRows][4], int i) { load_rows<kDim>(a, q_tile, share, place, i); });
+    multiply_transpose<kDim>(
+        dp, v_tile, [&](uint32_t (&a)[kRows][4], int i) { load_rows<kDim>(a, dout_tile, share, place, i); });
 
     const auto key = [&](int n, int i) { return start + 8 * n + lane_column() + i % 2; };
     const bool masked = start < open_begin || start + kKeys > open_end;
     uint32_t kept[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) kept[r] = ~0u;
-    if (kGeneral && call.drops)
-      draw_kept<kRows, kTiles>(kept, call, batch, head, first, start, share);
+    if (kGeneral && call.drops) draw_kept<kRows, kTiles>(kept, call, batch, head, first, start, share);
     if (!kGeneral && masked) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
@@ -374,7 +371,18 @@ void attention_backward(const HeadsView& dout, const float* dlse, const HeadsVie
   const unsigned heads = unsigned(s.heads), kv_heads = unsigned(s.kv_heads), batch = unsigned(s.batch);
   if (batch == 0 || heads == 0) return;
   BackwardCall call = {attention_call(s, extras, {&dout, &q, &k, &v, &out, &dq, &dk, &dv}, extras.sinks),
-                       dout, q, k, v, out, dq, dk, dv, dlse, statistics, delta, delta + s.rows()};
+                       dout,
+                       q,
+                       k,
+                       v,
+                       out,
+                       dq,
+                       dk,
+                       dv,
+                       dlse,
+                       statistics,
+                       delta,
+                       delta + s.rows()};
   const DeviceGuard guard(device);
   const auto at = [&](dim3 grid, int threads, size_t bytes) {
     return LaunchConfig(grid, unsigned(threads), bytes, cudaStream_t(stream));

@@ -1,4 +1,5 @@
-// What the CUDA kernels of attention share: tiles in shared memory and in registers, windows, scores, dropout.
+// What the CUDA kernels of attention share: tiles in shared memory and in registers, windows, scores,
+// dropout.
 //
 // A tile in shared memory has rows of kDim elements of 16 bits. The 16-byte chunk c of row r lies at chunk
 // c ^ r % 8, so that neither ldmatrix, nor copies, nor the stores of accumulators meet a bank twice. A warp
@@ -13,7 +14,7 @@
 namespace lspm::cuda {
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-constexpr int kChunk = 8;  // elements of 16 bytes
+constexpr int kChunk = 8;      // elements of 16 bytes
 constexpr int kFar = 1 << 30;  // more than there are queries or keys
 
 __device__ __forceinline__ int lane_row() { return threadIdx.x % kWarp / 4; }
@@ -68,7 +69,8 @@ __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int firs
   }
 }
 
-// Which rows of a tile are a warp's: row 16 r + 8 h + i of its own, i < 8, is row `first` + r kDown + h kApart
+// Which rows of a tile are a warp's: row 16 r + 8 h + i of its own, i < 8, is row `first` + r kDown + h
+// kApart
 // + i of the tile.
 template <int kDown, int kApart>
 struct Share {
@@ -76,8 +78,8 @@ struct Share {
   __device__ int row(int r, int h) const { return first + r * kDown + h * kApart; }
 };
 
-// Where a lane's rows for ldmatrix begin in a tile, in its first 16 columns. Of the four matrices the second and
-// third lie below the first and beside it, or the reverse.
+// Where a lane's rows for ldmatrix begin in a tile, in its first 16 columns. Of the four matrices the second
+// and third lie below the first and beside it, or the reverse.
 template <int kDim>
 __device__ __forceinline__ int lane_place(bool below_first, int apart = 8) {
   const int lane = threadIdx.x % kWarp, i = lane % 8, second = lane / 8 % 2, third = lane / 16;
@@ -85,15 +87,17 @@ __device__ __forceinline__ int lane_place(bool below_first, int apart = 8) {
   return (down * apart + i) * kDim + (across ^ i) * kChunk;
 }
 
-// That place in the 16 columns from 16 k on. The chunk's upper bits are not permuted: 8 chunks share an address.
+// That place in the 16 columns from 16 k on. The chunk's upper bits are not permuted: 8 chunks share an
+// address.
 __device__ __forceinline__ int at_columns(int place, int k) { return (place ^ 16 * (k % 4)) + 64 * (k / 4); }
 
 // One fragment of 16 x 16 elements for each 16 rows of a warp.
 template <int kDim, int kRows, class T, class Share>
-__device__ __forceinline__ void load_rows(uint32_t (&a)[kRows][4], const T* tile, const Share& share, int place,
-                                          int k) {
+__device__ __forceinline__ void load_rows(uint32_t (&a)[kRows][4], const T* tile, const Share& share,
+                                          int place, int k) {
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) ptx::ldmatrix_x4(a[r], tile + share.row(r, 0) * kDim + at_columns(place, k));
+  for (int r = 0; r < kRows; ++r)
+    ptx::ldmatrix_x4(a[r], tile + share.row(r, 0) * kDim + at_columns(place, k));
 }
 
 // d = rows times the transpose of a tile: row(a, k) gives the fragments of columns 16 k to 16 k + 15.
@@ -159,12 +163,13 @@ __device__ __forceinline__ void as_factor(uint32_t (&a)[kRows][kTiles / 2][4],
     }
 }
 
-// Rounds d times its rows' factors and writes it to the rows of `to` from `first` on, in columns from `column` on,
-// a multiple of 64; in whole chunks through that part of a tile, which no other warp touches any more.
+// Rounds d times its rows' factors and writes it to the rows of `to` from `first` on, in columns from
+// `column` on, a multiple of 64; in whole chunks through that part of a tile, which no other warp touches any
+// more.
 template <int kDim, int kRows, int kTiles, class T, class Share>
-__device__ __forceinline__ void store_rows(const float (&d)[kRows][kTiles][4], const float (&factor)[kRows][2],
-                                           T* tile, const Share& share, const Rows<T>& to, int first,
-                                           bool aligned, int column = 0) {
+__device__ __forceinline__ void store_rows(const float (&d)[kRows][kTiles][4],
+                                           const float (&factor)[kRows][2], T* tile, const Share& share,
+                                           const Rows<T>& to, int first, bool aligned, int column = 0) {
   __syncwarp();  // the other lanes have read what lay there
   tile += column;
 #pragma unroll
@@ -244,7 +249,7 @@ inline AttentionCall attention_call(const AttentionShape& shape, const Attention
     paged |= view->pages != nullptr;
   }
   general = general || !aligned || paged || extras.bias.data || extras.mask.data || extras.slopes.data ||
-                       shape.softcap != 0.0f || shape.dropout > 0.0 || !(shape.scale > 0.0f);
+            shape.softcap != 0.0f || shape.dropout > 0.0 || !(shape.scale > 0.0f);
   return {shape,
           extras,
           general ? kLog2e : shape.scale * kLog2e,
@@ -296,8 +301,8 @@ __device__ __forceinline__ void philox(uint64_t seed, uint32_t (&x)[4]) {
 // Which scores of a tile dropout keeps: bit 4 n + i of kept[r] for [r][n][i], from the query and the key of
 // the tile's first row and column on. All words of a counter are used where a tile has 64 keys.
 template <int kRows, int kTiles, class Share>
-__device__ __forceinline__ void draw_kept(uint32_t (&kept)[kRows], const AttentionCall& call, int batch, int head,
-                                          int query, int key, const Share& share) {
+__device__ __forceinline__ void draw_kept(uint32_t (&kept)[kRows], const AttentionCall& call, int batch,
+                                          int head, int query, int key, const Share& share) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     kept[r] = 0;
@@ -363,8 +368,8 @@ struct Scores {
   float slope;
   int shift;
 
-  __device__ Scores(const AttentionCall& call, const Window& window, const AttentionShape& shape, int64_t batch,
-                    int64_t head)
+  __device__ Scores(const AttentionCall& call, const Window& window, const AttentionShape& shape,
+                    int64_t batch, int64_t head)
       : call(call), window(window), bias(0), mask(0), slope(0.0f), shift(int(shape.shift)) {
     const AttentionExtras& x = call.extras;
     if (x.bias.data) bias = batch * x.bias.batch_stride + head * x.bias.head_stride;
@@ -404,7 +409,8 @@ struct Scores {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (query(i) >= window.queries || key(i) >= window.keys) continue;
-        const float added = load_score(x.mask, mask + query(i) * x.mask.row_stride + key(i) * x.mask.key_stride);
+        const float added =
+            load_score(x.mask, mask + query(i) * x.mask.row_stride + key(i) * x.mask.key_stride);
         s[i] = added == -INFINITY ? added : s[i] + added;
       }
     }

@@ -2,6 +2,7 @@
 
 import ctypes
 from ctypes import c_double, c_float, c_int, c_int64, c_uint64, c_void_p
+from typing import NamedTuple
 
 import torch
 from cuda_on_cpu import build
@@ -40,26 +41,41 @@ def flat(x):
     return x.as_strided((reach if x.numel() else 0,), (1,))
 
 
+class Layout(NamedTuple):
+    """Sequences of unequal lengths: int32 tensors, and the longest of queries and keys."""
+
+    queries: int
+    keys: int
+    query_starts: torch.Tensor | None = None
+    key_starts: torch.Tensor | None = None
+    key_counts: torch.Tensor | None = None
+    pages: torch.Tensor | None = None
+
+
 class Device:
     """Tensors in device memory, as the structs that the kernels take."""
 
-    def __init__(self, library, misaligned=()):
-        self.library, self.misaligned = library, misaligned
+    def __init__(self, library, misaligned=(), where=(0, None)):
+        self.library, self.misaligned, self.where = library, misaligned, where
 
-    def heads(self, name, x, *, fill=True, **more):
+    def pointer(self, tensor):
+        return None if tensor is None else self.library.copy(tensor).pointer
+
+    def heads(self, name, x, starts=None, pages=None, fill=True):
         """A tensor (B, H, T, D), and its buffer; where not `fill`, an output."""
         odd = name in self.misaligned
-        if fill:
-            buffer = self.library.copy(flat(x), odd)
-        else:
-            buffer = self.library.empty(flat(x).shape, x.dtype, odd)
-        more = {key: value.pointer if hasattr(value, "pointer") else value for key, value in more.items()}
-        return HeadsView(buffer.pointer, *x.stride()[:3], **more), buffer
+        buffer = self.library.copy(flat(x), odd) if fill else self.library.empty(flat(x).shape, x.dtype, odd)
+        batch, head, row = x.stride()[:3]
+        paged = (x.shape[2], pages.shape[1]) if pages is not None else (0, 0)
+        batch = batch if starts is None else 0
+        places = self.pointer(starts), self.pointer(pages), *paged
+        return HeadsView(buffer.pointer, batch, head, row, *places), buffer
 
-    def output(self, name, shape, dtype, **more):
-        """(B, H, T, D) that lies as (B, T, H, D)."""
-        B, H, T, D = shape
-        return self.heads(name, torch.empty(B, T, H, D, dtype=dtype).transpose(1, 2), fill=False, **more)
+    def output(self, name, like, starts=None):
+        """Of like's shape (B, H, T, D), but (B, T, H, D) in memory; and a function that reads it."""
+        empty = torch.empty_like(like.transpose(1, 2).contiguous()).transpose(1, 2)
+        view, buffer = self.heads(name, empty, starts, fill=False)
+        return view, lambda: buffer.tensor().as_strided(empty.shape, empty.stride())
 
     def scores(self, x):
         if x is None:
@@ -67,83 +83,75 @@ class Device:
         strides = [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
         return ScoresView(self.library.copy(flat(x)).pointer, *strides, DTYPES[x.dtype])
 
-    def extras(self, bias, mask, slopes, sinks):
-        sinks = self.library.copy(sinks)
-        return Extras(*map(self.scores, (bias, mask, slopes)), sinks and sinks.pointer)
-
-
-def result(view, buffer, like):
-    """The tensor of an output."""
-    return buffer.tensor().as_strided(like.shape, like.stride())
+    def call(self, name, *arguments):
+        of_structs = (ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments)
+        self.library.call(name, *of_structs, *self.where)
 
 
 class Attention(torch.autograd.Function):
     """The kernels as a differentiable function of q, k, v and sinks."""
 
     @staticmethod
-    def forward(ctx, device, q, k, v, sinks, bias, mask, slopes, options):
-        (B, H, T_q, D), H_kv, T_k, Dv = q.shape, k.shape[1], k.shape[2], v.shape[3]
-        ctx.shape = Shape(
-            B, H, H_kv, T_q, T_k, D, Dv, DTYPES[q.dtype], options["left"], options["right"],
-            options["shift"], options["scale"], options["softcap"], options["dropout_p"], options["seed"],
-        )  # fmt: skip
-        inputs = [device.heads(*given)[0] for given in (("q", q), ("k", k), ("v", v))]
-        extras = device.extras(bias, mask, slopes, sinks)
-        out, buffer = device.output("out", (B, H, T_q, Dv), q.dtype)
-        lse, statistics = device.library.empty((B, H, T_q)), device.library.empty((2, B, H, T_q))
-        refs = [*map(ctypes.byref, (*inputs, extras, out)), lse, statistics, ctypes.byref(ctx.shape)]
-        device.library.call("attention_forward", *refs, 0, None)
-        ctx.device, ctx.extras, ctx.inputs, ctx.out = device, extras, inputs, out
-        statistics = statistics.tensor()
-        ctx.save_for_backward(q, k, v, sinks, statistics)
+    def forward(ctx, device, q, k, v, sinks, bias, mask, slopes, layout, *options):
+        packed = layout.query_starts is not None
+        B = len(layout.query_starts) - 1 if packed else q.shape[0]
+        sizes = B, q.shape[1], k.shape[1], layout.queries, layout.keys, q.shape[3], v.shape[3]
+        starts = [device.pointer(x) for x in (layout.query_starts, layout.key_starts, layout.key_counts)]
+        ctx.shape = Shape(*sizes, DTYPES[q.dtype], *options, *starts, q.shape[2] if packed else 0)
+        ctx.inputs = [
+            device.heads("q", q, layout.query_starts)[0],
+            *(device.heads(name, x, layout.key_starts, layout.pages)[0] for name, x in (("k", k), ("v", v))),
+        ]
+        extras = map(device.scores, (bias, mask, slopes))
+        ctx.extras = Extras(*extras, device.pointer(sinks))
+        ctx.out, read = device.output("out", q.new_empty(*q.shape[:3], v.shape[3]), layout.query_starts)
+        lse, statistics = device.library.empty(q.shape[:3]), device.library.empty((2, *q.shape[:3]))
+        device.call("attention_forward", *ctx.inputs, ctx.extras, ctx.out, lse, statistics, ctx.shape)
+        ctx.device, ctx.layout = device, layout
+        ctx.save_for_backward(q, k, v, sinks, statistics.tensor())
         ctx.set_materialize_grads(False)
-        like = q.new_empty(B, T_q, H, Dv).transpose(1, 2)
-        return result(out, buffer, like), lse.tensor()
+        return read(), lse.tensor()
 
     @staticmethod
     def backward(ctx, dout, dlse):
         q, k, v, sinks, statistics = ctx.saved_tensors
-        device, (B, H, T_q, _) = ctx.device, q.shape
+        device, layout = ctx.device, ctx.layout
         if dout is None:
-            dout = q.new_zeros(B, H, T_q, v.shape[3])
-        dout, _ = device.heads("dout", dout.contiguous())
+            dout = q.new_zeros(*q.shape[:3], v.shape[3])
+        starts = layout.query_starts, layout.key_starts, layout.key_starts
+        dout, _ = device.heads("dout", dout.contiguous(), layout.query_starts)
         dlse = device.library.copy(dlse)
-        outputs = [device.output(name, x.shape, x.dtype) for name, x in (("dq", q), ("dk", k), ("dv", v))]
-        saved, delta = device.library.copy(statistics), device.library.empty((2, B, H, T_q))
-        device.library.call(
-            "attention_backward", ctypes.byref(dout), dlse, *map(ctypes.byref, ctx.inputs),
-            ctypes.byref(ctx.extras), ctypes.byref(ctx.out), saved,
-            *(ctypes.byref(view) for view, _ in outputs), delta, ctypes.byref(ctx.shape), 0, None,
+        outputs = [device.output(*given) for given in zip(("dq", "dk", "dv"), (q, k, v), starts, strict=True)]
+        saved, delta = device.library.copy(statistics), device.library.empty((2, *q.shape[:3]))
+        device.call(
+            "attention_backward", dout, dlse, *ctx.inputs, ctx.extras, ctx.out, saved,
+            *(view for view, _ in outputs), delta, ctx.shape,
         )  # fmt: skip
-        likes = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v)]
-        grads = [result(*output, like) for output, like in zip(outputs, likes, strict=True)]
         dsinks = None
         if sinks is not None:
-            delta = delta.tensor()[0]
-            dsinks = -(sinks[:, None] - statistics[0]).exp() * statistics[1] * delta
+            dsinks = -(sinks[:, None] - statistics[0]).exp() * statistics[1] * delta.tensor()[0]
             dsinks = dsinks.sum((0, 2), dtype=torch.float64).float()
-        return None, *grads, dsinks, None, None, None, None
+        return None, *(read() for _, read in outputs), dsinks, *[None] * 12
 
 
-def on(library, misaligned=()):
-    """Attention on the emulator, with the arguments of the reference."""
+def on(library, **how):
+    """Attention on the emulator, with the arguments of the reference and a Layout."""
 
     def attention(
         q, k, v, *, causal=False, window=None, top_left=False, bias=None, mask=None, alibi_slopes=None,
-        softcap=0.0, dropout_p=0.0, seed=0, scale=None, sinks=None, return_lse=False,
+        softcap=0.0, dropout_p=0.0, seed=0, scale=None, sinks=None, return_lse=False, layout=None,
     ):  # fmt: skip
         left, right = window or (None, None)
-        options = {
-            "left": -1 if left is None else left,
-            "right": 0 if causal else -1 if right is None else right,
-            "shift": 0 if top_left else k.shape[2] - q.shape[2],
-            "scale": q.shape[-1] ** -0.5 if scale is None else scale,
-            "softcap": softcap, "dropout_p": dropout_p, "seed": seed,
-        }  # fmt: skip
+        layout = layout or Layout(q.shape[2], k.shape[2])
+        options = (
+            -1 if left is None else left, 0 if causal else -1 if right is None else right,
+            0 if top_left else layout.keys - layout.queries, q.shape[-1] ** -0.5 if scale is None else scale,
+            softcap, dropout_p, seed,
+        )  # fmt: skip
         if alibi_slopes is not None:
             alibi_slopes = alibi_slopes.float().expand(q.shape[:2])[..., None, None]
-        device = Device(library, misaligned)
-        out, lse = Attention.apply(device, q, k, v, sinks, bias, mask, alibi_slopes, options)
+        added = bias, mask, alibi_slopes
+        out, lse = Attention.apply(Device(library, **how), q, k, v, sinks, *added, layout, *options)
         return (out, lse) if return_lse else out
 
     return attention
