@@ -26,15 +26,6 @@ struct ForwardTile {
   static constexpr int kElements = (kQueries + 2 * kKeys) * kDim;
 };
 
-struct ForwardCall : AttentionCall {
-  HeadsView q, k, v, out;
-  float *lse, *statistics;
-};
-
-// Beyond this, rounding the maximum times the exponent could change a row's scale by more than 2^-12, and far
-// beyond overflow; then the maximum is subtracted first, which is exact.
-constexpr float kLarge = 4096.0f;
-
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     attention_forward_kernel(const __grid_constant__ ForwardCall call) {
@@ -125,37 +116,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
             if (window.hides(query(r, i), key(n, i))) s[r][n][i] = -INFINITY;
     }
 
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float largest = maximum[r][h];
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) largest = fmaxf(largest, fmaxf(s[r][n][2 * h], s[r][n][2 * h + 1]));
-        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-        const float zero = largest == -INFINITY ? 0.0f : largest;  // all hidden so far
-        float shift = zero * call.exponent;
-        float shrink = ptx::ex2(maximum[r][h] * call.exponent - shift);
-        if (fabsf(shift) > kLarge) {
-          shrink = ptx::ex2((maximum[r][h] - zero) * call.exponent);
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) s[r][n][2 * h] -= zero, s[r][n][2 * h + 1] -= zero;
-          shift = 0.0f;
-        }
-        maximum[r][h] = largest;
-        float sum = 0.0f;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-          for (int i = 2 * h; i < 2 * h + 2; ++i) {
-            s[r][n][i] = ptx::ex2(fmaf(s[r][n][i], call.exponent, -shift));
-            sum += s[r][n][i];
-          }
-        total[r][h] = total[r][h] * shrink + sum;
-#pragma unroll
-        for (int n = 0; n < kDim / 8; ++n) sums[r][n][2 * h] *= shrink, sums[r][n][2 * h + 1] *= shrink;
-      }
+    online_softmax(s, maximum, total, sums, call.exponent);
     if (kGeneral && call.drops) {
       uint32_t kept[kRows];
       draw_kept<kRows, kTiles>(kept, call, batch, head, first, start, share);
@@ -182,13 +143,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
       const float seen = quad_sum(total[r][h]);
       const bool sees =
           window.first_key(query) < window.end_key(query) && !(call.extras.mask.data && seen == 0.0f);
-      const float zero = maximum[r][h] == -INFINITY ? 0.0f : maximum[r][h], shift = zero * call.exponent;
       const float sink = sinks ? sinks[head] : -INFINITY;
-      float common = zero * call.unit;
+      float common = base_of(maximum[r][h]) * call.unit;
       if (sinks) common = sees ? fmaxf(common, sink) : sink;
       const float power = common * kLog2e;  // as the backward finds it
-      const float part =
-          sees ? ptx::ex2(fabsf(shift) > kLarge ? fmaf(zero, call.exponent, -power) : shift - power) : 0.0f;
+      const float part = sees ? rebase(maximum[r][h], call.exponent, power) : 0.0f;
       float all = sees ? seen * part : 0.0f;
       if (sinks) all += ptx::ex2(fmaf(sink, kLog2e, -power));
       const float inverse = __fdividef(1.0f, all);
@@ -208,11 +167,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
 
 void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& v,
                        const AttentionExtras& extras, const HeadsView& out, float* lse, float* statistics,
-                       const AttentionShape& shape, int device, void* stream) {
+                       float* scratch, int64_t splits, const AttentionShape& shape, int device,
+                       void* stream) {
   if (shape.rows() == 0) return;
+  const bool divided = splits > 1 && decodes(shape, extras);
   const ForwardCall call = {
-      attention_call(shape, extras, {&q, &k, &v, &out}, false), q, k, v, out, lse, statistics};
+      attention_call(shape, extras, {&q, &k, &v, &out}, divided), q, k, v, out, lse, statistics};
   const DeviceGuard guard(device);
+  if (divided) return attention_decode(call, scratch, int(splits), cudaStream_t(stream));
   with_type("attention_forward", shape.dtype, [&](auto type) {
     using T = decltype(type);
     with_tile<ForwardTile>(call, [&](auto tile) {

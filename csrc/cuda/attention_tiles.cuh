@@ -417,4 +417,65 @@ struct Scores {
   }
 };
 
+// What the scores of a row are powers under: their maximum, or 0 where all are hidden.
+__device__ __forceinline__ float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
+// Beyond this, rounding the maximum times the exponent could change a row's scale by more than 2^-12, and far
+// beyond overflow; then the maximum is subtracted first, which is exact.
+constexpr float kLarge = 4096.0f;
+
+// Turns a tile's scores into powers under the rows' new maxima; adds them to a lane's part of the totals.
+template <int kRows, int kTiles, int kSums>
+__device__ __forceinline__ void online_softmax(float (&s)[kRows][kTiles][4], float (&maximum)[kRows][2],
+                                               float (&total)[kRows][2], float (&sums)[kRows][kSums][4],
+                                               float exponent) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float largest = maximum[r][h];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) largest = fmaxf(largest, fmaxf(s[r][n][2 * h], s[r][n][2 * h + 1]));
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+      const float base = base_of(largest);
+      float shift = base * exponent;
+      float shrink = ptx::ex2(maximum[r][h] * exponent - shift);
+      if (fabsf(shift) > kLarge) {
+        shrink = ptx::ex2((maximum[r][h] - base) * exponent);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) s[r][n][2 * h] -= base, s[r][n][2 * h + 1] -= base;
+        shift = 0.0f;
+      }
+      maximum[r][h] = largest;
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 2 * h; i < 2 * h + 2; ++i) {
+          s[r][n][i] = ptx::ex2(fmaf(s[r][n][i], exponent, -shift));
+          sum += s[r][n][i];
+        }
+      total[r][h] = total[r][h] * shrink + sum;
+#pragma unroll
+      for (int n = 0; n < kSums; ++n) sums[r][n][2 * h] *= shrink, sums[r][n][2 * h + 1] *= shrink;
+    }
+}
+
+// What sums under a row's maximum are worth as sums under 2^power.
+__device__ __forceinline__ float rebase(float maximum, float exponent, float power) {
+  const float base = base_of(maximum), shift = base * exponent;
+  return ptx::ex2(fabsf(shift) > kLarge ? fmaf(base, exponent, -power) : shift - power);
+}
+
+struct ForwardCall : AttentionCall {
+  HeadsView q, k, v, out;
+  float *lse, *statistics;
+};
+
+// attention_decode.cu: the forward where the keys are divided among `splits` blocks; and whether it takes a
+// call. scratch: (splits, rows(), value_dim + 2).
+bool decodes(const AttentionShape& shape, const AttentionExtras& extras);
+void attention_decode(const ForwardCall& call, float* scratch, int splits, cudaStream_t stream);
+
 }  // namespace lspm::cuda

@@ -5,9 +5,12 @@ from ctypes import c_double, c_float, c_int, c_int64, c_uint64, c_void_p
 from typing import NamedTuple
 
 import torch
+
 from cuda_on_cpu import build
 
-SOURCES = [build.ROOT / f"csrc/cuda/{name}.cu" for name in ("attention", "attention_backward")]
+SOURCES = [
+    build.ROOT / f"csrc/cuda/{name}.cu" for name in ("attention", "attention_decode", "attention_backward")
+]
 SOURCES.append(build.HERE / "entries/attention.cpp")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 4}
 
@@ -55,8 +58,8 @@ class Layout(NamedTuple):
 class Device:
     """Tensors in device memory, as the structs that the kernels take."""
 
-    def __init__(self, library, misaligned=(), where=(0, None)):
-        self.library, self.misaligned, self.where = library, misaligned, where
+    def __init__(self, library, misaligned=(), splits=1, where=(0, None)):
+        self.library, self.misaligned, self.splits, self.where = library, misaligned, splits, where
 
     def pointer(self, tensor):
         return None if tensor is None else self.library.copy(tensor).pointer
@@ -106,7 +109,9 @@ class Attention(torch.autograd.Function):
         ctx.extras = Extras(*extras, device.pointer(sinks))
         ctx.out, read = device.output("out", q.new_empty(*q.shape[:3], v.shape[3]), layout.query_starts)
         lse, statistics = device.library.empty(q.shape[:3]), device.library.empty((2, *q.shape[:3]))
-        device.call("attention_forward", *ctx.inputs, ctx.extras, ctx.out, lse, statistics, ctx.shape)
+        scratch = device.library.empty((device.splits, *q.shape[:3], v.shape[3] + 2))
+        outputs = lse, statistics, scratch, device.splits
+        device.call("attention_forward", *ctx.inputs, ctx.extras, ctx.out, *outputs, ctx.shape)
         ctx.device, ctx.layout = device, layout
         ctx.save_for_backward(q, k, v, sinks, statistics.tensor())
         ctx.set_materialize_grads(False)

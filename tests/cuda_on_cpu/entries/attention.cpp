@@ -9,9 +9,12 @@ extern "C" {
 
 const char* attention_forward(const HeadsView* q, const HeadsView* k, const HeadsView* v,
                               const AttentionExtras* extras, const HeadsView* out, float* lse,
-                              float* statistics, const AttentionShape* shape, int device, void* stream) {
-  return message_of(
-      [&] { cuda::attention_forward(*q, *k, *v, *extras, *out, lse, statistics, *shape, device, stream); });
+                              float* statistics, float* scratch, int64_t splits, const AttentionShape* shape,
+                              int device, void* stream) {
+  return message_of([&] {
+    cuda::attention_forward(*q, *k, *v, *extras, *out, lse, statistics, scratch, splits, *shape, device,
+                            stream);
+  });
 }
 
 const char* attention_backward(const HeadsView* dout, const float* dlse, const HeadsView* q,
