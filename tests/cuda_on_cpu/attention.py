@@ -1,17 +1,23 @@
 """The CUDA kernels of attention, executed on the CPU, as a function like the reference."""
 
 import ctypes
+import functools
+import os
+import shutil
 from ctypes import c_double, c_float, c_int, c_int64, c_uint64, c_void_p
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from cuda_on_cpu import build
+from cuda_on_cpu.library import Library
 
-SOURCES = [
-    build.ROOT / f"csrc/cuda/{name}.cu" for name in ("attention", "attention_decode", "attention_backward")
-]
-SOURCES.append(build.HERE / "entries/attention.cpp")
+FILES = ("attention", "attention_decode", "attention_backward")
+SOURCES = [*(build.ROOT / f"csrc/cuda/{name}.cu" for name in FILES), build.HERE / "entries/attention.cpp"]
+FLAVOURS = os.environ.get("LSPM_CUDA_ON_CPU", "check ptxcheck").split()
+# Of nvcc's PTX, whose translation takes its time: those of 64 dims, with extras for one type.
+PTX_KERNELS = r"13__nv_bfloat16.*Li64E|6__half.*Li64ELb0|(dots|combine)_kernel"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 4}
 
 
@@ -42,6 +48,21 @@ def flat(x):
     """The memory that x covers, gaps included."""
     reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     return x.as_strided((reach if x.numel() else 0,), (1,))
+
+
+@functools.cache
+def load(flavour, kernels=PTX_KERNELS):
+    return Library(build.kernels(SOURCES, flavour, kernels))
+
+
+def loaded(flavour, *kernels):
+    if flavour == "ptxcheck" and not shutil.which("nvcc"):
+        pytest.skip("nvcc is not installed")
+    library = load(flavour, *kernels)
+    library.flavour = flavour
+    yield library
+    library.configure()
+    library.free()
 
 
 class Layout(NamedTuple):

@@ -1,23 +1,16 @@
 """The CUDA kernels of attention, executed on the CPU (tests/cuda_on_cpu) against the float64 reference."""
 
 import ctypes
-import functools
-import os
-import shutil
 
 import pytest
 import torch
-from cuda_on_cpu import build
-from cuda_on_cpu.attention import SOURCES, Layout, on
-from cuda_on_cpu.library import KernelError, Library, run_tests_under_asan
+from cuda_on_cpu.attention import FLAVOURS, loaded, on
+from cuda_on_cpu.library import KernelError, run_under_asan
 from ops import test_attention_options
 
 import oracle
 from lspm_kernels.reference import attention as reference
 
-FLAVOURS = os.environ.get("LSPM_CUDA_ON_CPU", "check ptxcheck").split()
-# Of nvcc's PTX, whose translation takes its time: those of 64 dims, with extras for one type.
-PTX_KERNELS = r"13__nv_bfloat16.*Li64E|6__half.*Li64ELb0|dots_kernel"
 BF16, F16 = torch.bfloat16, torch.float16
 # B, H, H_kv, T_q, T_k, D, Dv. A tile has 64 or 128 queries and 32 to 128 keys.
 SHAPES = {
@@ -42,7 +35,7 @@ CASES = {
     "padded": ("small", BF16, {"causal": True}),
     "more queries than keys": ("more queries than keys", BF16, {"causal": True}),
     "odd dims": ("odd dims", BF16, {"causal": True}),
-    "one element": ("one element", F16, {}),
+    "one element": ("one element", BF16, {}),
     "no keys": ("no keys", BF16, {"sinks": True}),
     "decoding": ("decoding", BF16, {"window": (50, None)}),
     "window": ("several tiles", BF16, {"window": (33, 7)}),
@@ -69,21 +62,6 @@ CASES = {
     "everything with 256 dims": ("256 dims", BF16, EVERYTHING),
     "everything with 256 dims in f16": ("256 dims", F16, EVERYTHING),
 }
-
-
-@functools.cache
-def load(flavour, kernels=PTX_KERNELS):
-    return Library(build.kernels(SOURCES, flavour, kernels))
-
-
-def loaded(flavour, *kernels):
-    if flavour == "ptxcheck" and not shutil.which("nvcc"):
-        pytest.skip("nvcc is not installed")
-    library = load(flavour, *kernels)
-    library.flavour = flavour
-    yield library
-    library.configure()
-    library.free()
 
 
 @pytest.fixture(params=FLAVOURS)
@@ -122,11 +100,15 @@ def check(library, name):
     oracle.check(*(lambda *t, f=f: call(f, *t) for f in (on(library), reference.attention)), given)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_against_the_reference(library, name):
+def skip_what_is_not_translated(library, name):
     shape, dtype, options = CASES[name]
     if library.flavour == "ptxcheck" and (SHAPES[shape][-1] > 64 or (dtype, options) == (F16, EVERYTHING)):
         pytest.skip("this PTX is not translated, to save time; make test-long does")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_reference(library, name):
+    skip_what_is_not_translated(library, name)
     check(library, name)
 
 
@@ -223,53 +205,9 @@ def test_huge_scores(library):
         assert torch.equal(on(library)(q, q, v, scale=scale), v)
 
 
-def sequences(starts):
-    return zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
-
-
-@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2, "seed": 5}], ids=["plain", "dropout"])
-def test_packed_sequences(library, options):
-    starts = [torch.tensor(s, dtype=torch.int32) for s in ((0, 70, 70, 75, 140), (0, 90, 93, 100, 231))]
-    layout = Layout(70, 131, *starts)
-    given = [torch.randn(1, H, n, 32).bfloat16() for H, n in ((4, 140), (2, 231), (2, 231))]
-
-    def apart(q, k, v):
-        found = []
-        for b, ((i, j), (m, n)) in enumerate(zip(*map(sequences, starts), strict=True)):
-            # As the last of b + 1 sequences, so that dropout draws what belongs to sequence b.
-            pieces = (x.expand(b + 1, -1, -1, -1) for x in (q[:, :, i:j], k[:, :, m:n], v[:, :, m:n]))
-            both = reference.attention(*pieces, causal=True, return_lse=True, **options)
-            found.append([x[b:] for x in both])
-        return shown(*(torch.cat(x, 2) for x in zip(*found, strict=True)))
-
-    def packed(*t):
-        return shown(*on(library)(*t, causal=True, layout=layout, return_lse=True, **options))
-
-    oracle.check(packed, apart, given)
-
-
-def test_pages(library):
-    counts, table = torch.tensor([37, 1, 64, 0]), torch.tensor([[3, 0], [5, -1], [1, 4], [-1, -1]])
-    q, k, v = torch.randn(4, 4, 3, 32), torch.randn(6, 2, 32, 32), torch.randn(6, 2, 32, 32)
-
-    def gathered(q, k, v):
-        found = []
-        for b, n in enumerate(counts.tolist()):
-            pages = table[b, : (n + 31) // 32]
-            keys, values = (x[pages].transpose(0, 1).flatten(1, 2)[None, :, :n] for x in (k, v))
-            found.append(reference.attention(q[b : b + 1], keys, values, causal=True, return_lse=True))
-        return shown(*map(torch.cat, zip(*found, strict=True)))
-
-    layout = Layout(3, 64, key_counts=counts.int(), pages=table.int())
-
-    def paged(*t):
-        return shown(*on(library)(*t, causal=True, layout=layout, return_lse=True))
-
-    oracle.check(paged, gathered, [x.bfloat16() for x in (q, k, v)], gradients=False)
-
-
 @pytest.mark.parametrize("name", ["causal", "everything", "128 dims", "256 dims"])
 def test_shared_memory_without_bank_conflicts(library, name):
+    skip_what_is_not_translated(library, name)
     given, call = case(name)
     library.counters()
     oracle.outputs_and_gradients(lambda *t: call(on(library), *t), given)
@@ -297,4 +235,5 @@ def test_messages(library):
 def test_asan():
     if "asan" in FLAVOURS:
         pytest.skip("this is the run under asan")
-    run_tests_under_asan(__file__)
+    cases = "no keys or odd or causal or everything or strides or pointers"
+    run_under_asan("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", cases, "-m", "not long")
