@@ -86,6 +86,13 @@ def test_ex2(library):
     torch.testing.assert_close(out.tensor().double(), expected, rtol=3e-7, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pack(library, dtype):
+    x, out = torch.randn(128) * torch.logspace(-6, 4, 128), library.empty(128, dtype)
+    run(library, "pack_test", x, out, int(dtype == torch.float16), outputs=1)
+    assert torch.equal(out.tensor(), x.to(dtype))
+
+
 def test_cvt_tf32_rounds_ties_away_from_zero(library):
     x, out = torch.randn(64), library.empty(64, torch.int32)
     x[:4] = torch.tensor([1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-20, float("inf")])
