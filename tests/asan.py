@@ -2,9 +2,9 @@
 
     python tests/asan.py [instruction set ...]           all that this machine has where none is named
 
-Every tensor and every scratch array of a kernel has its own red zones: PyTorch takes memory by
-posix_memalign, which the sanitizer replaces. It does not see what AMX instructions touch: in place of that
-build there are the tests over the model of the tiles, which is built with the sanitizer too.
+Red zones lie around every block of memory: PyTorch takes those of tensors by posix_memalign, the kernels
+those of scratch arrays by new, and the sanitizer replaces both. It does not see what AMX instructions touch:
+in place of that build there are the tests over the model of the tiles, which is built with it too.
 """
 
 import os
