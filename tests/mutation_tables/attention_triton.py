@@ -5,11 +5,12 @@ from mutations import Mutation
 FILE = "lspm_kernels/triton/attention.py"
 TILES = "lspm_kernels/triton/attention_tiles.py"
 TESTS = "tests/ops/test_attention_triton.py"
+SEQUENCES = "tests/ops/test_attention_sequences_triton.py"
 
 
-def executed(name, case, old, new, file=FILE):
+def executed(name, case, old, new, file=FILE, tests=TESTS):
     """A bug that a test of this name sees on sm_80."""
-    return Mutation(f"triton: attention: {name}", file, old, new, (TESTS, "-k", f"sm_80 and {case}"))
+    return Mutation(f"triton: attention: {name}", file, old, new, (tests, "-k", f"sm_80 and {case}"))
 
 
 MUTATIONS = [
@@ -50,11 +51,43 @@ MUTATIONS = [
         "range(owner % bias_heads, heads, bias_heads)",
         "range(owner % bias_heads, bias_heads, bias_heads)",
     ),
+    executed(
+        "sequences: the window of the longest",
+        "packed_against and causal",
+        "        shift = keys - queries\n",
+        "        shift = queries * 0\n",
+        TILES,
+        SEQUENCES,
+    ),
+    executed(
+        "sequences: the statistics of another",
+        "packed_against and causal",
+        "at = h.to(tl.int64) * packed + tl.load(tensor.starts + b)",
+        "at = h.to(tl.int64) * packed",
+        TILES,
+        SEQUENCES,
+    ),
+    executed(
+        "sequences: a tile's rows lie in the first of its pages",
+        "cached and across",
+        "page = tl.load(head.pages + row // PAGE_ROWS,",
+        "page = tl.load(head.pages + (row * 0 + first) // PAGE_ROWS,",
+        TILES,
+        SEQUENCES,
+    ),
+    executed(
+        "sequences: pages begin with the first key",
+        "cached and padded",
+        "                row += head.start\n",
+        "                row += 0\n",
+        TILES,
+        SEQUENCES,
+    ),
     Mutation(
         "triton: attention: a tile of more elements than registers",
-        FILE,
-        "(64, 2, False): _Tile(128, 64, 4, 2)",
-        "(64, 2, False): _Tile(128, 128, 4, 2)",
+        TILES,
+        "(64, 2, False): Tile(128, 64, 4, 2)",
+        "(64, 2, False): Tile(128, 128, 4, 2)",
         (TESTS, "-k", "sm_80 and spills and 64 and not scored"),
     ),
 ]

@@ -18,12 +18,13 @@ from cuda_on_cpu import triton_driver
 from cuda_on_cpu.triton_driver import uninitialised
 
 from lspm_kernels.triton import attention
+from lspm_kernels.triton.attention_tiles import Tile
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 REGISTERS = 65536  # of a multiprocessor: a block that takes more cannot be launched
 # Tiles that run in seconds here: on sm_80 not square, so that no size stands for another, and on sm_90 as
 # wide as wgmma is.
-SMALL = {80: attention._Tile(32, 16, 2, 2), 90: attention._Tile(64, 64, 4, 2)}
+SMALL = {80: Tile(32, 16, 2, 2), 90: Tile(64, 64, 4, 2)}
 FORWARD, BACKWARD = ["_forward_kernel"], ["_dots_kernel", "_dkdv_kernel", "_dq_kernel"]
 # B, H, H_kv, T_q, T_k, D, Dv
 SHAPES = {
@@ -95,9 +96,9 @@ def forward(q, k, v, bias, mask, slopes, sinks, out, lse, statistics, *rest):
 
 
 def backward(*given):
-    *inputs, dq, dk, dv, dbias, delta, window, scalars = given
+    *inputs, dq, dk, dv, dbias, delta, sequences, window, scalars = given
     outputs = map(uninitialised, (dq, dk, dv))
-    attention.backward(*inputs, *outputs, dbias, uninitialised(delta), window, scalars)
+    attention.backward(*inputs, *outputs, dbias, uninitialised(delta), sequences, window, scalars)
 
 
 @pytest.fixture
