@@ -23,6 +23,7 @@ from lspm_kernels.triton.attention_tiles import (
     Scalars,
     as_heads,
     as_scores,
+    exp,
     gradients,
     head_of,
     kept,
@@ -70,23 +71,22 @@ def _forward_kernel(
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, DIM_V), tl.float32)
     begin, end = keys_seen(first, tl.minimum(first + M, queries) - 1, window)
+    row_begin, row_end = keys_seen(row, row, window)
     for start in range(begin // N * N, end, N):
-        key = start + tl.arange(0, N)
         k_tile = load_rows(k_head, start, keys, N, D, DIM, k.page_rows)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision=_PRECISION)
-        score, _ = scores(product, b, h, row[:, None], key[None, :], window, extras, scalars)
+        score, _ = scores(product, b, h, first, start, row_begin, row_end, window, extras, scalars, False)
         largest = tl.maximum(maximum, tl.max(score, 1))
         zero = tl.where(largest == HIDDEN, 0.0, largest)  # all hidden so far: exp(-inf - 0) is 0
-        p = tl.exp(score - zero[:, None])
-        shrink = tl.exp(maximum - zero)
+        p = exp(score - zero[:, None])
+        shrink = exp(maximum - zero)
         total = total * shrink + tl.sum(p, 1)
         if threshold is not None:
-            p = tl.where(kept(b, h, row[:, None], key[None, :], seed, threshold), p, 0.0)
+            p = tl.where(kept(b, h, first, start, seed, threshold, M, N), p, 0.0)
         v_tile = load_rows(v_head, start, keys, N, DV, DIM_V, v.page_rows)
         p = p.to(v_tile.dtype)
         sums = tl.dot(p, v_tile, sums * shrink[:, None], input_precision=_PRECISION)
         maximum = largest
-    row_begin, row_end = keys_seen(row, row, window)
     sees = row_begin < row_end
     if extras.mask.data is not None:
         sees = sees & (total != 0.0)
@@ -94,10 +94,10 @@ def _forward_kernel(
     if extras.sinks is not None:
         sink = tl.load(extras.sinks + h)
         common = tl.maximum(maximum, sink)
-    part = tl.where(sees, tl.exp(maximum - common), 0.0)
+    part = tl.where(sees, exp(maximum - common), 0.0)
     total = tl.where(sees, total * part, 0.0)
     if extras.sinks is not None:
-        total += tl.exp(sink - common)
+        total += exp(sink - common)
     at = rows_begin(q, b, h, heads, packed, queries) + row
     inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
     tl.store(lse + at, tl.where(total == 0.0, HIDDEN, common + tl.log(total)), mask=row < queries)
@@ -143,13 +143,14 @@ def _dkdv_kernel(
     if (k.starts is not None or key_counts is not None) and first >= keys:
         return
     window = (queries, keys, left, right, shift)
-    key = first + tl.arange(0, N)
     k_tile = load_rows(head_of(k, b, kv), first, keys, N, D, DIM)
     v_tile = load_rows(head_of(v, b, kv), first, keys, N, DV, DIM_V)
     dk_sums = tl.zeros((N, DIM), tl.float32)
     dv_sums = tl.zeros((N, DIM_V), tl.float32)
     all_rows = heads.to(tl.int64) * packed
     begin, end = queries_seeing(first, tl.minimum(first + N, keys) - 1, window)
+    key = first + tl.arange(0, N)
+    key_begin, key_end = queries_seeing(key, key, window)
     for h in range(kv * group, kv * group + group):
         q_head, dout_head = head_of(q, b, h), head_of(dout, b, h)
         rows = rows_begin(q, b, h, heads, packed, queries)
@@ -162,8 +163,8 @@ def _dkdv_kernel(
             product = tl.dot(k_tile, tl.trans(q_tile), input_precision=_PRECISION)  # (N, M)
             dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=_PRECISION)
             _, dropped, _, ds, cap_slope = gradients(
-                product, dp, b, h, row[None, :], key[:, None], maximum[None, :], share[None, :],
-                dot[None, :], window, extras, seed, threshold, scalars,
+                product, dp, b, h, start, first, key_begin, key_end, maximum, share, dot, window, extras,
+                seed, threshold, scalars, True,
             )  # fmt: skip
             dv_sums = tl.dot(dropped.to(dout_tile.dtype), dout_tile, dv_sums, input_precision=_PRECISION)
             ds = (ds * cap_slope).to(q_tile.dtype)
@@ -196,15 +197,15 @@ def _dq_kernel(
     dq_sums = tl.zeros((M, DIM), tl.float32)
     total = tl.zeros((M,), tl.float32)
     begin, end = keys_seen(first, tl.minimum(first + M, queries) - 1, window)
+    row_begin, row_end = keys_seen(row, row, window)
     for start in range(begin // N * N, end, N):
-        key = start + tl.arange(0, N)
         k_tile = load_rows(k_head, start, keys, N, D, DIM)
         v_tile = load_rows(v_head, start, keys, N, DV, DIM_V)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision=_PRECISION)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=_PRECISION)
         p, _, dp, ds, cap_slope = gradients(
-            product, dp, b, h, row[:, None], key[None, :], maximum[:, None], share[:, None], dot[:, None],
-            window, extras, seed, threshold, scalars,
+            product, dp, b, h, first, start, row_begin, row_end, maximum, share, dot, window, extras, seed,
+            threshold, scalars, False,
         )  # fmt: skip
         total += tl.sum(p * dp, 1)
         dq_sums = tl.dot((ds * cap_slope).to(k_tile.dtype), k_tile, dq_sums, input_precision=_PRECISION)
@@ -247,11 +248,12 @@ def _dbias_kernel(
                 q_tile = load_rows(head_of(q, b, h), start, queries, M, D, DIM)
                 dout_tile = load_rows(head_of(dout, b, h), start, queries, M, DV, DIM_V)
                 maximum, share, dot = row_statistics(statistics, dots, all_rows, rows + row, row < queries)
+                row_begin, row_end = keys_seen(row, row, window)
                 product = tl.dot(q_tile, tl.trans(k_tile), input_precision=_PRECISION)
                 dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=_PRECISION)
                 _, _, _, ds, _ = gradients(
-                    product, dp, b, h, row[:, None], key[None, :], maximum[:, None], share[:, None],
-                    dot[:, None], window, extras, seed, threshold, scalars,
+                    product, dp, b, h, start, first, row_begin, row_end, maximum, share, dot, window, extras,
+                    seed, threshold, scalars, False,
                 )  # fmt: skip
                 sums += ds
     b, h = owner // bias_heads, owner % bias_heads
@@ -375,7 +377,10 @@ def backward(
             dout, dlse, *inputs, s.key_counts, dq, delta, *sizes, scalars, **rest
         )
         if dbias is not None:
+            tile = tile._replace(M=16)  # the sums of a tile take registers beside all the rest
             batches, heads, rows, _ = dbias.shape
             grid = (batches * heads * triton.cdiv(rows, tile.M) * key_tiles,)
-            owners = (as_scores(dbias), batches, heads, B)
-            _dbias_kernel[grid](dout, *inputs, *owners, *sizes, scalars, ONE_ROW=rows == 1, **rest)
+            _dbias_kernel[grid](
+                dout, *inputs, as_scores(dbias), batches, heads, B, *sizes, scalars, ONE_ROW=rows == 1,
+                **dims, **_options(tile),
+            )  # fmt: skip

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 HIDDEN = tl.constexpr(float("-inf"))
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Heads(NamedTuple):
@@ -174,29 +175,35 @@ def store_rows(head, first, rows, value, D: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """e^x, but 0 below 2^-126: tl.exp takes three instructions more for those."""
+    return tl.exp2(x * _LOG2E)
+
+
+@triton.jit
 def keys_seen(first, last, window):
-    """The keys [begin, end) that queries first to last see, or some of them."""
-    _, keys, left, right, shift = window
+    """The keys [begin, end) that queries first to last see, or some of them; none where first is no query."""
+    queries, keys, left, right, shift = window
     begin = keys * 0
     end = keys
     if left is not None:
         begin = tl.maximum(first + shift - left, 0)
     if right is not None:
         end = tl.minimum(tl.maximum(last + shift + right + 1, 0), keys)
-    return begin, end
+    return begin, tl.where(first < queries, end, 0)
 
 
 @triton.jit
 def queries_seeing(first, last, window):
-    """The queries [begin, end) that see keys first to last, or some of them."""
-    queries, _, left, right, shift = window
+    """The queries [begin, end) that see keys first to last, or some of them; none where first is no key."""
+    queries, keys, left, right, shift = window
     begin = queries * 0
     end = queries
     if right is not None:
         begin = tl.maximum(first - shift - right, 0)
     if left is not None:
         end = tl.minimum(tl.maximum(last - shift + left + 1, 0), queries)
-    return begin, end
+    return begin, tl.where(first < keys, end, 0)
 
 
 @triton.jit
@@ -205,23 +212,34 @@ def scores_at(tensor, b, h, query, key):
 
 
 @triton.jit
-def scores(product, b, h, query, key, window, extras, scalars):
-    """Turns products into scores, -inf where hidden; and what of a score's gradient the cap leaves.
+def scores(
+    product, b, h, first_query, first_key, begin, end, window, extras, scalars, TRANSPOSED: tl.constexpr
+):
+    """Turns a tile of products into scores, -inf where hidden; and what of a score's gradient the cap leaves.
 
-    query and key are indices, (M, 1) and (1, N), or (1, M) and (N, 1) of transposed products.
+    A tile is (queries, keys), and begin and end say what keys_seen does of each query; or (keys, queries)
+    where TRANSPOSED, and they say what queries_seeing does of each key.
     """
-    queries, keys, left, right, shift = window
+    _, _, left, right, shift = window
+    row = tl.arange(0, product.shape[0])[:, None]
+    column = tl.arange(0, product.shape[1])[None, :]
+    if TRANSPOSED:
+        query, key = first_query + column, first_key + row
+        other = query
+        bound = right
+    else:
+        query, key = first_query + row, first_key + column
+        other = key
+        bound = left
     score = product * scalars.scale
     cap_slope = 1.0
     if scalars.softcap is not None:
         part = libdevice.tanh(score / scalars.softcap)
         cap_slope = 1.0 - part * part
         score = part * scalars.softcap
-    visible = (query < queries) & (key < keys)
-    if left is not None:
-        visible = visible & (key >= query + shift - left)
-    if right is not None:
-        visible = visible & (key <= query + shift + right)
+    visible = other < end[:, None]
+    if bound is not None:
+        visible = visible & (other >= begin[:, None])
     if extras.slopes.data is not None:
         score -= tl.load(plane_of(extras.slopes, b, h)) * tl.abs(query + shift - key).to(tl.float32)
     if extras.bias.data is not None:
@@ -236,14 +254,30 @@ def scores(product, b, h, query, key, window, extras, scalars):
 
 
 @triton.jit
-def kept(b, h, query, key, seed, threshold):
-    """Which elements dropout keeps. Each draws a word of its own, of four: simple, at four times the cost."""
-    nothing = query * 0 + key * 0
-    counter = key // 64 * 16 + key % 16 + nothing, query + nothing, h + nothing, b + nothing
-    w0, w1, w2, w3 = tl.philox(seed, *counter)
-    word = key // 16 % 4
-    drawn = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-    return drawn >= threshold.to(tl.uint32)
+def kept(b, h, first_query, first_key, seed, threshold, M: tl.constexpr, N: tl.constexpr):
+    """Which elements of a tile dropout keeps, (M, N); first_key is a multiple of N.
+
+    A counter gives the words of four keys that lie 16 apart, and is drawn once for those of them in the tile.
+    """
+    query = (first_query + tl.arange(0, M))[:, None]
+    counter = first_key // 64 * 16 + tl.arange(0, max(16, N // 4))[None, :]
+    nothing = query * 0 + counter * 0
+    w0, w1, w2, w3 = tl.philox(seed, counter + nothing, query + nothing, h + nothing, b + nothing)
+    threshold = threshold.to(tl.uint32)
+    if N < 64:
+        second = first_key // 32 % 2 == 1
+        w0, w1 = tl.where(second, w2, w0), tl.where(second, w3, w1)
+    if N == 16:
+        keep = tl.where(first_key // 16 % 2 == 1, w1, w0) >= threshold
+    elif N == 32:
+        words = tl.join(w0 >= threshold, w1 >= threshold)  # (M, 16, 2)
+        keep = tl.reshape(tl.permute(words, (0, 2, 1)), (M, N))
+    else:
+        even = tl.join(w0 >= threshold, w2 >= threshold)
+        odd = tl.join(w1 >= threshold, w3 >= threshold)
+        words = tl.reshape(tl.join(even, odd), (M, N // 64, 16, 2, 2))  # (.., word // 2, word % 2)
+        keep = tl.reshape(tl.permute(words, (0, 1, 3, 4, 2)), (M, N))
+    return keep
 
 
 @triton.jit
@@ -256,17 +290,26 @@ def row_statistics(statistics, dots, all_rows, at, inside):
 
 @triton.jit
 def gradients(
-    product, dp, b, h, query, key, maximum, share, dot, window, extras, seed, threshold, scalars
+    product, dp, b, h, first_query, first_key, begin, end, maximum, share, dot, window, extras, seed,
+    threshold, scalars, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """p, p as dropout leaves it, dp as it is for p, ds before the cap, and what the cap leaves of ds."""
-    score, cap_slope = scores(product, b, h, query, key, window, extras, scalars)
-    p = tl.exp(score - maximum) * share
+    score, cap_slope = scores(
+        product, b, h, first_query, first_key, begin, end, window, extras, scalars, TRANSPOSED
+    )
+    axis: tl.constexpr = 0 if TRANSPOSED else 1
+    p = exp(score - tl.expand_dims(maximum, axis)) * tl.expand_dims(share, axis)
     dropped = p
     if threshold is not None:
-        keep = tl.where(kept(b, h, query, key, seed, threshold), scalars.kept, 0.0)
+        M: tl.constexpr = product.shape[1 - axis]
+        N: tl.constexpr = product.shape[axis]
+        keep = kept(b, h, first_query, first_key, seed, threshold, M, N)
+        if TRANSPOSED:
+            keep = tl.trans(keep)
+        keep = tl.where(keep, scalars.kept, 0.0)
         dropped = p * keep
         dp = dp * keep
-    return p, dropped, dp, p * (dp - dot), cap_slope
+    return p, dropped, dp, p * (dp - tl.expand_dims(dot, axis)), cap_slope
 
 
 class Tile(NamedTuple):
@@ -288,22 +331,22 @@ FORWARD = {
     (64, 4, False): Tile(64, 32, 8, 2),
     (128, 4, False): Tile(16, 32, 8, 1),
     (256, 4, False): Tile(16, 16, 8, 1),
-    (64, 2, True): Tile(64, 64, 8, 2),
-    (128, 2, True): Tile(64, 64, 8, 2),
+    (64, 2, True): Tile(128, 64, 8, 2),
+    (128, 2, True): Tile(128, 32, 8, 2),
     (256, 2, True): Tile(64, 32, 8, 2),
     (64, 4, True): Tile(32, 32, 8, 1),
     (128, 4, True): Tile(16, 32, 8, 1),
     (256, 4, True): Tile(16, 16, 8, 1),
 }
 BACKWARD = {
-    (64, 2, False): Tile(32, 64, 8, 2),
-    (128, 2, False): Tile(64, 64, 8, 1),
-    (256, 2, False): Tile(32, 32, 8, 1),
+    (64, 2, False): Tile(32, 64, 4, 2),
+    (128, 2, False): Tile(32, 64, 4, 1),
+    (256, 2, False): Tile(32, 32, 4, 1),
     (64, 4, False): Tile(32, 32, 8, 1),
     (128, 4, False): Tile(16, 16, 4, 1),
     (256, 4, False): Tile(16, 16, 8, 1),
-    (64, 2, True): Tile(32, 32, 4, 2),
-    (128, 2, True): Tile(32, 32, 8, 1),
+    (64, 2, True): Tile(16, 64, 4, 2),
+    (128, 2, True): Tile(32, 32, 4, 1),
     (256, 2, True): Tile(16, 32, 8, 1),
     (64, 4, True): Tile(16, 32, 8, 1),
     (128, 4, True): Tile(16, 16, 8, 1),

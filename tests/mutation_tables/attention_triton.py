@@ -16,22 +16,32 @@ def executed(name, case, old, new, file=FILE, tests=TESTS):
 MUTATIONS = [
     executed("masked load without other", "decoding", "DIM), other=0.0)", "DIM))", TILES),
     executed(
-        "window one key too wide", "decoding", "query + shift - left)", "query + shift - left - 1)", TILES
+        "window one key too wide",
+        "decoding",
+        "first + shift - left, 0)",
+        "first + shift - left - 1, 0)",
+        TILES,
     ),
     executed(
-        "tiles before the window are read",
+        "queries behind the window are read",
         "not_read",
-        "begin = tl.maximum(first + shift - left, 0)",
-        "begin = keys * 0",
-        TILES,
+        "    key_begin, key_end = ",
+        "    end = queries\n    key_begin, key_end = ",
     ),
     executed("the sums of another maximum", "plain", "sums * shrink[:, None]", "sums"),
     executed("only one head of a group in dk and dv", "plain", "kv * group + group)", "kv * group + 1)"),
     executed(
         "dropout draws a word of another counter",
         "dropout",
-        "key // 64 * 16 + key % 16",
-        "key // 64 * 16 + key % 64",
+        "first_key // 64 * 16",
+        "first_key // 64 * 64",
+        TILES,
+    ),
+    executed(
+        "the words of a counter change places",
+        "whatever_the_tile",
+        "even = tl.join(w0 >= threshold, w2 >= threshold)",
+        "even = tl.join(w2 >= threshold, w0 >= threshold)",
         TILES,
     ),
     executed(

@@ -11,13 +11,16 @@ import oracle
 from lspm_kernels import dispatch
 from lspm_kernels.ops import attention as ops
 from lspm_kernels.reference import attention as reference
+from lspm_kernels.reference import philox
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+import triton.language as tl
 from cuda_on_cpu import triton_driver
 from cuda_on_cpu.triton_driver import uninitialised
 
-from lspm_kernels.triton import attention
+from lspm_kernels.triton import attention, attention_tiles
 from lspm_kernels.triton.attention_tiles import Tile
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -196,6 +199,24 @@ def test_tiles_outside_the_window_are_not_read(driver):
     lk.attention(*poisoned, window=(8, 0)).sum().backward()
     for x in poisoned[1:]:
         assert x.grad[:, :, :80].isfinite().all() and x.grad[:, :, 96:].isnan().all()
+
+
+@triton.jit
+def _kept_kernel(out, seed, threshold, M: tl.constexpr, N: tl.constexpr):
+    first = tl.program_id(0) * N
+    kept = attention_tiles.kept(1, 2, 32, first, seed, threshold, M, N)
+    at = tl.arange(0, M)[:, None] * tl.num_programs(0) * N + first + tl.arange(0, N)[None, :]
+    tl.store(out + at, kept.to(tl.int8))
+
+
+@on_sm_80
+@pytest.mark.parametrize("columns", [16, 32, 64, 128])
+def test_dropout_keeps_the_same_elements_whatever_the_tile(driver, columns):
+    seed, p, M, keys = 2**62 + 12345, 0.3, 16, 256
+    out = uninitialised(torch.empty(M, keys, dtype=torch.int8))
+    _kept_kernel[(keys // columns,)](out, seed, int(p * 2**32), M, columns)
+    expected = philox.kept(seed, p, range(1, 2), 3, 32 + M, keys, out.device)[0, 2, 32:]
+    assert torch.equal(out.bool(), expected)
 
 
 @on_sm_80
