@@ -2,15 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
-# bfloat16 pays where the processor multiplies it in tiles; elsewhere it is slower than float32.
-DEMO_PRECISION := $(shell grep -qs amx_bf16 /proc/cpuinfo && echo --precision bfloat16)
+# bfloat16 pays where the processor multiplies it; elsewhere it is slower than float32.
+DEMO_PRECISION := $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo --precision bfloat16)
 
-.PHONY: help demo test test-long bench bench-smoke lint format wheel-check data clean
+.PHONY: help demo test test-long asan bench bench-smoke lint format wheel-check data clean
 
 help:
 	@echo 'make demo         train a GPT on the standard library for three minutes, sample it, compare with plain PyTorch'
 	@echo 'make test         the test suite'
-	@echo 'make test-long    what takes minutes more: larger tiles of the GPU kernels, compiled and emulated'
+	@echo 'make test-long    what takes minutes more: larger tiles of the GPU kernels, and AddressSanitizer'
+	@echo 'make asan         the tests of the ops on CPU kernels built with AddressSanitizer, for each instruction set'
 	@echo 'make bench        measure this machine into benchmarks/results/, and the tables of the README'
 	@echo 'make lint         ruff and clang-format; make format mends what they find'
 	@echo 'make wheel-check  one built wheel under two torch versions'
@@ -32,6 +33,9 @@ test: .venv/installed
 
 test-long: .venv/installed
 	$(BIN)/python -m pytest -m long
+
+asan: .venv/installed
+	$(BIN)/python tests/asan.py
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py

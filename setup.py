@@ -4,7 +4,8 @@ Every CPU module has the same bindings over the same kernels, the kernels compil
 set: lspm_kernels._cpu.<isa>._C. The CUDA module lspm_kernels._C_cuda is built where a suitable nvcc is found.
 
 Environment: LSPM_ISAS=avx2,avx512 builds only these; LSPM_CUDA=0 leaves CUDA out and LSPM_CUDA=1 insists on
-it (default: auto); LSPM_CUDA_ARCHS=80;90 sets the GPUs to compile for; CXX, NVCC and MAX_JOBS are as ever.
+it (default: auto); LSPM_CUDA_ARCHS=80;90 sets the GPUs to compile for; LSPM_SANITIZE=address builds with that
+sanitizer (tests/asan.py runs it); CXX, NVCC and MAX_JOBS are as ever.
 """
 
 import os
@@ -33,7 +34,8 @@ ISAS = {
 }
 INCLUDES = ["-Icsrc", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 BINDINGS = sorted(map(str, Path("csrc").glob("bindings*.cpp")))
-COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
+SANITIZE = [f"-fsanitize={name}", "-g1"] if (name := os.environ.get("LSPM_SANITIZE")) else []
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", *SANITIZE]
 # GCC 12's AVX-512 headers set off these two warnings by themselves.
 KERNEL = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
@@ -125,19 +127,16 @@ class NinjaBuildExt(build_ext):
             objects.append(self.add_object(source, folder, "nvcc" if cuda else "cxx", flags))
         out = Path(self.get_ext_fullpath(module.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
-        if cuda:
-            self.add_edge(out, "nvlink", objects, ["-Xlinker", "-s"])
-        else:
-            self.add_edge(out, "link", objects, ["-fopenmp", "-Wl,-s"])
+        link = ["-Xlinker", "-s"] if cuda else ["-fopenmp", *(SANITIZE or ["-Wl,-s"])]
+        self.add_edge(out, "nvlink" if cuda else "link", objects, link)
 
     def add_object(self, source, folder, rule, flags):
-        out = folder / (Path(source).name + ".o")
-        self.add_edge(out, rule, [source], flags)
-        return out
+        return self.add_edge(folder / (Path(source).name + ".o"), rule, [source], flags)
 
     def add_edge(self, out, rule, inputs, flags):
         escaped = [str(path).replace(" ", "$ ") for path in (out, *inputs)]
         self.edges[out] = f"build {escaped[0]}: {rule} {' '.join(escaped[1:])}\n  flags = {shlex.join(flags)}"
+        return out
 
 
 def sources(folder, ending):

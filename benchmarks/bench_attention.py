@@ -1,4 +1,4 @@
-"""Attention, against PyTorch's scaled_dot_product_attention: causal, whole, in a window, decoding."""
+"""Attention, causal and whole, against PyTorch's scaled_dot_product_attention."""
 
 import sys
 from collections.abc import Iterator
@@ -16,7 +16,6 @@ from lspm_kernels.ops import attention as table
 
 # B, H, H_kv, T, D
 SHAPES = ((8, 12, 12, 256, 64), (4, 12, 12, 1024, 64), (1, 12, 12, 4096, 64), (2, 16, 4, 2048, 128))
-WINDOW = 256
 # Products of T_q x T_k x D: q k^T and p v; in the backward pass those of dv, dp, dq and dk, and q k^T once
 # more, as no kernel that tiles keeps it. Tensors of q's and of k's size that move: backward with gradients.
 PRODUCTS = {FORWARD: 2, TRAINING: 2 + 5}
@@ -26,7 +25,7 @@ SPEEDUPS = {
     ("causal", FORWARD, F32): 1.6, ("causal", TRAINING, F32): 1.6, ("causal", FORWARD, BF16): 2.0,
     ("causal", TRAINING, BF16): 3.0, ("whole", FORWARD, BF16): 1.2, ("whole", TRAINING, BF16): 2.0,
 }  # fmt: skip
-ROOF_PERCENT = {("causal", F32): 75.0, ("decode", F32): 80.0, ("decode", BF16): 80.0}
+ROOF_PERCENT = {("causal", F32): 75.0}
 
 
 def sdpa(q, k, v, **options) -> Tensor:
@@ -40,25 +39,19 @@ def last_heads(H: int, H_kv: int, tensor: Tensor) -> Tensor:
 
 def case(kind: str, mode: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Case:
     B, H, H_kv, T, D = shape
-    seen = torch.ones(T, T, dtype=torch.bool).tril().triu(-WINDOW) if kind == "window" else None
-    ours, torchs = {
-        "causal": (dict(causal=True), dict(is_causal=True)),
-        "window": (dict(causal=True, window=(WINDOW, 0)), dict(attn_mask=seen)),
-    }.get(kind, ({}, {}))
-    queries, share = 1 if kind == "decode" else T, {"causal": 0.5, "window": WINDOW / T}.get(kind, 1.0)
-    sizes = (B, H, queries, D), (B, H_kv, T, D), (B, H_kv, T, D)
+    causal = kind == "causal"
+    sizes = (B, H, T, D), (B, H_kv, T, D), (B, H_kv, T, D)
     of_q, of_k = TENSORS[mode]
-    speedup = 8.0 if kind == "window" else SPEEDUPS.get((kind, mode, dtype))
-    bounds = {"speedup": speedup, "roof": ROOF_PERCENT.get((kind, dtype))}
-    goals = tuple(Goal(what, bound) for what, bound in bounds.items() if bound)
+    bounds = {"speedup": SPEEDUPS.get((kind, mode, dtype)), "roof": ROOF_PERCENT.get((kind, dtype))}
     return Case(
-        "attention" if kind == "causal" else f"attention-{kind}", mode, dtype,
+        "attention" if causal else f"attention-{kind}", mode, dtype,
         f"B{B}-H{H}{'' if H == H_kv else f'-{H_kv}'}-T{T}-D{D}",
         lambda: [torch.randn(size).to(dtype) for size in sizes], table,
-        partial(lspm_kernels.attention, **ours), {"torch": partial(sdpa, **torchs)},
-        bytes=(of_q * B * H * queries * D + of_k * B * H_kv * T * D) * dtype.itemsize,
-        flops=int(2 * PRODUCTS[mode] * share * B * H * queries * T * D), goals=goals,
-        roof="copy" if kind == "decode" else "matmul", part=partial(last_heads, H, H_kv), compiled=False,
+        partial(lspm_kernels.attention, causal=causal), {"torch": partial(sdpa, is_causal=causal)},
+        bytes=(of_q * B * H + of_k * B * H_kv) * T * D * dtype.itemsize,
+        flops=int(2 * PRODUCTS[mode] * (0.5 if causal else 1.0) * B * H * T * T * D),
+        goals=tuple(Goal(what, bound) for what, bound in bounds.items() if bound),
+        roof="matmul", part=partial(last_heads, H, H_kv), compiled=False,
     )  # fmt: skip
 
 
@@ -67,8 +60,6 @@ def cases(smoke: bool = False) -> Iterator[Case]:
         for mode in (FORWARD, TRAINING):
             yield from (case("causal", mode, dtype, s) for s in (((2, 2, 1, 40, 64),) if smoke else SHAPES))
             yield case("whole", mode, dtype, (2, 2, 1, 40, 64) if smoke else SHAPES[1])
-            yield case("window", mode, dtype, (1, 2, 2, 300, 64) if smoke else SHAPES[2])
-        yield case("decode", FORWARD, dtype, (2, 2, 2, 300, 64) if smoke else (4, 12, 12, 4096, 64))
 
 
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))

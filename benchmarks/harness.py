@@ -26,6 +26,7 @@ sys.path.append(str(machine.ROOT / "tests"))
 import oracle
 
 FORWARD, RECORDED, TRAINING = "forward", "forward-recorded", "forward+backward"
+MEMORY = {"copy": machine.copy_roof, "read": machine.read_roof}
 SECONDS_PER_TURN, SECONDS_PER_CASE = 0.04, 1.6
 CALLS_OF_OVERHEAD, CALLS_OF_SMOKE = 2000, 10
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
@@ -50,9 +51,9 @@ class Case:
     """One op on one shape and dtype in one mode.
 
     inputs() makes the op's tensors. ours and baselines take them all; ours takes `backend` too, a row of
-    table.BACKENDS. bytes and flops are what any implementation must move and compute; roof says which of the
-    two bounds it, "copy" or "matmul", or is None where the overhead of a call is timed. part(tensor) is as
-    much of a tensor as the oracle computes by itself.
+    table.BACKENDS. bytes and flops are what any implementation must move and compute; roof says what bounds
+    it, "copy", "read" or "matmul", or is None where the overhead of a call is timed. part(tensor) is as much
+    of a tensor as the oracle computes by itself.
     """
 
     op: str
@@ -69,6 +70,7 @@ class Case:
     goals: tuple[Goal, ...] = ()
     part: Callable[[Tensor], Tensor] = lambda tensor: tensor
     compiled: bool = True
+    meaning: Callable | None = None  # what the oracle takes for the truth; None: the first baseline
 
     def __str__(self) -> str:
         return "/".join((self.op, self.mode, str(self.dtype).removeprefix("torch."), self.shape))
@@ -94,12 +96,12 @@ class Workload:
         torch.manual_seed(0)
         with torch.device(device):
             inputs = [tensor.requires_grad_(case.mode != FORWARD) for tensor in case.inputs()]
-        self.reference = next(iter(case.baselines.values()))
+        self.reference = case.meaning or next(iter(case.baselines.values()))
         with torch.no_grad():
             outputs = _tuple(self.reference(*inputs))
         gradients = [torch.randn_like(output) for output in outputs] if case.mode == TRAINING else []
         touched = sum(tensor.nbytes for tensor in (*inputs, *gradients))
-        copies = machine.last_level_cache(device) // touched + 2 if rotate and case.roof == "copy" else 1
+        copies = machine.last_level_cache(device) // touched + 2 if rotate and case.roof in MEMORY else 1
         self.sets = [(inputs, gradients)]
         for _ in range(copies - 1):
             clones = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
@@ -151,9 +153,9 @@ class Workload:
             matmul, flops = machine.matmul_roof(self.case.dtype, self.device)
             product = repeated(matmul, self.device)
             return {"roof": lambda calls: product(1) * calls * self.case.flops / flops}
-        if self.case.roof == "copy":
-            copy = machine.copy_roof(self.device)
-            return {"roof": lambda calls: repeated(lambda: copy(calls * self.case.bytes), self.device)(1)}
+        if self.case.roof in MEMORY:
+            move = MEMORY[self.case.roof](self.device)
+            return {"roof": lambda calls: repeated(lambda: move(calls * self.case.bytes), self.device)(1)}
         return {}
 
 

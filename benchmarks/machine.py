@@ -129,6 +129,24 @@ def copy_roof(device: str = "cpu") -> Callable[[int], None]:
 
 
 @functools.cache
+def read_roof(device: str = "cpu") -> Callable[[int], None]:
+    """A sum, which reads `moved` bytes and writes nothing, from memory that no cache holds."""
+    source = torch.ones((last_level_cache(device) + 2**26) // 4, dtype=torch.float32, device=device)
+    position = 0
+
+    def read(moved: int) -> None:
+        nonlocal position
+        remaining = moved // 4
+        while remaining:
+            position = 0 if position >= source.numel() else position
+            count = min(remaining, source.numel() - position)
+            source[position : position + count].sum()
+            position, remaining = position + count, remaining - count
+
+    return read
+
+
+@functools.cache
 def matmul_roof(dtype: torch.dtype, device: str = "cpu") -> tuple[Callable[[], object], int]:
     """A square product of the dtype, as torch's library computes it, and its floating-point operations."""
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype) for _ in range(2))

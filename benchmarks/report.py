@@ -6,7 +6,8 @@
     python benchmarks/report.py compare OLD NEW --fail-above 1.1
 
 The marker `<!-- results:begin NAME PATTERN ... -->` takes the cases of benchmark NAME that match a pattern,
-all where it has none, and ends at `<!-- results:end NAME -->`.
+all where it has none, and ends at `<!-- results:end NAME -->`. Between `<!-- backends:begin -->` and
+`<!-- backends:end -->` comes what `python -m lspm_kernels backends` prints.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import results
 import tables
 from results import Rows
 
+from lspm_kernels.__main__ import backends
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARKERS = re.compile(
@@ -26,10 +29,11 @@ MARKERS = re.compile(
     r".*?(?P<end><!-- results:end (?P=name) -->)",
     re.S,
 )
+BACKENDS = re.compile(r"(<!-- backends:begin -->\n).*?(<!-- backends:end -->)", re.S)
 
 
 def readme(text: str, files: list[Rows]) -> str:
-    """text with the tables of all result files between its markers."""
+    """text with the table of backends and those of all result files between its markers."""
 
     def section(match: re.Match) -> str:
         patterns = match["patterns"].split() or ["*"]
@@ -45,6 +49,7 @@ def readme(text: str, files: list[Rows]) -> str:
                 parts.append(f"{tables.about(chosen)}\n\n{tables.table(chosen, markdown=True)}\n")
         return match["begin"] + "\n".join(parts or ["No results yet.\n"]) + match["end"]
 
+    text = BACKENDS.sub(lambda match: f"{match[1]}{backends()}\n{match[2]}", text)
     return MARKERS.sub(section, text)
 
 

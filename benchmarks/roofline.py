@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import bench_attention
+import bench_attention_options
+import bench_attention_varlen
+import bench_attention_with_kv_cache
 import bench_layer_norm
 import bench_rotary
 import machine
@@ -23,6 +26,10 @@ import torch
 
 import harness
 
+OPS = (
+    bench_layer_norm, bench_attention, bench_attention_options, bench_attention_varlen,
+    bench_attention_with_kv_cache, bench_rotary,
+)  # fmt: skip
 PREDICTED = "predicted, not measured"
 # GB/s; GFLOP/s of float32 and, on tensor cores without sparsity, of bfloat16.
 # A100: NVIDIA A100 Tensor Core GPU data sheet, SXM 80 GB. H100: NVIDIA H100 Tensor Core GPU data sheet, SXM.
@@ -61,7 +68,7 @@ def bound(case: harness.Case, bandwidth: float, peaks: dict[torch.dtype, float])
 
 def rooflines(machines: dict[str, tuple]) -> Iterator[dict]:
     """One row for each case that has a roof: what it moves and computes, and its bound on each machine."""
-    for case in (*bench_layer_norm.cases(), *bench_attention.cases(), *bench_rotary.cases()):
+    for case in itertools.chain.from_iterable(bench.cases() for bench in OPS):
         if case.roof is None:
             continue
         columns = {"case": str(case), "MiB moved": tables.mebibytes(case.bytes)}

@@ -38,10 +38,16 @@ void attention_backward(const HeadsView& dout, const float* dlse, const HeadsVie
 
 namespace cuda {
 // The same on GPU `device`, queued on `stream`, a cudaStream_t; statistics is never null, dtype bf16 or f16,
-// and there is no dbias. A failure of CUDA throws std::runtime_error.
+// and there is no dbias. There are fewer than 2^30 queries and keys, and at most 65535 batches and heads. A
+// failure of CUDA throws std::runtime_error.
+//
+// splits: where few queries would leave a GPU idle, among how many blocks their keys are divided: worth more
+// than 1 where batch * kv_heads blocks are few, and obeyed where queries * group() is at most 64 and there is
+// neither bias, mask, slopes nor dropout. scratch: (splits, rows(), value_dim + 2), or null where splits
+// is 1.
 void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& v,
                        const AttentionExtras& extras, const HeadsView& out, float* lse, float* statistics,
-                       const AttentionShape& shape, int device, void* stream);
+                       float* scratch, int64_t splits, const AttentionShape& shape, int device, void* stream);
 void attention_backward(const HeadsView& dout, const float* dlse, const HeadsView& q, const HeadsView& k,
                         const HeadsView& v, const AttentionExtras& extras, const HeadsView& out,
                         const float* statistics, const HeadsView& dq, const HeadsView& dk,

@@ -1,4 +1,4 @@
-"""`python -m lspm_kernels info`: what was built, what this machine has, and why a backend is refused."""
+"""What lspm_kernels has: `info` on this machine, `backends` in the tables of its ops."""
 
 import argparse
 import importlib
@@ -8,6 +8,7 @@ from importlib import metadata, util
 import torch
 
 from lspm_kernels import compiled, ops
+from lspm_kernels.dispatch import dtype_name
 
 
 def info() -> str:
@@ -29,6 +30,19 @@ def info() -> str:
             state = f"not available: it needs {reason}" if reason else "available"
             lines.append(f"  {op:12s}{row.name:10s}{state}")
         lines.append(f"  {op:12s}{'reference':10s}plain PyTorch, for what no row above admits")
+    return "\n".join(lines)
+
+
+def backends() -> str:
+    """What `python -m lspm_kernels backends` prints: what each backend of each op takes, in Markdown."""
+    lines = ["| op | backend | device | dtypes | needs besides | else |", "|---|---|---|---|---|---|"]
+    for op, rows in _tables().items():
+        for place, row in enumerate(rows, 1):
+            dtypes = ", ".join(map(dtype_name, row.dtypes))
+            limits = "; ".join(limit.needs for limit in row.limits) or "nothing"
+            others = [other.name for other in rows[place:] if other.device == row.device]
+            cells = op, row.name, row.device, dtypes, limits, ", then ".join([*others, "plain PyTorch"])
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -57,6 +71,8 @@ def main() -> None:
         "info", help="what was built, what this machine has, why a backend is refused"
     )
     command.set_defaults(run=lambda: print(info()))
+    command = commands.add_parser("backends", help="what each backend of each op takes, and what else runs")
+    command.set_defaults(run=lambda: print(backends()))
     parser.parse_args().run()
 
 

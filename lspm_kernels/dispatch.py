@@ -66,11 +66,12 @@ class Backend:
         if x.device.type != self.device:
             return f"a tensor on {self.device}, got {x.device}"
         if x.dtype not in self.dtypes:
-            return f"dtype {', '.join(map(_dtype_name, self.dtypes))}, got {_dtype_name(x.dtype)}"
+            return f"dtype {', '.join(map(dtype_name, self.dtypes))}, got {dtype_name(x.dtype)}"
         return self.missing()
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 

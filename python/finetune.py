@@ -4,13 +4,15 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from lspm_models.checkpoint import checkpoints, load_weights, refuse_mismatch
-from lspm_models.data.text import TextConfig
 from lspm_models.files import write_atomically
-from lspm_models.fit_config import FitConfig
 from lspm_models.options import errors_in_one_line
-from lspm_models.run_folder import find_checkpoint, read_model_config, tokenizer_path
-from lspm_models.scripts import opened_run, train, training_parser
+
+with errors_in_one_line("finetune.py"):  # what comes in with these may not be installed
+    from lspm_models.checkpoint import checkpoints, load_weights, refuse_mismatch
+    from lspm_models.data.text import TextConfig
+    from lspm_models.fit_config import FitConfig
+    from lspm_models.run_folder import find_checkpoint, read_model_config, tokenizer_path
+    from lspm_models.scripts import opened_run, train, training_parser
 
 DESCRIPTION = """\
 Fine-tune a GPT on another text: the same loop as pretrain.py, beginning with the weights and the tokenizer

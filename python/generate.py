@@ -4,12 +4,14 @@ import signal
 import sys
 from dataclasses import asdict, dataclass, field
 
-import torch
-
-from lspm_models.generate import generate
 from lspm_models.options import Parser, errors_in_one_line, given
 from lspm_models.outputs import Transcript
-from lspm_models.run_folder import load_model_folder
+
+with errors_in_one_line("generate.py"):  # what comes in with these may not be installed
+    import torch
+
+    from lspm_models.generate import generate
+    from lspm_models.run_folder import load_model_folder
 
 DESCRIPTION = """\
 Let a model continue a text. The first continuation appears as it is made, others when all are done.
@@ -33,9 +35,7 @@ class Text:
     )
     tokens: int = option(200, "most tokens to add")
     sequences: int = option(1, "continuations to make")
-    stop: str | None = option(
-        None, "end each before this text", default="where the model ends it", metavar="TEXT"
-    )
+    stop: str | None = option(None, "end before this text", default="where the model ends", metavar="TEXT")
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 import sys
 
-from lspm_models.data.text import TextConfig
-from lspm_models.fit_config import FitConfig
 from lspm_models.options import errors_in_one_line
-from lspm_models.run_folder import ModelConfig
-from lspm_models.scripts import opened_run, train, training_parser
+
+with errors_in_one_line("pretrain.py"):  # what comes in with these may not be installed
+    from lspm_models.data.text import TextConfig
+    from lspm_models.fit_config import FitConfig
+    from lspm_models.run_folder import ModelConfig
+    from lspm_models.scripts import opened_run, train, training_parser
 
 DESCRIPTION = """\
 Pretrain a GPT on text. Without any option it learns from the source text of Python's standard library.

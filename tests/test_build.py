@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lspm_kernels import compiled
-from lspm_kernels.__main__ import info
+from lspm_kernels.__main__ import backends, info
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,5 +155,6 @@ def test_info_says_what_runs_and_why_the_rest_does_not():
         assert "triton    not available: it needs" in text
     code, out, _ = run(sys.executable, "-m", "lspm_kernels", "info")
     assert (code, out.strip()) == (0, text.strip())
+    assert run(sys.executable, "-m", "lspm_kernels", "backends")[:2] == (0, backends() + "\n")
     code, _, errors = run(sys.executable, "-m", "lspm_kernels", "inof")
     assert code == 2 and "invalid choice" in errors

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from lspm_kernels import dispatch, layer_norm, use_backend
+from lspm_kernels import __main__, dispatch, layer_norm, use_backend
 from lspm_kernels.dispatch import Backend, FallbackWarning, Limit
 
 SMALL = Limit("at most 4 columns", lambda x: x.shape[-1] <= 4, lambda x: x.shape[-1])
@@ -52,6 +52,16 @@ def test_no_row_warns_once_for_each_reason_and_names_them_all():
         assert name_of(torch.ones(9, 4).double()) is None
         assert name_of(torch.ones(2, 4).half()) is None
     assert [str(w.message) for w in caught] == [reasons, reasons.replace("float64", "float16")]
+
+
+def test_the_printed_table_says_what_a_row_needs_and_what_else_runs(monkeypatch):
+    monkeypatch.setattr(__main__, "_tables", lambda: {"op": TABLE})
+    assert __main__.backends().splitlines()[2:] == [
+        "| op | small | cpu | float32 | at most 4 columns | absent, then wide, then plain PyTorch |",
+        "| op | absent | cpu | float32 | nothing | wide, then plain PyTorch |",
+        "| op | wide | cpu | float32, bfloat16 | nothing | plain PyTorch |",
+        "| op | gpu | cuda | float32 | nothing | plain PyTorch |",
+    ]
 
 
 def test_meta_tensors_have_nothing_to_warn_of():

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from lspm_kernels.__main__ import backends
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 PUBLIC = {
     "layer_norm": ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"],
     "attention": ["attention"],
+    "attention_varlen": ["attention_varlen"],
+    "attention_with_kv_cache": ["attention_with_kv_cache"],
     "rotary": ["rotary"],
 }
 
@@ -29,3 +33,8 @@ def test_the_table_of_ops(op):
     for name in PUBLIC[op]:
         (line,) = re.findall(rf"^\| `{name}\(.*$", README, re.M)
         assert line.endswith(f"| {backends} | {dtypes} |")
+
+
+def test_the_table_of_backends():
+    (table,) = re.findall(r"<!-- backends:begin -->\n(.*?)\n<!-- backends:end -->", README, re.S)
+    assert table == backends(), "stale: run python benchmarks/report.py readme"

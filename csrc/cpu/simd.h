@@ -152,9 +152,11 @@ inline F rounded<f16>(F v) {
 #endif
 
 // Stores past the cache, which spares reading the line first: for what is too large to stay there anyway.
-// p is a multiple of the vector's size in memory.
+// p is a multiple of the vector's size in memory. AddressSanitizer sees plain stores only, so it gets those.
 inline void stream(float* p, F v) {
-#if defined(__AVX512F__)
+#if defined(__SANITIZE_ADDRESS__)
+  store(p, v);
+#elif defined(__AVX512F__)
   _mm512_stream_ps(p, v);
 #elif defined(__AVX2__)
   _mm256_stream_ps(p, v);
@@ -163,7 +165,7 @@ inline void stream(float* p, F v) {
 #endif
 }
 inline void stream(f16* p, F a, F b) {  // two vectors, which are one whole line
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
   const __m256i low = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT);
   const __m256i high = _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p),

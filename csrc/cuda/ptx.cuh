@@ -73,6 +73,17 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Two floats rounded to nearest even, the first in the low half: as a fragment has its elements.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same<T, bf16>::value)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 __device__ __forceinline__ float ex2(float x) {  // 2^x within 2 ulp; subnormal results become zero
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,4 +1,4 @@
-"""FlashAttention-2's functions of dense tensors, over lspm_kernels.attention.
+"""FlashAttention-2's functions, over lspm_kernels.attention and its packed and cached forms.
 
 Names, arguments, their order and defaults are FlashAttention-2's, so that another import is the whole change.
 Tensors are (B, T, H, D) and read where they lie: no input is copied.
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lspm_kernels import checks
 from lspm_kernels.ops.attention import attention
+from lspm_kernels.ops.attention_varlen import attention_varlen
+from lspm_kernels.ops.attention_with_kv_cache import attention_with_kv_cache
 
 
 def flash_attn_func(
@@ -30,7 +32,6 @@ def flash_attn_func(
         q: (B, T_q, H, D), float32, bfloat16 or float16. D from 1 to 256.
         k, v: (B, T_k, H_kv, D); H is a multiple of H_kv.
         dropout_p: the share of probabilities that is dropped, its seed drawn from torch's default generator.
-            torch.compile refuses it, as it cannot trace that draw.
         softmax_scale: D ** -0.5 where None.
         causal: the last query stands at the last key (bottom-right), whatever T_q and T_k are.
         window_size: (left, right): keys before and behind its place that a query sees; -1: all.
@@ -110,6 +111,110 @@ def flash_attn_kvpacked_func(
         q, *kv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """Attention of packed sequences: lspm_kernels.attention_varlen, whose docstring says what they are.
+
+    Args:
+        q: (rows of q, H, D). k, v: (rows of k, H_kv, D), or pages (N, S, H_kv, D) with a block_table.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,), int32 or int64, from 0 to the number of rows.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence.
+        block_table: (B, P), int32 or int64; then there is no gradient.
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes: flash_attn_func's.
+        return_attn_probs: return (out, softmax_lse, None) instead.
+
+    Returns:
+        out: (rows of q, H, D), contiguous. softmax_lse is (H, rows of q) float32.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value.
+
+    Source: Dao, "FlashAttention-2" (2023), and its package flash_attn.
+    """
+    result = attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
+        window=_window(window_size), alibi_slopes=alibi_slopes, softcap=softcap, dropout_p=dropout_p,
+        scale=softmax_scale, return_lse=return_attn_probs, block_table=block_table,
+    )  # fmt: skip
+    return (*result, None) if return_attn_probs else result
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Appends k and v to a cache, in place, and attends to it: lspm_kernels.attention_with_kv_cache.
+
+    Args:
+        q: (B, T_q, H, D).
+        k_cache, v_cache: (B, S, H_kv, D), or pages (N, S, H_kv, D) with a block_table.
+        k, v: (B, T, H_kv, D), or None: what is appended behind cache_seqlens.
+        rotary_cos, rotary_sin: (positions, R / 2); q and k are rotated by them.
+        cache_seqlens: an int, or int32 or int64 (B,); None: the cache is full.
+        cache_batch_idx, cache_leftpad: (B,). block_table: (B, P).
+        softmax_scale, causal, window_size, softcap, alibi_slopes: flash_attn_func's.
+        num_splits: taken and not needed: how keys are divided depends on their number alone.
+        return_softmax_lse: return (out, softmax_lse) instead.
+
+    Returns:
+        out: (B, T_q, H, D), contiguous, without a gradient. softmax_lse is (B, H, T_q) float32.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value; the cache is too small.
+
+    Source: Dao, "FlashAttention-2" (2023), and its package flash_attn.
+    """
+    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    for name, x in given.items():
+        if x is not None and (not isinstance(x, Tensor) or x.dim() != 4):
+            raise ValueError(
+                f"flash_attn_with_kvcache: {name} must be a tensor (B, T, H, D), got {checks.shape(x)}"
+            )
+    result = attention_with_kv_cache(
+        *(x if x is None else x.transpose(1, 2) for x in given.values()), cache_seqlens=cache_seqlens,
+        block_table=block_table, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
+        cos=rotary_cos, sin=rotary_sin, interleaved=rotary_interleaved, causal=causal,
+        window=_window(window_size), softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale,
+        return_lse=return_softmax_lse,
+    )  # fmt: skip
+    if not return_softmax_lse:
+        return result.transpose(1, 2)
+    return result[0].transpose(1, 2), result[1]
 
 
 def _window(sides):

@@ -30,7 +30,7 @@ def scaled_dot_product_attention(
         attn_mask: broadcast to (..., H, T_q, T_k): bool, True where a query sees, or added to the scores. One
             that requires a gradient gets it.
         dropout_p: the share of probabilities that is dropped, below 1, its seed drawn from torch's default
-            generator. torch.compile refuses it, as it cannot trace that draw.
+            generator.
         is_causal: a query sees no key behind its own place; the first query stands at the first key.
         scale: D ** -0.5 where None.
         enable_gqa: key and value may have fewer heads, H_kv, as long as H is a multiple of H_kv.

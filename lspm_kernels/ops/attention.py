@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch, triton
+from lspm_kernels import attention_checks, checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import attention as reference
@@ -39,11 +39,6 @@ BACKENDS = (
 )
 
 
-def _rows(x):
-    """x with a contiguous last dimension: itself wherever it can be."""
-    return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
-
-
 def _empty_rows(x, dim):
     """(B, H, T, dim) beside x (B, H, T, D), laid out so that transpose(1, 2) is contiguous."""
     B, H, T, _ = x.shape
@@ -51,12 +46,13 @@ def _empty_rows(x, dim):
 
 
 def _window(q, k, left, right, top_left, seed):
-    return left, right, 0 if top_left else k.shape[2] - q.shape[2], seed
+    shift = 0 if top_left else k.shape[2] - q.shape[2]
+    return left, right, shift, 0 if seed is None else int(seed)
 
 
 def _forward(
-    row, q, k, v, bias, mask, slopes, sinks, query_starts, key_starts, key_counts, pages, queries, keys,
-    left, right, top_left, seed, *scalars, saves=True,
+    row, q, k, v, bias, mask, slopes, sinks, query_starts, key_starts, seed, key_counts, pages, queries, keys,
+    left, right, top_left, *scalars, saves=True,
 ):  # fmt: skip
     out = _empty_rows(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -67,15 +63,15 @@ def _forward(
         sequences = (query_starts, key_starts, key_counts, pages, queries, keys) if uneven else None
         window = _window(q, k, left, right, top_left, seed)
         row.forward(
-            _rows(q), _rows(k), _rows(v), bias, mask, slopes, sinks, out, lse, kept, sequences, window,
-            scalars,
+            checks.rows(q), checks.rows(k), checks.rows(v), bias, mask, slopes, sinks, out, lse, kept,
+            sequences, window, scalars,
         )  # fmt: skip
     return out, lse, statistics
 
 
 def _backward(
-    row, dout, dlse, q, k, v, bias, mask, slopes, sinks, query_starts, key_starts, out, statistics,
-    wants_dbias, queries, keys, left, right, top_left, seed, *scalars, saves=True,
+    row, dout, dlse, q, k, v, bias, mask, slopes, sinks, query_starts, key_starts, seed, out, statistics,
+    wants_dbias, queries, keys, left, right, top_left, *scalars, saves=True,
 ):  # fmt: skip
     dq, dk, dv = (_empty_rows(x, x.shape[-1]) for x in (q, k, v))
     dbias = q.new_zeros(bias.shape if wants_dbias else 0, dtype=torch.float32)
@@ -86,8 +82,8 @@ def _backward(
         sequences = (query_starts, key_starts, None, None, queries, keys) if packed else None
         window = _window(q, k, left, right, top_left, seed)
         row.backward(
-            _rows(dout), None if dlse is None else dlse.contiguous(), _rows(q), _rows(k), _rows(v),
-            bias, mask, slopes, sinks, out, statistics, dq, dk, dv,
+            checks.rows(dout), None if dlse is None else dlse.contiguous(), checks.rows(q), checks.rows(k),
+            checks.rows(v), bias, mask, slopes, sinks, out, statistics, dq, dk, dv,
             dbias if wants_dbias and not of_rows else None, delta, sequences, window, scalars,
         )  # fmt: skip
     elif row is not None:
@@ -105,9 +101,8 @@ def _backward(
     return dq, dk, dv, dbias, dsinks
 
 
-_OPTIONS = "int left, int right, bool top_left, int seed, float scale, float softcap, float dropout"
-_STARTS = "Tensor? query_starts, Tensor? key_starts"
-_EXTRAS = f"Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? sinks, {_STARTS}"
+_OPTIONS = "int left, int right, bool top_left, float scale, float softcap, float dropout"
+_EXTRAS = ", ".join(f"Tensor? {x}" for x in "bias mask slopes sinks query_starts key_starts seed".split())
 
 _attention_backward = Operator(
     f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_EXTRAS}, Tensor out,"
@@ -119,8 +114,8 @@ _attention_backward = Operator(
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.key_counts, _ = inputs[:11]
-    ctx.options = inputs[11:]
+    *tensors, ctx.key_counts, _ = inputs[:12]
+    ctx.options = inputs[12:]
     out, _, statistics = output
     ctx.save_for_backward(*tensors, out, statistics)
     ctx.mark_non_differentiable(statistics)
@@ -138,7 +133,7 @@ def _gradient(ctx, dout, dlse, _):
         *ctx.options,
     )  # fmt: skip
     dbias = dbias.to(bias.dtype) if wants_dbias else None
-    rest = [None] * (4 + len(ctx.options))
+    rest = [None] * (5 + len(ctx.options))
     return dq, dk, dv, dbias, None, None, None if sinks is None else dsinks, *rest
 
 
@@ -152,15 +147,18 @@ _attention = Operator(
 )
 
 
-def run(row, q, k, v, bias, mask, slopes, sinks, heads, sequences, left, right, *options):
+def run(row, q, k, v, bias, mask, slopes, sinks, heads, sequences, left, right, top_left, seed, *scalars):
     """(out, lse), of (B, H) heads: query_starts, key_starts, key_counts, pages, queries, keys of sequences,
-    where packed ones are (1, H, rows, D), or None; top_left, seed, scale, softcap, dropout."""
+    where packed ones are (1, H, rows, D), or None; scale, softcap, dropout."""
     if slopes is not None:
         slopes = slopes.float().expand(heads)[..., None, None]
     sinks = None if sinks is None else sinks.float().contiguous()
-    sequences = sequences or (None, None, None, None, q.shape[2], k.shape[2])
+    query_starts, key_starts, *rest = sequences or (None, None, None, None, q.shape[2], k.shape[2])
     window = (_ALL if side is None else side for side in (left, right))
-    return _attention(row, q, k, v, bias, mask, slopes, sinks, *sequences, *window, *options)[:2]
+    return _attention(
+        row, q, k, v, bias, mask, slopes, sinks, query_starts, key_starts, seed, *rest, *window, top_left,
+        *scalars,
+    )[:2]  # fmt: skip
 
 
 def attention(
@@ -224,15 +222,17 @@ def attention(
     Press et al., "Train Short, Test Long" (2022), for the slopes; Xiao et al., "Efficient Streaming Language
     Models with Attention Sinks" (2024).
     """
-    q, k, v = checks.heads("attention", q, k, v, MAX_DIM)
+    q, k, v = attention_checks.heads("attention", q, k, v, MAX_DIM)
     heads = tuple(q.shape[:2])
-    left, right = checks.window("attention", causal, window)
-    bias, mask = checks.scores("attention", q, k, bias, mask)
-    slopes = checks.per_head("attention", "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads))
-    sinks = checks.per_head("attention", "sinks", sinks, q.device, (heads[1:],))
+    left, right = attention_checks.window("attention", causal, window)
+    bias, mask = attention_checks.scores("attention", q, k, bias, mask)
+    slopes = attention_checks.per_head(
+        "attention", "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads)
+    )
+    sinks = attention_checks.per_head("attention", "sinks", sinks, q.device, (heads[1:],))
     checks.number("attention", "softcap", softcap, 0.0, float("inf"))
     checks.number("attention", "dropout_p", dropout_p, 0.0, 1.0)
-    seed = checks.seed("attention", seed) if dropout_p else 0
+    seed = checks.seed("attention", seed) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     row = dispatch.pick("attention", BACKENDS, backend, q, k, v)
     if row is None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lspm_kernels import checks, dispatch
+from lspm_kernels import attention_checks, checks, dispatch
 from lspm_kernels.ops import attention as dense
 from lspm_kernels.reference import attention_varlen as reference
 
@@ -28,6 +28,7 @@ def attention_varlen(
     scale: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention within each of B packed sequences; lspm_kernels.attention has the formula and the options.
@@ -47,6 +48,8 @@ def attention_varlen(
         alibi_slopes: (H,) or (B, H).
         dropout_p, seed: as attention's; (b, h, row and column within the sequence) choose what is dropped.
         sinks: (H,), with a gradient.
+        block_table: (B, P), int32 or int64, without a gradient: k and v are pages then, (N, S, H_kv, D) and
+            (N, S, H_kv, Dv), and key i of sequence b is row i % S of page block_table[b, i // S].
         return_lse: return the logarithms of the denominators too; they have a gradient.
         backend: as attention's.
 
@@ -60,33 +63,50 @@ def attention_varlen(
 
     Source: Dao, "FlashAttention-2" (2023), whose flash_attn_varlen_func this is with attention's options.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.dim() != 3:
-            raise ValueError(f"{_OP}: {name} must be a tensor (rows, heads, dim), got {checks.shape(x)}")
-    q, k, v = checks.heads(_OP, *(x.transpose(0, 1)[None] for x in (q, k, v)), dense.MAX_DIM)
-    starts_q, max_q = checks.starts(_OP, "cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q)
-    starts_k, max_k = checks.starts(_OP, "cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k)
+    dims = 3 if block_table is None else 4
+    for name, x, dim in (("q", q, 3), ("k", k, dims), ("v", v, dims)):
+        if not isinstance(x, Tensor) or x.dim() != dim:
+            rule = "(rows, heads, dim)" if dim == 3 else "(pages, rows, heads, dim)"
+            raise ValueError(f"{_OP}: {name} must be a tensor {rule}, got {checks.shape(x)}")
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    q, k, v = (x if x.dim() == 4 else x[None] for x in (q, k, v))
+    q, k, v = attention_checks.heads(_OP, q, k, v, dense.MAX_DIM, paged=block_table is not None)
+    starts_q, max_q, _ = attention_checks.starts(
+        _OP, "cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q.shape[2], q.device
+    )
+    rows = k.shape[2] if block_table is None else None
+    starts_k, max_k, lengths = attention_checks.starts(
+        _OP, "cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, rows, q.device
+    )
     if starts_q.numel() != starts_k.numel():
         raise ValueError(
             f"{_OP}: cu_seqlens_k must have as many elements as cu_seqlens_q, {starts_q.numel()}, got"
             f" {starts_k.numel()}"
         )
     heads = starts_q.numel() - 1, q.shape[1]
-    left, right = checks.window(_OP, causal, window)
-    slopes = checks.per_head(_OP, "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads))
-    sinks = checks.per_head(_OP, "sinks", sinks, q.device, (heads[1:],))
+    if block_table is not None:
+        attention_checks.without_gradient(_OP, {"q": q, "k": k, "v": v})
+        block_table, pages = attention_checks.block_table(_OP, block_table, heads[0], q.device)
+        if lengths is not None:
+            attention_checks.pages(_OP, pages, lengths, k)
+    left, right = attention_checks.window(_OP, causal, window)
+    slopes = attention_checks.per_head(_OP, "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads))
+    sinks = attention_checks.per_head(_OP, "sinks", sinks, q.device, (heads[1:],))
     checks.number(_OP, "softcap", softcap, 0.0, float("inf"))
     checks.number(_OP, "dropout_p", dropout_p, 0.0, 1.0)
-    seed = checks.seed(_OP, seed) if dropout_p else 0
+    seed = checks.seed(_OP, seed) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     row = dispatch.pick(_OP, BACKENDS, backend, q, k, v)
     if row is None:
+        q, k, v = ((x[0] if dim == 3 else x).transpose(-3, -2) for x, dim in ((q, 3), (k, dims), (v, dims)))
         return reference.attention_varlen(
-            *(x[0].transpose(0, 1) for x in (q, k, v)), starts_q, starts_k, window=(left, right),
-            alibi_slopes=slopes, softcap=softcap, dropout_p=dropout_p, seed=seed, scale=scale, sinks=sinks,
-            return_lse=return_lse,
+            q, k, v, starts_q, starts_k, block_table=block_table, window=(left, right), alibi_slopes=slopes,
+            softcap=softcap, dropout_p=dropout_p, seed=seed, scale=scale, sinks=sinks, return_lse=return_lse,
         )  # fmt: skip
-    sequences = starts_q, starts_k, None, None, max_q, max_k
+    if block_table is None:
+        sequences = starts_q, starts_k, None, None, max_q, max_k
+    else:
+        sequences = starts_q, None, starts_k.diff(), block_table, max_q, max_k
     out, lse = dense.run(
         row, q, k, v, None, None, slopes, sinks, heads, sequences, left, right, False, seed, scale,
         float(softcap), float(dropout_p),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, dispatch
+from lspm_kernels import attention_checks, checks, dispatch
 from lspm_kernels.ops import attention as dense
 from lspm_kernels.ops.rotary import rotary
 from lspm_kernels.reference import attention_with_kv_cache as reference
@@ -81,26 +81,21 @@ def attention_with_kv_cache(
     table, counts, begins, longest = _places(
         q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_leftpad
     )
-    left, right = checks.window(_OP, causal, window)
-    slopes = checks.per_head(_OP, "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads))
-    sinks = checks.per_head(_OP, "sinks", sinks, q.device, (heads[1:],))
+    left, right = attention_checks.window(_OP, causal, window)
+    slopes = attention_checks.per_head(_OP, "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads))
+    sinks = attention_checks.per_head(_OP, "sinks", sinks, q.device, (heads[1:],))
     checks.number(_OP, "softcap", softcap, 0.0, float("inf"))
     scale = D**-0.5 if scale is None else float(scale)
     row = dispatch.pick(_OP, BACKENDS, backend, q, k_cache, v_cache)
-    before = counts - new
     if (cos is None) != (sin is None) or (cos is not None and k is None):
         raise ValueError(f"{_OP}: cos must come with sin and k, got {checks.shape(cos)}")
     if cos is not None:
         turned = q if left is not None or right is not None else q.reshape(B, H * T_q, 1, D)
-        turn = {"interleaved": interleaved, "offsets": before.long(), "backend": backend}
+        before = (counts - new).long() if isinstance(cache_seqlens, Tensor) else cache_seqlens
+        turn = {"interleaved": interleaved, "offsets": before, "backend": backend}
         q, k = rotary(turned, cos, sin, **turn).reshape(B, H, T_q, D), rotary(k, cos, sin, **turn)
     if new:
-        at = before[:, None] + torch.arange(new, device=q.device)  # (B, T)
-        batch = torch.arange(B, device=q.device)[:, None]
-        if table is not None:
-            batch, at = table[batch, at // k_cache.shape[2]], at % k_cache.shape[2]
-        for cache, x in ((k_cache, k), (v_cache, v)):
-            cache[batch, :, at] = x.transpose(1, 2)
+        _append(k_cache, v_cache, k, v, counts, table, cache_seqlens)
     if begins is not None:
         counts = counts - begins
     if row is None:
@@ -111,58 +106,61 @@ def attention_with_kv_cache(
         )  # fmt: skip
     sequences = None, begins, counts, table, T_q, longest
     out, lse = dense.run(
-        row, q, k_cache, v_cache, None, None, slopes, sinks, heads, sequences, left, right, False, 0, scale,
-        float(softcap), 0.0,
+        row, q, k_cache, v_cache, None, None, slopes, sinks, heads, sequences, left, right, False, None,
+        scale, float(softcap), 0.0,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _append(k_cache, v_cache, k, v, counts, table, cache_seqlens):
+    """Writes k and v behind cache_seqlens; counts includes them."""
+    B, _, new, _ = k.shape
+    if table is None and not isinstance(cache_seqlens, Tensor):
+        for cache, x in ((k_cache, k), (v_cache, v)):
+            cache[:, :, cache_seqlens : cache_seqlens + new] = x
+        return
+    at = counts[:, None] + torch.arange(-new, 0, device=k.device)  # (B, T)
+    batch = torch.arange(B, device=k.device)[:, None]
+    if table is not None:
+        batch, at = table[batch, at // k_cache.shape[2]], at % k_cache.shape[2]
+    for cache, x in ((k_cache, k), (v_cache, v)):
+        cache[batch, :, at] = x.transpose(1, 2)
 
 
 def _check(q, k_cache, v_cache, k, v):
     """Checks what has nothing to do with places in the cache."""
     if (k is None) != (v is None):
         raise ValueError(f"{_OP}: v must be there where k is, got {checks.shape(v)}")
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_tensor(name, x, q)
-        if name != "q" and x.stride(-1) != 1 and x.shape[-1] > 1:
+    caches, new = {"k_cache": k_cache, "v_cache": v_cache}, {} if k is None else {"k": k, "v": v}
+    attention_checks.head_sizes(_OP, {"q": q, **caches}, dense.MAX_DIM, paged=True)
+    for name, x in caches.items():
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{_OP}: {name} must have a contiguous last dimension, got strides {x.stride()}")
-    (B, H, _, D), (_, H_kv, _, _) = q.shape, k_cache.shape
-    if H_kv == 0 or H % H_kv:
-        raise ValueError(f"{_OP}: k_cache must have a number of heads that divides q's {H}, got {H_kv}")
-    if k_cache.shape[-1] != D:
-        raise ValueError(f"{_OP}: k_cache must have q's head dim {D}, got {k_cache.shape[-1]}")
-    if v_cache.shape[:-1] != k_cache.shape[:-1]:
-        raise ValueError(
-            f"{_OP}: v_cache must have k_cache's first sizes {tuple(k_cache.shape[:-1])}, got"
-            f" {tuple(v_cache.shape[:-1])}"
-        )
-    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)) if k is not None else ():
-        _check_tensor(name, x, q)
-        sizes = (B, H_kv, k.shape[2], cache.shape[-1])
+    for (name, x), cache in zip(new.items(), caches.values(), strict=False):
+        sizes = (q.shape[0], cache.shape[1], k.shape[-2], cache.shape[-1])
         if tuple(x.shape) != sizes:
             raise ValueError(f"{_OP}: {name} must have shape {sizes}, got {tuple(x.shape)}")
-
-
-def _check_tensor(name, x, q):
-    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{_OP}: {name} must be a floating-point tensor (B, H, T, D), got {got}")
-    if x.dtype != q.dtype:
-        raise ValueError(f"{_OP}: {name} must have q's dtype {q.dtype}, got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{_OP}: {name} must be on q's device {q.device}, got {x.device}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{_OP}: {name} must be without a gradient, got requires_grad=True")
-    if not 1 <= x.shape[-1] <= dense.MAX_DIM:
-        raise ValueError(f"{_OP}: {name} must have a head dim of 1 to {dense.MAX_DIM}, got {x.shape[-1]}")
+        if x.device != q.device:
+            raise ValueError(f"{_OP}: {name} must be on q's device {q.device}, got {x.device}")
+    attention_checks.dtype_of(_OP, q, caches | new)
+    attention_checks.without_gradient(_OP, {"q": q} | caches | new)
 
 
 def _places(q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_leftpad):
     """Checks where keys lie: table, keys of each sequence after the call, where they begin, the longest."""
-    B, S = q.shape[0], k_cache.shape[2]
-    if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
-        raise ValueError(f"{_OP}: block_table must come without cache_batch_idx and cache_leftpad")
-    table, pages = _table(q, k_cache, block_table, cache_batch_idx)
-    room = S if block_table is None else S * block_table.shape[1]
+    B, (N, _, room, _) = q.shape[0], k_cache.shape
+    table = rows = None
+    if block_table is not None:
+        if cache_batch_idx is not None or cache_leftpad is not None:
+            raise ValueError(f"{_OP}: block_table must come without cache_batch_idx and cache_leftpad")
+        table, rows = attention_checks.block_table(_OP, block_table, B, q.device)
+        room *= table.shape[1]
+    elif cache_batch_idx is not None:
+        flat, chosen = checks.integers(_OP, "cache_batch_idx", cache_batch_idx, B, q.device)
+        checks.within(_OP, "cache_batch_idx", chosen, 0, N - 1)
+        table = flat[:, None]
+    elif N != B:
+        raise ValueError(f"{_OP}: k_cache must have q's batch size {B}, got {N}")
     counts, lengths = _counts(q, cache_seqlens, room, new)
     begins, pads = None, [0] * B
     if cache_leftpad is not None:
@@ -177,12 +175,7 @@ def _places(q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_
             )
         if not 0 <= pad <= length + new:
             raise ValueError(f"{_OP}: cache_leftpad must be from 0 to the keys {length + new}, got {pad}")
-    for length, row in zip(lengths, pages or (), strict=pages is not None):
-        used = row if block_table is None else row[: -(-(length + new) // max(S, 1))]
-        name = "cache_batch_idx" if block_table is None else "block_table"
-        for page in used:
-            if not 0 <= page < k_cache.shape[0]:
-                raise ValueError(f"{_OP}: {name} must be from 0 to {k_cache.shape[0] - 1}, got {page}")
+    attention_checks.pages(_OP, rows, [length + new for length in lengths], k_cache)
     return table, counts + new, begins, max(lengths, default=0) + new
 
 
@@ -197,20 +190,3 @@ def _counts(q, cache_seqlens, room, new):
     if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
         raise ValueError(f"{_OP}: cache_seqlens must be an int or a tensor, got {type(length).__name__}")
     return torch.full((B,), length, dtype=torch.int32, device=q.device), [length] * B
-
-
-def _table(q, k_cache, block_table, cache_batch_idx):
-    """Pages of each sequence (B, P) or None, and their numbers in lists where they can be read."""
-    B = q.shape[0]
-    if block_table is not None:
-        if not isinstance(block_table, Tensor) or block_table.dim() != 2 or block_table.shape[0] != B:
-            raise ValueError(f"{_OP}: block_table must have shape ({B}, P), got {checks.shape(block_table)}")
-        flat, pages = checks.integers(_OP, "block_table", block_table.reshape(-1), None, q.device)
-        P = block_table.shape[1]
-        return flat.view(B, P), pages and [pages[b * P : b * P + P] for b in range(B)]
-    if cache_batch_idx is not None:
-        flat, pages = checks.integers(_OP, "cache_batch_idx", cache_batch_idx, B, q.device)
-        return flat[:, None], pages and [[page] for page in pages]
-    if k_cache.shape[0] != B:
-        raise ValueError(f"{_OP}: k_cache must have q's batch size {B}, got {k_cache.shape[0]}")
-    return None, None

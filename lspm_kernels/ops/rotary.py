@@ -27,9 +27,8 @@ def _rotate(kernel, x, cos, sin, offsets, offset, interleaved):
     B, H, T, D = x.shape
     out = x.new_empty(B, T, H, D)
     if kernel is not None and out.numel():
-        x = x if x.stride(-1) == 1 or D == 1 else x.contiguous()
         offsets = None if offsets is None else offsets.contiguous()
-        kernel(x, cos.contiguous(), sin.contiguous(), offsets, out, offset, interleaved)
+        kernel(checks.rows(x), cos.contiguous(), sin.contiguous(), offsets, out, offset, interleaved)
     return out.transpose(1, 2)
 
 
@@ -166,11 +165,7 @@ def _check_offsets(offsets, x, last):
 
 def _check_values(offsets, last):
     """Checks what a tensor of offsets holds, where it holds anything that can be read here."""
-    if torch.compiler.is_compiling() or type(offsets) is not Tensor or offsets.is_meta or not offsets.numel():
-        return
-    if torch._C._are_functorch_transforms_active():
-        return
-    if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not offsets.numel() or not checks.readable(offsets):
         return
     for value in torch.stack(offsets.aminmax()).tolist():
         if not 0 <= value <= last:

@@ -5,15 +5,23 @@ import torch
 from lspm_kernels.reference.attention import attention
 
 
-def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, alibi_slopes=None, return_lse=False, **options):
+def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, alibi_slopes=None, block_table=None,
+                     return_lse=False, **options):  # fmt: skip
     """Each sequence's attention; lspm_kernels.attention_varlen says what the arguments are."""
     (q_ends, k_ends), dim_v = (starts.tolist() for starts in (cu_seqlens_q, cu_seqlens_k)), v.shape[-1]
-    outs, lses = [q.new_empty(0, q.shape[1], dim_v)], [q.new_empty(q.shape[1], 0, dtype=torch.float32)]
+    outs, lses = (
+        [q[:0, :, :1].expand(0, q.shape[1], dim_v)],
+        [q[:0, :, 0].float().T],
+    )
     for b in range(len(q_ends) - 1):
-        parts = q[q_ends[b] : q_ends[b + 1]], *(x[k_ends[b] : k_ends[b + 1]] for x in (k, v))
+        begin, end = k_ends[b], k_ends[b + 1]
+        if block_table is None:
+            keys, values = k[begin:end], v[begin:end]
+        else:
+            keys, values = (x[block_table[b]].flatten(0, 1)[: end - begin] for x in (k, v))
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
         out, lse = attention(
-            *(x.transpose(0, 1)[None] for x in parts),
+            *(x.transpose(0, 1)[None] for x in (q[q_ends[b] : q_ends[b + 1]], keys, values)),
             alibi_slopes=slopes,
             return_lse=True,
             b=b,

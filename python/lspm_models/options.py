@@ -103,7 +103,10 @@ def errors_in_one_line(program: str) -> Iterator[None]:
     except KeyboardInterrupt:
         fail(program, "interrupted", code=130)
     except ModuleNotFoundError as error:
-        fail(program, f"needs the package {error.name}; install it with: pip install 'lspm-kernels[models]'")
+        package = f"needs the package {error.name}"
+        fail(program, f"{package}; install it, in the repository, with: pip install '.[models]'")
+    except ImportError as error:  # the kernels were not built, or this machine cannot run those that were
+        fail(program, str(error))
 
 
 def read_config(path: str | Path) -> dict[str, dict]:

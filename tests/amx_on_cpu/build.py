@@ -13,10 +13,11 @@ import pybind11
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("LSPM_TEST_CACHE", ROOT / "build")) / "amx_on_cpu"
 TILES = ROOT / "tests" / "amx_on_cpu" / "tiles.h"
+SANITIZE = [f"-fsanitize={name}", "-g1"] if (name := os.environ.get("LSPM_SANITIZE")) else []
 FLAGS = [
     "-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-w",
     "-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-D__AMX_BF16__", "-include", str(TILES),
-    f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
+    *SANITIZE, f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
 ]  # fmt: skip
 
 
@@ -29,6 +30,7 @@ def module():
     csrc = ROOT / "csrc"
     sources = [*sorted(csrc.glob("bindings*.cpp")), *sorted((csrc / "cpu").glob("*.cpp"))]
     texts = [path.read_bytes() for path in (TILES, *sources, *sorted(csrc.rglob("*.h")))]
+    texts += map(str.encode, SANITIZE)
     out = CACHE / hashlib.sha256(b"\0".join(texts)).hexdigest()[:16] / "_C.so"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +41,8 @@ def module():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda command: subprocess.run(command, check=True), commands))
         made = out.with_suffix(".made")
-        subprocess.run(["g++", "-shared", "-fopenmp", *map(str, objects), "-o", str(made)], check=True)
+        link = ["g++", "-shared", "-fopenmp", *SANITIZE, *map(str, objects), "-o", str(made)]
+        subprocess.run(link, check=True)
         made.rename(out)
     spec = importlib.util.spec_from_file_location("_C", out)
     loaded = importlib.util.module_from_spec(spec)

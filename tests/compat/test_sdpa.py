@@ -105,8 +105,13 @@ def test_under_torch_compile():
     assert torch.equal(
         compiled(x, x, x, is_causal=True), scaled_dot_product_attention(x, x, x, is_causal=True)
     )
-    with pytest.raises(Exception, match=r"seed must be given where torch.compile traces a dropout, got None"):
-        compiled(x, x, x, None, 0.1)
+    outs = []
+    for start in (5, 5, 6):
+        torch.manual_seed(start)
+        outs.append(compiled(x, x, x, None, 0.4))
+    torch.manual_seed(5)
+    assert torch.equal(outs[0], scaled_dot_product_attention(x, x, x, None, 0.4))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
 X, MASK = torch.zeros(2, 4, 6, 16), torch.zeros(6, 6)

@@ -1,11 +1,19 @@
 """Calls the C functions of a kernel library with PyTorch tensors in emulated device memory."""
 
 import ctypes
+import functools
 import os
+import shutil
 import subprocess
 import sys
 
+import asan
+import pytest
 import torch
+
+from cuda_on_cpu import build
+
+FLAVOURS = os.environ.get("LSPM_CUDA_ON_CPU", "fast check ptxcheck").split()
 
 COUNTERS = ("mma", "ldmatrix", "ldmatrix_conflicts", "cp_async", "shuffles", "barriers")
 SHARED_MAX = 163 * 1024  # bytes of a block on sm_80
@@ -82,6 +90,28 @@ class Library:
         self.buffers.clear()
 
 
+@functools.cache
+def load(flavour, *sources, ptx_kernels=""):
+    """The library of kernels and their entries, as build.kernels makes it."""
+    return Library(build.kernels(sources, flavour, ptx_kernels))
+
+
+def fixture(*sources, ptx_kernels=""):
+    """A fixture that is load()'s library in each flavour of LSPM_CUDA_ON_CPU, or of all but asan."""
+
+    @pytest.fixture(params=FLAVOURS)
+    def library(request):
+        if request.param == "ptxcheck" and not shutil.which("nvcc"):
+            pytest.skip("nvcc is not installed")
+        library = load(request.param, *sources, ptx_kernels=ptx_kernels)
+        library.flavour = request.param
+        yield library
+        library.configure()
+        library.free()
+
+    return library
+
+
 def as_c(argument):
     if isinstance(argument, Buffer):
         return argument.pointer
@@ -93,18 +123,8 @@ def as_c(argument):
 
 
 def run_under_asan(*command):
-    """Runs Python with AddressSanitizer loaded first, as it must be; raises KernelError with what it says."""
-    libraries = [
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "LSPM_CUDA_ON_CPU": "asan",
-    }
+    """Runs Python with AddressSanitizer loaded; raises KernelError with what it says."""
+    environment = asan.environment() | {"LSPM_CUDA_ON_CPU": "asan"}
     result = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
     )

@@ -44,6 +44,10 @@ __global__ void cp_async_kernel(const uint4* in, uint4* out) {  // two groups; l
 }
 
 __global__ void ex2_kernel(const float* in, float* out) { out[threadIdx.x] = ptx::ex2(in[threadIdx.x]); }
+template <class T>
+__global__ void pack_kernel(const float* in, uint32_t* out) {
+  out[threadIdx.x] = ptx::pack<T>(in[2 * threadIdx.x], in[2 * threadIdx.x + 1]);
+}
 __global__ void tf32_kernel(const float* in, uint32_t* out) {
   out[threadIdx.x] = ptx::cvt_tf32(in[threadIdx.x]);
 }
@@ -230,6 +234,10 @@ const char* cp_async_test(const uint4* in, uint4* out) {
 }
 const char* ex2_test(const float* in, float* out) {
   return message_of([&] { launch({1, 64, 0, nullptr}, ex2_kernel, in, out); });
+}
+const char* pack_test(const float* in, uint32_t* out, int64_t half) {
+  auto* kernel = half ? pack_kernel<f16> : pack_kernel<bf16>;
+  return message_of([&] { launch({1, 64, 0, nullptr}, kernel, in, out); });
 }
 const char* tf32_test(const float* in, uint32_t* out) {
   return message_of([&] { launch({1, 64, 0, nullptr}, tf32_kernel, in, out); });

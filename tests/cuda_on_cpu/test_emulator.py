@@ -1,33 +1,17 @@
 """The emulator itself: instruction models against independent references, and planted bugs it must find."""
 
-import functools
 import itertools
-import os
-import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from cuda_on_cpu import build, ptx2cpp
-from cuda_on_cpu.library import KernelError, Library, run_tests_under_asan, run_under_asan
+from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, load, run_tests_under_asan, run_under_asan
 
-FLAVOURS = os.environ.get("LSPM_CUDA_ON_CPU", "fast check ptxcheck").split()
+SELFTEST = build.HERE / "selftest.cu"
 
-
-@functools.cache
-def load(flavour):
-    return Library(build.kernels([build.HERE / "selftest.cu"], flavour))
-
-
-@pytest.fixture(params=FLAVOURS)
-def library(request):
-    if request.param == "ptxcheck" and not shutil.which("nvcc"):
-        pytest.skip("nvcc is not installed")
-    library = load(request.param)
-    library.flavour = request.param
-    yield library
-    library.free()
+library = fixture(SELFTEST)
 
 
 def run(library, name, *arguments, outputs):
@@ -100,6 +84,13 @@ def test_ex2(library):
     run(library, "ex2_test", x, out, outputs=1)
     expected = torch.where(x < -126, 0, x.double().exp2())
     torch.testing.assert_close(out.tensor().double(), expected, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pack(library, dtype):
+    x, out = torch.randn(128) * torch.logspace(-6, 4, 128), library.empty(128, dtype)
+    run(library, "pack_test", x, out, int(dtype == torch.float16), outputs=1)
+    assert torch.equal(out.tensor(), x.to(dtype))
 
 
 def test_cvt_tf32_rounds_ties_away_from_zero(library):
@@ -229,7 +220,7 @@ def test_planted_bugs_are_found(library, bug):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_races_are_found_under_any_schedule(seed):
-    library = load("check")
+    library = load("check", SELFTEST)
     library.configure(seed)
     for bug, report in itertools.islice(BUGS.items(), 1, 7):
         out, zeros = library.empty(64, torch.int32), library.copy(torch.zeros(64, dtype=torch.int32))
@@ -264,7 +255,7 @@ c.bug_test(out, zeros, ctypes.c_int64(int(sys.argv[2])))
 @pytest.mark.skipif("asan" in FLAVOURS, reason="starts runs under asan")
 @pytest.mark.parametrize("bug", ASAN_BUGS)
 def test_asan_finds_its_own(bug):
-    path = build.kernels([build.HERE / "selftest.cu"], "asan")
+    path = build.kernels([SELFTEST], "asan")
     with pytest.raises(KernelError, match=ASAN_BUGS[bug]):
         run_under_asan("-c", RUN_BUG, str(path), str(bug))
 

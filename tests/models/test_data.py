@@ -1,32 +1,15 @@
 """Token files, the split, and blocks of tokens."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lspm_models.data import corpus as corpora
 from lspm_models.data.corpus import PIECE, open_corpus
 from lspm_models.data.text import TextBlocks, TextConfig, TextData, prepare_text
-from lspm_models.data.tokenizers import (
-    ByteBpe,
-    Characters,
-)
+from lspm_models.data.tokenizers import Characters
 from lspm_models.data.tokens import Tokens, tokens_for
-
-SAMPLE = Path(corpora.__file__).read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    return ByteBpe.train([SAMPLE], 300)
-
-
-@pytest.fixture(scope="module")
-def characters():
-    return Characters.train([SAMPLE], 100)
 
 
 def corpus_of(tmp_path, texts):
@@ -63,8 +46,8 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     assert (tokens.ids.dtype, tokens.ids.tolist()) == (np.uint32, [65536, 65537])
 
 
-def test_token_files_are_made_once_for_each_content(tmp_path, bpe, characters):
-    corpus_of(tmp_path, [SAMPLE])
+def test_token_files_are_made_once_for_each_content(tmp_path, sample, bpe, characters):
+    corpus_of(tmp_path, [sample])
     folder = tmp_path / "t"
     lines = []
 
@@ -82,12 +65,12 @@ def test_token_files_are_made_once_for_each_content(tmp_path, bpe, characters):
     assert make(bpe).fingerprint == first.fingerprint
     assert len(lines) == 1
     others = [make(characters), make(bpe, 0.2)]
-    (tmp_path / "000.txt").write_text(SAMPLE + "x", encoding="utf-8")
+    (tmp_path / "000.txt").write_text(sample + "x", encoding="utf-8")
     others.append(make(bpe))
     assert (
         len({first.fingerprint, *(other.fingerprint for other in others)}) == 4 == len(list(folder.iterdir()))
     )
-    assert bpe.decode(first.ids[:-1]) == SAMPLE
+    assert bpe.decode(first.ids[:-1]) == sample
 
 
 def test_a_stream_of_pieces_equals_the_whole(tmp_path, characters):
@@ -168,8 +151,8 @@ def test_bad_options(options, message):
     assert str(error.value) == message
 
 
-def test_a_run_keeps_its_tokenizer(tmp_path):
-    (tmp_path / "a.txt").write_text(SAMPLE, encoding="utf-8")
+def test_a_run_keeps_its_tokenizer(tmp_path, sample):
+    (tmp_path / "a.txt").write_text(sample, encoding="utf-8")
     config = TextConfig(corpus=[str(tmp_path / "a.txt")], vocabulary_size=280)
     run = tmp_path / "run"
     run.mkdir()

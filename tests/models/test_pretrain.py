@@ -251,7 +251,8 @@ def test_a_missing_package_is_one_line(run, text, tmp_path, monkeypatch):
     result = run(pretrain, "--corpus", text, "--out", tmp_path / "run")
     refused(
         result,
-        r"pretrain\.py: needs the package tokenizers; install it with: pip install 'lspm-kernels\[models\]'",
+        r"pretrain\.py: needs the package tokenizers; "
+        r"install it, in the repository, with: pip install '\.\[models\]'",
     )
 
 

@@ -1,14 +1,12 @@
 """Tokenizers: what goes in comes out."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lspm_models.data import corpus as corpora
 from lspm_models.data.tokenizers import (
     ByteBpe,
     Characters,
@@ -17,18 +15,7 @@ from lspm_models.data.tokenizers import (
     without_surrogates,
 )
 
-SAMPLE = Path(corpora.__file__).read_text(encoding="utf-8")
 ANY_TEXT = st.text(st.characters(exclude_categories=[]))  # surrogates too
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    return ByteBpe.train([SAMPLE], 300)
-
-
-@pytest.fixture(scope="module")
-def characters():
-    return Characters.train([SAMPLE], 100)
 
 
 @given(ANY_TEXT)
@@ -41,8 +28,8 @@ def test_bpe_gives_any_text_back(bpe, text):
 
 
 @given(ANY_TEXT)
-def test_characters_give_known_text_back_and_mark_the_rest(characters, text):
-    known = set(SAMPLE)
+def test_characters_give_known_text_back_and_mark_the_rest(sample, characters, text):
+    known = set(sample)
     ids = characters.encode(text)
     expected = "".join(c if c in known else "\ufffd" for c in without_surrogates(text))
     assert characters.decode(ids) == expected
@@ -59,19 +46,19 @@ def test_text_without_surrogates_stays_itself(text):
     assert without_surrogates(text) is text
 
 
-def test_sizes_and_special_ids(bpe, characters):
+def test_sizes_and_special_ids(sample, bpe, characters):
     assert (bpe.vocabulary_size, bpe.end_of_text) == (300, 299)
     assert "<|endoftext|>" == bpe.decode(bpe.encode("<|endoftext|>"))
-    assert characters.vocabulary_size == len(set(SAMPLE)) + 2
+    assert characters.vocabulary_size == len(set(sample)) + 2
     assert characters.encode("é") == [0]
     assert Characters.train(["aabbbc"], 4).encode("abc") == [2, 1, 0]  # the two most frequent
 
 
-def test_saved_tokenizers_come_back(tmp_path, bpe, characters):
+def test_saved_tokenizers_come_back(tmp_path, sample, bpe, characters):
     for tokenizer in (bpe, characters):
         save_tokenizer(tokenizer, tmp_path / "t.json")
         again = load_tokenizer(tmp_path / "t.json")
-        assert again.encode(SAMPLE) == tokenizer.encode(SAMPLE)
+        assert again.encode(sample) == tokenizer.encode(sample)
         assert again.vocabulary_size == tokenizer.vocabulary_size
         assert json.loads((tmp_path / "t.json").read_text())["kind"] == tokenizer.kind
 

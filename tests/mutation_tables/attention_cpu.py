@@ -19,9 +19,9 @@ in_kernel = partial(
 MUTATIONS = [
     in_kernel(
         name="attention: the causal mask one key too far",
-        file="csrc/attention.h",
-        old="query + shift + right + 1, 0",
-        new="query + shift + right + 2, 0",
+        file="csrc/attention_shape.h",
+        old="query + shift + right + 1;",
+        new="query + shift + right + 2;",
     ),
     in_kernel(
         name="attention: the causal mask aligned top-left",
@@ -91,9 +91,9 @@ MUTATIONS = [
     ),
     in_kernel(
         name="attention: the window begins one key late",
-        file="csrc/attention.h",
-        old="query + shift - left)",
-        new="query + shift - left + 1)",
+        file="csrc/attention_shape.h",
+        old="query + shift - left;",
+        new="query + shift - left + 1;",
         tests=("tests/ops/test_attention_options.py", "-x"),
     ),
     in_kernel(

@@ -15,6 +15,7 @@ def build(isa):
 
 
 in_cpu = partial(Mutation, file="csrc/cpu/rotary.cpp", tests=TESTS, command=build("base"))
+in_memory = partial(in_cpu, tests=("tests/test_asan.py",), command=())
 in_binding = partial(in_cpu, file="csrc/bindings_rotary.cpp")
 in_op = partial(Mutation, file="lspm_kernels/ops/rotary.py", tests=TESTS)
 in_cuda = partial(
@@ -53,6 +54,16 @@ MUTATIONS = [
         new="streams(job.out, s.elements(), 0)",
         command=build("avx2"),  # the base instruction set streams nothing
     ),
+    in_memory(
+        name="rotary, asan: whole vectors read where the last pairs are fewer",
+        old="std::memcpy(room, from + 2 * i, bytes);",
+        new="std::memcpy(room, from + 2 * i, sizeof room);",
+    ),
+    in_memory(
+        name="rotary, asan: whole vectors written where the last pairs are fewer",
+        old="std::memcpy(to + 2 * i, room, bytes);",
+        new="std::memcpy(to + 2 * i, room, sizeof room);",
+    ),
     in_binding(
         name="rotary, binding: one position past the table admitted",
         old="last = s.positions - s.rows;",
@@ -65,7 +76,8 @@ MUTATIONS = [
     ),
     in_op(
         name="rotary, op: a copy of what could be read where it lies",
-        old="x if x.stride(-1) == 1 or D == 1 else x.contiguous()",
+        file="lspm_kernels/checks.py",
+        old="x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()",
         new="x.contiguous()",
     ),
     in_cuda(

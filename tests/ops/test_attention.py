@@ -191,9 +191,10 @@ def test_compile(mode):
 
 def test_opcheck():
     q, k, v = (x.requires_grad_() for x in tensors())
-    extras, options = [None] * 4, (-1, 0, False, 0, 0.25, 0.0, 0.0, "cpu")
-    torch.library.opcheck(torch.ops.lspm.attention.default, (q, k, v, *extras, *options))
-    out, lse, saved = (x.detach() for x in torch.ops.lspm.attention(q, k, v, *extras, *options))
+    extras, sizes, options = [None] * 7, (40, 50), (-1, 0, False, 0.25, 0.0, 0.0, "cpu")
+    given = (q, k, v, *extras, None, None, *sizes, *options)
+    torch.library.opcheck(torch.ops.lspm.attention.default, given)
+    out, lse, saved = (x.detach() for x in torch.ops.lspm.attention(*given))
     given = (
         torch.randn_like(out),
         torch.randn_like(lse),
@@ -202,7 +203,7 @@ def test_opcheck():
         out,
         saved,
     )
-    torch.library.opcheck(torch.ops.lspm.attention_backward.default, (*given, False, *options))
+    torch.library.opcheck(torch.ops.lspm.attention_backward.default, (*given, False, *sizes, *options))
 
 
 def test_second_derivative_is_an_error():

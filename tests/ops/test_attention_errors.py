@@ -40,7 +40,7 @@ def test_the_binding_refuses_what_would_touch_other_memory():
     saved, rest = torch.empty(2, 2, 4, 40), (q, k, v, out, lse)
 
     def forward(q, k, v, out, lse, bias=None, slopes=None, saved=saved, dropout=0.0):
-        options = (-1, 0, 10, 0), (0.25, 0.0, dropout), 1
+        options = None, (-1, 0, 10, 0), (0.25, 0.0, dropout), 1
         compiled.cpu.attention_forward(q, k, v, bias, None, slopes, None, out, lse, saved, *options)
 
     for message, wrong in {
@@ -75,6 +75,9 @@ BAD_OPTIONS = {
     },
     "mask must be on q's device cpu, got meta": {"mask": torch.ones(40, device="meta")},
     "alibi_slopes must have shape (4,) or (2, 4), got (3,)": {"alibi_slopes": torch.ones(3)},
+    "alibi_slopes must not be NaN, got [0.0, nan, 0.0, 0.0]": {
+        "alibi_slopes": torch.tensor([0.0, float("nan"), 0.0, 0.0])
+    },
     "sinks must have shape (4,), got (2, 4)": {"sinks": torch.ones(2, 4)},
     "sinks must have a floating-point dtype, got torch.int64": {"sinks": torch.ones(4).long()},
     "softcap must be finite and at least 0, got -1.0": {"softcap": -1.0},

@@ -205,6 +205,22 @@ def test_memory_is_linear_in_the_length_with_every_option():
 
 
 @pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
+def test_a_compiled_dropout_draws_its_seed(mode):
+    """Each call another one, the backward the forward's; a manual seed repeats it."""
+    torch._dynamo.reset()
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 60, 8))
+    traced = torch.compile(lambda *t: lk.attention(*t, dropout_p=0.5), fullgraph=True, backend=mode)
+    results = []
+    for start in (5, 5, 6):
+        torch.manual_seed(start)
+        results.append(traced(q, k, torch.ones_like(v)))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert not torch.equal(traced(q, k, v), traced(q, k, v))
+    (dv,) = torch.autograd.grad((out := traced(q, k, v)).sum(), v)
+    assert abs((dv * v).sum() - out.sum()) < 1e-3  # out is linear in v, under the forward's dropout alone
+
+
+@pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
 def test_compile(mode):
     torch._dynamo.reset()
     given, call = case(OPTIONS["everything"], SHAPES["small"], torch.float32)
@@ -216,8 +232,8 @@ def test_opcheck():
     q, k, v = (torch.randn(s).requires_grad_() for s in ((2, 4, 40, 16), (2, 2, 50, 16), (2, 2, 50, 24)))
     bias, sinks = torch.randn(1, 4, 40, 1, requires_grad=True), torch.randn(4, requires_grad=True)
     mask, slopes = torch.rand(2, 1, 1, 50) < 0.8, torch.rand(2, 4, 1, 1)
-    options = (20, 0, False, 5, 0.25, 2.0, 0.1, "cpu")
-    given = (q, k, v, bias, mask, slopes, sinks, *options)
+    options = (torch.tensor(5), None, None, 40, 50, 20, 0, False, 0.25, 2.0, 0.1, "cpu")
+    given = (q, k, v, bias, mask, slopes, sinks, None, None, *options)
     torch.library.opcheck(torch.ops.lspm.attention.default, given)
 
 

@@ -1,25 +1,22 @@
 """The CUDA kernels of layer norm, executed on the CPU (tests/cuda_on_cpu) against the float64 reference."""
 
 import ctypes
-import functools
 import itertools
-import os
-import shutil
 
 import pytest
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.library import KernelError, Library, run_tests_under_asan
+from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan
+from ops.norms import EPS, plain, tensors
 
 import oracle
-from lspm_kernels.reference import layer_norm as reference
 
-FLAVOURS = os.environ.get("LSPM_CUDA_ON_CPU", "fast check ptxcheck").split()
 SOURCES = (build.ROOT / "csrc/cuda/layer_norm.cu", build.HERE / "entries/layer_norm.cpp")
 # Of nvcc's PTX, whose translation takes its time: every width, with weights of the data's type and of float.
 PTX_KERNELS = r"kernelI(f|13__nv_bfloat16[fE]|6__half[SE])"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-EPS = 1e-5
+
+library = fixture(*SOURCES, ptx_kernels=PTX_KERNELS)
 
 
 class LayerNorm:
@@ -87,46 +84,6 @@ class LayerNormFunction(torch.autograd.Function):
             dweight and dweight.tensor(),
             dbias and dbias.tensor(),
         )
-
-
-def plain(centered):
-    """The reference with the arguments of LayerNorm."""
-
-    def function(x, residual=None, weight=None, bias=None):
-        arguments = (weight, bias, EPS) if centered else (weight, EPS)
-        if residual is None:
-            return (reference.layer_norm if centered else reference.rms_norm)(x, *arguments)
-        return (reference.add_layer_norm if centered else reference.add_rms_norm)(x, residual, *arguments)
-
-    return function
-
-
-@functools.cache
-def load(flavour):
-    return Library(build.kernels(SOURCES, flavour, PTX_KERNELS))
-
-
-@pytest.fixture(params=FLAVOURS)
-def library(request):
-    if request.param == "ptxcheck" and not shutil.which("nvcc"):
-        pytest.skip("nvcc is not installed")
-    library = load(request.param)
-    library.flavour = request.param
-    yield library
-    library.configure()
-    library.free()
-
-
-def tensors(rows, cols, dtype=torch.float32, weight_dtype=None, present=("residual", "weight", "bias")):
-    """x, residual, weight, bias; None for those not present."""
-    weight_dtype = weight_dtype or dtype
-    made = {
-        "x": (torch.randn(rows, cols) * 2 + 0.7).to(dtype),
-        "residual": torch.randn(rows, cols).to(dtype),
-        "weight": (torch.randn(cols) + 1).to(weight_dtype),
-        "bias": torch.randn(cols).to(weight_dtype),
-    }
-    return [made[name] if name in ("x", *present) else None for name in made]
 
 
 def check(library, inputs, centered=True, **options):

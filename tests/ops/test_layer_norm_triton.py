@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
+from ops.norms import ALL, EPS, plain, tensors
 
 import lspm_kernels as lk
 import oracle
 from lspm_kernels import dispatch
 from lspm_kernels.ops import layer_norm as ops
-from lspm_kernels.reference import layer_norm as reference
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -21,9 +21,7 @@ from cuda_on_cpu.triton_driver import uninitialised  # noqa: E402
 from lspm_kernels.triton import layer_norm  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-EPS = 1e-5
 REGISTERS = 65536  # of a multiprocessor: a block that takes more cannot be launched
-ALL = ("residual", "weight", "bias")
 TILE = ["_forward_kernel", "_backward_kernel", "_sum_partials_kernel"]
 WIDE = ["_wide_forward_kernel", "_wide_dx_kernel", "_wide_partial_kernel", "_sum_partials_kernel"]
 # rows, cols, dtype, weight_dtype, centered, what is present, the kernels launched
@@ -80,29 +78,6 @@ def empty(*shape):
 
 def empty_like(tensor):
     return uninitialised(torch.empty_like(tensor))
-
-
-def plain(centered=True):
-    """The reference with the arguments of LayerNorm."""
-
-    def function(x, residual=None, weight=None, bias=None):
-        arguments = (weight, bias, EPS) if centered else (weight, EPS)
-        if residual is None:
-            return (reference.layer_norm if centered else reference.rms_norm)(x, *arguments)
-        return (reference.add_layer_norm if centered else reference.add_rms_norm)(x, residual, *arguments)
-
-    return function
-
-
-def tensors(rows, cols, dtype=F32, weight_dtype=F32, present=ALL):
-    """x, residual, weight, bias; None for those not present."""
-    made = {
-        "x": (torch.randn(rows, cols) * 2 + 0.7).to(dtype),
-        "residual": torch.randn(rows, cols).to(dtype),
-        "weight": (torch.randn(cols) + 1).to(weight_dtype),
-        "bias": torch.randn(cols).to(weight_dtype),
-    }
-    return [made[name] if name in ("x", *present) else None for name in made]
 
 
 # Where the code generators differ little, one suffices.

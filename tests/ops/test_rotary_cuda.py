@@ -1,22 +1,19 @@
 """The CUDA kernel of rotary, executed on the CPU (tests/cuda_on_cpu) against the float64 reference."""
 
 import ctypes
-import functools
-import os
-import shutil
 
 import pytest
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.library import KernelError, Library, run_tests_under_asan
+from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan
 from ops.test_rotary import BF16, F16, F32, STYLES, bound, tables
 
 import oracle
 from lspm_kernels.reference import rotary as reference
 
-FLAVOURS = os.environ.get("LSPM_CUDA_ON_CPU", "fast check ptxcheck").split()
-SOURCES = (build.ROOT / "csrc/cuda/rotary.cu", build.HERE / "entries/rotary.cpp")
 DTYPES = {F32: 0, BF16: 1, F16: 2}
+
+library = fixture(build.ROOT / "csrc/cuda/rotary.cu", build.HERE / "entries/rotary.cpp")
 
 
 class Rotary(torch.autograd.Function):
@@ -65,21 +62,6 @@ def on(library, misaligned=()):
         return Rotary.apply(x, library, misaligned, cos, sin, *start, interleaved)
 
     return rotary
-
-
-@functools.cache
-def load(flavour):
-    return Library(build.kernels(SOURCES, flavour))
-
-
-@pytest.fixture(params=FLAVOURS)
-def library(request):
-    if request.param == "ptxcheck" and not shutil.which("nvcc"):
-        pytest.skip("nvcc is not installed")
-    library = load(request.param)
-    yield library
-    library.configure()
-    library.free()
 
 
 def check(library, shape, dtype=F32, table_dtype=F32, view=lambda x: x, misaligned=(), **options):

@@ -120,6 +120,14 @@ inline void cp_async_wait() {
   emu::cp_async_wait(kPending);
 }
 
+template <class T>
+inline uint32_t pack(float low, float high) {
+  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
+  uint32_t bits;
+  memcpy(&bits, pair, sizeof bits);
+  return bits;
+}
+
 inline float ex2(float x) {
   constexpr float kSmallestNormal = 1.17549435e-38f;
   const float y = exp2f(x);

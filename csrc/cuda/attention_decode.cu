@@ -1,0 +1,193 @@
+// Attention of few queries to many keys (Dao et al., "Flash-Decoding", 2023), as where a cache is decoded.
+//
+// A block owns one part of the keys of one key head, and all queries of all heads that read it: at most 64
+// rows of one tile, so that keys and values are read once. What is in registers and shared memory is as in
+// the forward; each part's maxima, denominators and sums go to scratch, and a warp for each row adds up the
+// parts in their order. Bytes moved: k and v once, and 4 (value_dim + 2) for each row and part, twice.
+#include "../attention.h"
+#include "attention_tiles.cuh"
+
+namespace lspm::cuda {
+namespace {
+
+constexpr int kDecodeRows = 64;
+
+template <int kPadded>
+struct Parts {
+  static constexpr int kDim = kPadded, kWarps = kDecodeRows / 16, kThreads = kWarps * kWarp;
+  static constexpr int kKeys = kDim > 128 ? 32 : 64;
+  static constexpr int kElements = (kDecodeRows + 2 * kKeys) * kDim;
+};
+template <int kPadded, bool>
+using DecodeTile = Parts<kPadded>;
+
+// The sums of a row's values in one part, their reference, the power of 2, and the denominator under it.
+__device__ __forceinline__ float* part_of(float* scratch, const AttentionShape& shape, int part,
+                                          int64_t row) {
+  return scratch + (part * shape.rows() + row) * (shape.value_dim + 2);
+}
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2)
+    attention_decode_kernel(const __grid_constant__ ForwardCall call, float* scratch) {
+  constexpr int kDim = Tile::kDim, kKeys = Tile::kKeys, kTiles = kKeys / 8, kChunks = kDim / kChunk;
+  DYNAMIC_SHARED(memory);
+  T* const q_tile = reinterpret_cast<T*>(memory);
+  T* const k_tile = q_tile + kDecodeRows * kDim;
+  T* const v_tile = k_tile + kKeys * kDim;
+
+  const int part = blockIdx.x, kv_head = blockIdx.y, batch = blockIdx.z, group = int(call.shape.group());
+  const AttentionShape shape = call.shape.of(batch);
+  const Window window(shape);
+  const int rows = window.queries * group;
+  const int first = window.first_key(0) / kKeys,
+            end = (window.end_key(window.queries - 1) + kKeys - 1) / kKeys;
+  const int tiles = max(end - first, 0), parts = int(gridDim.x);
+  const int begin_key = (first + int(int64_t(tiles) * part / parts)) * kKeys;
+  const int end_key = (first + int(int64_t(tiles) * (part + 1) / parts)) * kKeys;
+  const Rows<T> k(call.k, batch, kv_head, window.keys, shape.head_dim);
+  const Rows<T> v(call.v, batch, kv_head, window.keys, shape.value_dim);
+
+  if (begin_key < end_key) {
+    for (int i = threadIdx.x; i < kDecodeRows * kChunks; i += Tile::kThreads) {
+      const int row = i / kChunks, col = i % kChunks * kChunk;
+      const bool inside = row < rows;
+      const T* const from =
+          inside ? call.q.at<T>(batch, int64_t(kv_head) * group + row % group, row / group) : nullptr;
+      Vec<T, kChunk> chunk;
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e)
+        chunk.at[e] = inside && col + e < shape.head_dim ? from[col + e] : from_float<T>(0.0f);
+      store(q_tile + row * kDim + (col ^ row % 8 * kChunk), chunk);
+    }
+    load_tile<true, kDim, kKeys, Tile::kThreads>(k_tile, k, begin_key, call.aligned);
+    ptx::cp_async_commit();
+  }
+  const Share<16, 8> share = {int(threadIdx.x / kWarp) * 16};
+  const bool works = share.first < rows;  // other warps only copy
+  const int place = lane_place<kDim>(true);
+  int query[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) query[h] = (share.row(0, h) + lane_row()) / group;
+  float maximum[1][2] = {{-INFINITY, -INFINITY}}, total[1][2] = {}, sums[1][kDim / 8][4] = {};
+  for (int start = begin_key; start < end_key; start += kKeys) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // the keys have come, and every warp is done with the values before
+    load_tile<true, kDim, kKeys, Tile::kThreads>(v_tile, v, start, call.aligned);
+    ptx::cp_async_commit();
+    float s[1][kTiles][4];
+    if (works)
+      multiply_transpose<kDim>(
+          s, k_tile, [&](uint32_t (&a)[1][4], int i) { load_rows<kDim>(a, q_tile, share, place, i); });
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // the values have come, and every warp is done with the keys
+    if (start + kKeys < end_key) {
+      load_tile<true, kDim, kKeys, Tile::kThreads>(k_tile, k, start + kKeys, call.aligned);
+      ptx::cp_async_commit();
+    }
+    if (!works) continue;
+    const Scores scores(call, window, shape, batch, kv_head);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      float cap_slope[4];
+      const auto key = [&](int i) { return start + 8 * n + lane_column() + i % 2; };
+      scores.apply(s[0][n], cap_slope, [&](int i) { return query[i / 2]; }, key);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (window.hides(query[i / 2], key(i))) s[0][n][i] = -INFINITY;
+    }
+    online_softmax(s, maximum, total, sums, call.exponent);
+    uint32_t p[1][kTiles / 2][4];
+    as_factor<T>(p, s);
+    multiply_add<kDim>(sums, p, v_tile);
+  }
+  if (!works) return;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float seen = quad_sum(total[0][h]);
+    const int row = share.row(0, h) + lane_row();
+    if (row >= rows) continue;
+    const float power = maximum[0][h] == -INFINITY ? -INFINITY : maximum[0][h] * call.unit * kLog2e;
+    const float factor = maximum[0][h] == -INFINITY ? 1.0f : rebase(maximum[0][h], call.exponent, power);
+    const int64_t at = call.shape.row(batch, int64_t(kv_head) * group + row % group, row / group);
+    float* const to = part_of(scratch, call.shape, part, at);
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (const int col = 8 * n + lane_column() + e; col < shape.value_dim)
+          to[col] = sums[0][n][2 * h + e] * factor;
+    if (lane_column() == 0) {
+      to[shape.value_dim] = power;
+      to[shape.value_dim + 1] = seen * factor;
+    }
+  }
+}
+
+constexpr int kCombineRows = 4;  // to a block
+
+template <class T>
+__global__ void __launch_bounds__(kCombineRows* kWarp)
+    attention_combine_kernel(const __grid_constant__ ForwardCall call, float* scratch, int parts) {
+  const int batch = blockIdx.z, head = blockIdx.y, lane = threadIdx.x;
+  const int query = int(blockIdx.x * kCombineRows + threadIdx.y);
+  const AttentionShape shape = call.shape.of(batch);
+  const Window window(shape);
+  if (query >= window.queries) return;
+  const int64_t row = call.shape.row(batch, head, query);
+  const int dim = int(shape.value_dim);
+  float largest = -INFINITY;
+  for (int part = 0; part < parts; ++part)
+    largest = fmaxf(largest, part_of(scratch, call.shape, part, row)[dim]);
+
+  const bool sees = window.first_key(query) < window.end_key(query);
+  const float* const sinks = call.extras.sinks;
+  const float sink = sinks ? sinks[head] : -INFINITY;
+  float common = base_of(largest) * kLn2;
+  if (sinks) common = sees ? fmaxf(common, sink) : sink;
+  const float power = common * kLog2e;  // as the backward finds it
+  float all = sinks ? ptx::ex2(fmaf(sink, kLog2e, -power)) : 0.0f;
+  for (int part = 0; part < parts; ++part) {
+    const float* const from = part_of(scratch, call.shape, part, row);
+    all += from[dim + 1] * ptx::ex2(from[dim] - power);
+  }
+  const float inverse = __fdividef(1.0f, all);
+  T* const out = call.out.at<T>(batch, head, query);
+  for (int col = lane; col < dim; col += kWarp) {
+    float sum = 0.0f;
+    for (int part = 0; part < parts; ++part) {
+      const float* const from = part_of(scratch, call.shape, part, row);
+      sum += from[col] * ptx::ex2(from[dim] - power);
+    }
+    out[col] = from_float<T>(sees ? sum * inverse : 0.0f);
+  }
+  if (lane != 0) return;
+  call.lse[row] = all == 0.0f ? -INFINITY : fmaf(power, kLn2, logf(all));
+  call.statistics[row] = all == 0.0f ? 0.0f : common;
+  call.statistics[call.shape.rows() + row] = all == 0.0f ? 0.0f : inverse;
+}
+
+}  // namespace
+
+bool decodes(const AttentionShape& shape, const AttentionExtras& extras) {
+  return shape.queries * shape.group() <= kDecodeRows && !extras.bias.data && !extras.mask.data &&
+         !extras.slopes.data && !(shape.dropout > 0.0);
+}
+
+void attention_decode(const ForwardCall& call, float* scratch, int splits, cudaStream_t stream) {
+  const AttentionShape& s = call.shape;
+  with_type("attention_forward", s.dtype, [&](auto type) {
+    using T = decltype(type);
+    with_tile<DecodeTile>(call, [&](auto tile) {
+      using Tile = decltype(tile);
+      launch({dim3(unsigned(splits), unsigned(s.kv_heads), unsigned(s.batch)), Tile::kThreads,
+              Tile::kElements * sizeof(T), stream},
+             attention_decode_kernel<T, Tile>, call, scratch);
+    });
+    const unsigned blocks = unsigned((s.queries + kCombineRows - 1) / kCombineRows);
+    launch({dim3(blocks, unsigned(s.heads), unsigned(s.batch)), dim3(kWarp, kCombineRows), 0, stream},
+           attention_combine_kernel<T>, call, scratch, splits);
+  });
+}
+
+}  // namespace lspm::cuda

@@ -1,0 +1,196 @@
+"""attention_with_kv_cache: what it appends, where, and the attention to it."""
+
+import pytest
+import torch
+
+import lspm_kernels as lk
+import oracle
+from lspm_kernels import compiled
+from lspm_kernels.reference import attention as dense
+from lspm_kernels.reference import attention_with_kv_cache as reference
+from lspm_kernels.reference import rotary
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+B, H, H_KV, S, D, DV = 3, 4, 2, 600, 32, 16
+LENGTHS = (0, 300, 555)
+KINDS = ["dense", "pages of 16", "pages of 256", "chosen", "padded"]
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": (50, 0)},
+    "everything": {"window": (90, 3), "alibi_slopes": torch.rand(B, H), "softcap": 3.0, "scale": 0.3,
+                   "sinks": torch.randn(H)},
+}  # fmt: skip
+
+
+def cache(kind, dtype):
+    """k_cache, v_cache, the options that say how they lie, and the same for the reference: begins, table."""
+    if kind.startswith("pages"):
+        rows = int(kind.split()[-1])
+        P = -(-S // rows)
+        table = torch.randperm(B * P + 2)[: B * P].view(B, P)
+        sizes, options, begins = (B * P + 2, H_KV, rows), {"block_table": table}, [0] * B
+    elif kind == "chosen":
+        table = torch.tensor([4, 0, 2])
+        sizes, options, begins = (5, H_KV, S), {"cache_batch_idx": table}, [0] * B
+        table = table[:, None]
+    else:
+        begins = [0, 7, 200] if kind == "padded" else [0] * B
+        sizes, table = (B, H_KV, S), None
+        options = {"cache_leftpad": torch.tensor(begins)} if kind == "padded" else {}
+    k, v = (torch.randn(*sizes, dim).to(dtype) for dim in (D, DV))
+    return k, v, options, begins, table
+
+
+def appended(x, new, table, lengths):
+    """A copy of the cache x, with new (B, H_kv, T, dim) behind `lengths`, one element after the other."""
+    x = x.clone()
+    for b, length in enumerate(lengths):
+        for t in range(new.shape[2]):
+            page, row = (
+                (b, length + t)
+                if table is None
+                else (table[b, (length + t) // x.shape[2]], (length + t) % x.shape[2])
+            )
+            x[page, :, row] = new[b, :, t]
+    return x
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("new", [0, 1, 3, 40])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_against_the_reference(name, kind, new, dtype):
+    k_cache, v_cache, options, begins, table = cache(kind, dtype)
+    lengths = [max(length, begin) for length, begin in zip(LENGTHS, begins, strict=True)]
+    q = torch.randn(B, H, new or 2, D).to(dtype)
+    k, v = (torch.randn(B, H_KV, new, dim).to(dtype) for dim in (D, DV))
+    expected = [appended(x, y, table, lengths) for x, y in ((k_cache, k), (v_cache, v))]
+    counts = [length + new - begin for length, begin in zip(lengths, begins, strict=True)]
+
+    def call(q, k, v):
+        return reference.attention_with_kv_cache(
+            q, k, v, begins, counts, table, **OPTIONS[name], return_lse=True
+        )
+
+    out, lse = lk.attention_with_kv_cache(
+        q, k_cache, v_cache, *((k, v) if new else ()), cache_seqlens=torch.tensor(lengths), **options,
+        **OPTIONS[name], return_lse=True,
+    )  # fmt: skip
+    assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
+    truth, plain = call(q.double(), *(x.double() for x in expected)), call(q, *expected)
+    oracle.compare("out", out, truth[0], plain[0])
+    seen = plain[1].isfinite()
+    assert torch.equal(lse.isfinite(), seen)
+    oracle.compare("lse", lse[seen], truth[1][seen], plain[1][seen])
+
+
+@pytest.mark.parametrize("isa", list(compiled.NEEDS))
+def test_under_every_instruction_set(monkeypatch, isa):
+    try:
+        monkeypatch.setattr(compiled, "cpu", compiled.load_cpu(isa))
+    except ImportError as error:
+        pytest.skip(str(error))
+    for new in (1, 40):
+        test_against_the_reference("everything", "pages of 16", new, F16)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_rotary_on_the_way(causal, interleaved):
+    """Query and key i stand at cache_seqlens + i; without a window all queries at cache_seqlens."""
+    k_cache, v_cache, *_ = cache("dense", F32)
+    cos, sin = (f(torch.rand(S, 8) * 6) for f in (torch.cos, torch.sin))
+    q, k, v = torch.randn(B, H, 5, D), torch.randn(B, H_KV, 5, D), torch.randn(B, H_KV, 5, DV)
+    at = torch.tensor(LENGTHS)
+
+    def turned(x, steps):
+        rows = [
+            rotary.rotary(x[:, :, t : t + 1], cos, sin, interleaved=interleaved, offsets=at + t * steps)
+            for t in range(5)
+        ]
+        return torch.cat(rows, 2)
+
+    expected = appended(k_cache, turned(k, 1), None, LENGTHS)
+    out = lk.attention_with_kv_cache(
+        q, k_cache, v_cache, k, v, cache_seqlens=at, cos=cos, sin=sin, interleaved=interleaved, causal=causal
+    )
+    torch.testing.assert_close(k_cache, expected, rtol=1e-6, atol=1e-6)
+    counts = [length + 5 for length in LENGTHS]
+    meant = reference.attention_with_kv_cache(
+        turned(q, int(causal)), expected, v_cache, [0] * B, counts, causal=causal
+    )
+    torch.testing.assert_close(out, meant, rtol=1e-5, atol=1e-5)
+
+
+def test_step_by_step_is_the_whole():
+    """A text generated token by token, in one cache, has the attention of the whole text at once."""
+    q, k, v = torch.randn(2, H, 70, D), torch.randn(2, H_KV, 70, D), torch.randn(2, H_KV, 70, DV)
+    k_cache, v_cache = torch.zeros(2, H_KV, 70, D), torch.zeros(2, H_KV, 70, DV)
+    outs, at = [], 0
+    for step in (60, 1, 1, 3, 5):
+        now = slice(at, at + step)
+        outs.append(
+            lk.attention_with_kv_cache(
+                q[:, :, now], k_cache, v_cache, k[:, :, now], v[:, :, now], cache_seqlens=at, causal=True
+            )
+        )
+        at += step
+    torch.testing.assert_close(
+        torch.cat(outs, 2), dense.attention(q, k, v, causal=True), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_cache_lies_as_it_likes():
+    """(B, S, H_kv, D) by its transpose: written in place, read where it lies, whole without cache_seqlens."""
+    k_cache, v_cache = torch.randn(2, 50, H_KV, D), torch.randn(2, 50, H_KV, DV)
+    q = torch.randn(2, H, 1, D)
+    views = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    out = lk.attention_with_kv_cache(q, *views)
+    torch.testing.assert_close(out, dense.attention(q, *views))
+    assert out.transpose(1, 2).is_contiguous()
+    version = k_cache._version
+    new = torch.ones(2, H_KV, 1, D), torch.ones(2, H_KV, 1, DV)
+    lk.attention_with_kv_cache(q, *views, *new, cache_seqlens=9)
+    assert (k_cache[:, 9] == 1).all() and (v_cache[:, 9] == 1).all() and k_cache._version > version
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_same_bits_for_any_number_of_threads(queries):
+    k_cache, v_cache, options, *_ = cache("pages of 16", BF16)
+    q, before, outs = torch.randn(B, H, queries, D).to(BF16), torch.get_num_threads(), []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        at = torch.tensor(LENGTHS) + 40
+        outs.append(lk.attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens=at, causal=True, **options))
+    torch.set_num_threads(before)
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+@pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["dense", "pages of 16"])
+def test_compile(kind, mode):
+    torch._dynamo.reset()
+    k_cache, v_cache, options, *_ = cache(kind, F32)
+    q, k, v = torch.randn(B, H, 1, D), torch.randn(B, H_KV, 1, D), torch.randn(B, H_KV, 1, DV)
+    cos, sin = torch.rand(S, 8), torch.rand(S, 8)
+
+    def step(q, k_cache, v_cache, k, v, at):
+        return lk.attention_with_kv_cache(
+            q, k_cache, v_cache, k, v, cache_seqlens=at, cos=cos, sin=sin, causal=True, **options
+        )
+
+    results = []
+    for f in (step, torch.compile(step, fullgraph=True, backend=mode)):
+        caches = k_cache.clone(), v_cache.clone()
+        results.append((f(q, *caches, k, v, torch.tensor(LENGTHS)), *caches))
+    for plain, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, plain)
+
+
+def test_plain_pytorch_runs_what_no_kernel_takes():
+    k_cache, v_cache, options, begins, table = cache("pages of 16", torch.float64)
+    q = torch.randn(B, H, 2, D).double()
+    with pytest.warns(lk.FallbackWarning, match="attention_with_kv_cache: cpu needs dtype float32"):
+        out = lk.attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens=torch.tensor(LENGTHS), **options)
+    assert torch.equal(out, reference.attention_with_kv_cache(q, k_cache, v_cache, begins, LENGTHS, table))

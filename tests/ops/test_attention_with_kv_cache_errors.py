@@ -1,0 +1,102 @@
+"""attention_with_kv_cache: what it says of arguments that it cannot take, with nothing appended."""
+
+import pytest
+import torch
+
+import lspm_kernels as lk
+
+Q, NEW = torch.ones(2, 4, 3, 16), torch.ones(2, 2, 3, 16)
+CACHE, AT = torch.ones(2, 2, 50, 16), torch.tensor([10, 47])
+PAGES, TABLE = torch.ones(9, 2, 16, 16), torch.arange(8).view(2, 4)
+PAGED = {"k_cache": PAGES, "v_cache": PAGES, "block_table": TABLE}
+COS = torch.ones(60, 4)
+WITHOUT = {"k": None, "v": None}
+
+BAD = {
+    "q must be a floating-point tensor (B, H, T, D), got list": {"q": [1.0]},
+    "k_cache must be a floating-point tensor (B, H, T, D), got (2, 2, 50, 16) torch.int64": {
+        "k_cache": CACHE.long()
+    },
+    "k_cache must have q's batch size 2, got 3": {
+        "k_cache": CACHE.new_ones(3, 2, 50, 16), "v_cache": CACHE.new_ones(3, 2, 50, 16)
+    },
+    "k_cache must have q's head dim 16, got 8": {"k_cache": CACHE[..., :8]},
+    "k_cache must have a number of heads that divides q's 4, got 3": {
+        "k_cache": CACHE.new_ones(2, 3, 50, 16)
+    },
+    "v_cache must have k_cache's batch, heads and length (2, 2, 50), got (2, 2, 49)": {
+        "v_cache": CACHE[:, :, :49]
+    },
+    "v_cache must have q's dtype torch.float32, got torch.bfloat16": {"v_cache": CACHE.bfloat16()},
+    "k_cache must be on q's device cpu, got meta": {"k_cache": CACHE.to("meta")},
+    "k_cache must have a contiguous last dimension, got strides (1600, 800, 1, 50)": {
+        "k_cache": CACHE.new_ones(2, 2, 16, 50).mT
+    },
+    "k_cache must be without a gradient, got requires_grad=True": {"k_cache": CACHE.clone().requires_grad_()},
+    "v must be there where k is, got NoneType": {"v": None},
+    "k must have shape (2, 2, 3, 16), got (2, 4, 3, 16)": {"k": Q},
+    "v must have shape (2, 2, 3, 16), got (2, 2, 2, 16)": {"v": NEW[:, :, :2]},
+    "v must have q's dtype torch.float32, got torch.float16": {"v": NEW.half()},
+    "cache_seqlens must be given where k is, got None": {"cache_seqlens": None},
+    "cache_seqlens must be an int or a tensor, got list": {"cache_seqlens": [10, 47]},
+    "cache_seqlens must be a tensor of shape (2,), got (3,)": {"cache_seqlens": torch.ones(3).long()},
+    "cache_seqlens must have dtype torch.int32 or torch.int64, got torch.float32": {
+        "cache_seqlens": AT.float()
+    },
+    "cache_seqlens must be from 0 to the cache's room of 50 less 3 new keys, got 48": {"cache_seqlens": 48},
+    "cache_seqlens must be from 0 to the cache's room of 50 less 3 new keys, got -1": {
+        "cache_seqlens": AT - 11
+    },
+    "cache_seqlens must be from 0 to the cache's room of 50 less 0 new keys, got 51": {
+        "cache_seqlens": 51, **WITHOUT
+    },
+    "cache_seqlens must be from 0 to the cache's room of 64 less 3 new keys, got 62": {
+        **PAGED, "cache_seqlens": 62
+    },
+    "block_table must have shape (2, P), got (4,)": {**PAGED, "block_table": TABLE[0]},
+    "block_table must have dtype torch.int32 or torch.int64, got torch.float32": {
+        **PAGED, "block_table": TABLE.float()
+    },
+    "block_table must be from 0 to 8, got 9": {**PAGED, "block_table": TABLE + 2},
+    "block_table must be from 0 to 8, got -3": {**PAGED, "block_table": TABLE - 3},
+    "block_table must come without cache_batch_idx and cache_leftpad": {**PAGED, "cache_leftpad": AT},
+    "cache_batch_idx must be from 0 to 1, got 2": {"cache_batch_idx": torch.tensor([0, 2])},
+    "cache_leftpad must be from 0 to the keys 13, got 14": {"cache_leftpad": torch.tensor([14, 0])},
+    "cos must come with sin and k, got (60, 4)": {"cos": COS},
+    "alibi_slopes must not be NaN, got [nan, nan, nan, nan]": {"alibi_slopes": torch.full((4,), torch.nan)},
+    "window must be a pair (left, right), got 5": {"window": 5},
+    "softcap must be finite and at least 0, got nan": {"softcap": float("nan")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments(message):
+    given = {"q": Q, "k_cache": CACHE, "v_cache": CACHE, "k": NEW * 2, "v": NEW * 2, "cache_seqlens": AT}
+    with pytest.raises(ValueError) as error:
+        lk.attention_with_kv_cache(**given | BAD[message])
+    assert str(error.value) == f"attention_with_kv_cache: {message}"
+    assert (CACHE == 1).all() and (PAGES == 1).all()
+
+
+def test_a_position_without_an_angle_appends_nothing():
+    with pytest.raises(ValueError, match="rotary: offsets must lie in 0 to S - T = 45, got 47"):
+        lk.attention_with_kv_cache(
+            Q, CACHE, CACHE, NEW * 2, NEW * 2, cache_seqlens=AT, cos=COS[:48], sin=COS[:48], causal=True
+        )
+    assert (CACHE == 1).all()
+
+
+def test_the_kernel_checks_what_a_trace_cannot():
+    torch._dynamo.reset()
+
+    def step(at, table):
+        return lk.attention_with_kv_cache(Q, PAGES, PAGES, cache_seqlens=at, block_table=table)
+
+    traced = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(traced(AT, TABLE), step(AT, TABLE))
+    for message, given in {
+        "key_counts must be at least 0 and within the cache, got 70": (AT + 23, TABLE),
+        "pages must be at least 0 and below 9, got 9": (AT, TABLE + 5),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            traced(*given)
