@@ -5,7 +5,7 @@ stay in registers while tiles of keys and values pass through shared memory. In 
 tile of keys and goes through the queries of all heads that read it (dk, dv), one owns a tile of queries (dq,
 delta), and one a tile of the bias (its gradient); so each sum has one owner and one order, and there are no
 atomics. Tiles that the window hides whole are never read. Bytes moved: q and out once, k and v once for each
-tile of queries, from the L2 cache where a head's fit.
+tile of queries, from the L2 cache where a head's fit. Programs behind the end of a sequence return at once.
 """
 
 from typing import NamedTuple

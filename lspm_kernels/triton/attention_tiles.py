@@ -323,7 +323,8 @@ class Tile(NamedTuple):
 
 # By the wider head dimension, the bytes of an element and whether scores are more than products within a
 # window: a bias, mask, cap or dropout takes registers of its own. The largest tiles that no compiler tried
-# spills, and whose stages fit the 163 KiB of shared memory of sm_80. Predicted to be fast, not measured.
+# spills, and whose stages fit the 163 KiB of shared memory of sm_80; with few warps, as those for which a
+# tile has no rows left repeat the work of others. Predicted to be fast, not measured.
 FORWARD = {
     (64, 2, False): Tile(128, 64, 4, 2),
     (128, 2, False): Tile(128, 64, 8, 2),
