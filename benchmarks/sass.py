@@ -40,7 +40,10 @@ class Kernel:
         return min(BLOCKS, WARPS // own, REGISTERS // registers, shared) * own / WARPS
 
     def inner_loop(self) -> tuple[int, int]:
-        """Tensor-core and other instructions of the innermost loop that has most of them."""
+        """Tensor-core and other instructions of the shortest loop that has most of the former.
+
+        A loop inside of it is counted once. Without tensor-core instructions, the longest innermost loop.
+        """
         loops = [
             (int(target, 16), address)
             for address, text in self.code
@@ -48,12 +51,17 @@ class Kernel:
             if int(target, 16) < address
         ]
         innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-        counts = [(0, 0)]
-        for start, end in innermost:
-            body = [text for address, text in self.code if start <= address <= end]
-            tensor = sum(is_tensor_core(text) for text in body)
-            counts.append((tensor, len(body) - tensor))
-        return max(counts)
+        counts = [self.count(*loop) for loop in loops]
+        most = max((tensor for tensor, _ in counts), default=0)
+        if most:
+            return min(count for count in counts if count[0] == most)
+        return max((self.count(*loop) for loop in innermost), default=(0, 0))
+
+    def count(self, start: int, end: int) -> tuple[int, int]:
+        """Tensor-core and other instructions between two addresses."""
+        body = [text for address, text in self.code if start <= address <= end]
+        tensor = sum(is_tensor_core(text) for text in body)
+        return tensor, len(body) - tensor
 
 
 def is_tensor_core(instruction: str) -> bool:

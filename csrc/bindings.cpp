@@ -96,8 +96,6 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         py::arg("sum"), py::arg("statistics"), py::arg("weight").none(true), py::arg("dx"),
         py::arg("dweight").none(true), py::arg("dbias").none(true), py::arg("partial"), py::arg("centered"),
         py::arg("threads"));
-#ifndef LSPM_CUDA
   bind_attention(m);
-#endif
   bind_rotary(m);
 }

@@ -7,9 +7,6 @@
 
 #include "attention.h"
 #include "bindings.h"
-
-#ifndef LSPM_CUDA
-
 namespace py = pybind11;
 using lspm::DType;
 using lspm::OptionalView;
@@ -52,10 +49,8 @@ lspm::AttentionExtras attention_extras(const TensorView& q, const OptionalView& 
           static_cast<const float*>(optional(sinks, "sinks", q, DType::f32, s.heads))};
 }
 
-// scale, softcap, dropout.
-using Scalars = std::tuple<float, float, double>;
-// left, right, shift, seed.
-using Window = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using Scalars = std::tuple<float, float, double>;               // scale, softcap, dropout
+using Window = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // left, right, shift, seed
 // query_starts, key_starts, key_counts, pages; the longest queries and keys. None: all sequences are as long.
 using Sequences =
     std::optional<std::tuple<OptionalView, OptionalView, OptionalView, OptionalView, int64_t, int64_t>>;
@@ -185,7 +180,7 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
                        const OptionalView& bias, const OptionalView& mask, const OptionalView& slopes,
                        const OptionalView& sinks, const TensorView& out, const TensorView& lse,
                        const OptionalView& statistics, const Sequences& sequences, const Window& window,
-                       const Scalars& scalars, [[maybe_unused]] int threads) {
+                       const Scalars& scalars, [[maybe_unused]] int threads, const OptionalView& scratch) {
   const Call call(q, k, v, sequences, window, scalars);
   const auto& s = call.shape;
   const auto tq = call.of_queries(q, "q", q, s.head_dim), to = call.of_queries(out, "out", q, s.value_dim);
@@ -194,8 +189,16 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
   const auto extras = attention_extras(q, bias, mask, slopes, sinks, s);
   auto* pl = static_cast<float*>(lse.contiguous("lse", q, DType::f32, s.rows()));
   auto* ps = static_cast<float*>(optional(statistics, "statistics", q, DType::f32, 2 * s.rows()));
+  const int64_t splits = scratch ? scratch->size(0) : 1;
+  auto* part = optional(scratch, "scratch", q, DType::f32, splits * s.rows() * (s.value_dim + 2));
   py::gil_scoped_release unlocked;
-  backend::attention_forward(tq, tk, tv, extras, to, pl, ps, s, WHERE(q, threads));
+#ifdef LSPM_CUDA
+  backend::attention_forward(tq, tk, tv, extras, to, pl, ps, static_cast<float*>(part), splits, s,
+                             WHERE(q, threads));
+#else
+  (void)part;
+  backend::attention_forward(tq, tk, tv, extras, to, pl, ps, s, threads);
+#endif
 }
 
 void attention_backward(const TensorView& dout, const OptionalView& dlse, const TensorView& q,
@@ -208,41 +211,39 @@ void attention_backward(const TensorView& dout, const OptionalView& dlse, const 
   const Call call(q, k, v, sequences, window, scalars);
   const auto& s = call.shape;
   if (s.key_counts) TensorView::refuse("key_counts", "be None, as a cache has no gradient");
-  const auto of_queries = [&](const TensorView& x, const char* name, int64_t dim) {
-    return call.of_queries(x, name, q, dim);
-  };
-  const auto of_keys = [&](const TensorView& x, const char* name, int64_t dim) {
-    return call.of_keys(x, name, q, k.size(2), dim);
-  };
-  const auto tdout = of_queries(dout, "dout", s.value_dim), tout = of_queries(out, "out", s.value_dim);
-  const auto tq = of_queries(q, "q", s.head_dim), tdq = of_queries(dq, "dq", s.head_dim);
-  const auto tk = of_keys(k, "k", s.head_dim), tdk = of_keys(dk, "dk", s.head_dim);
-  const auto tv = of_keys(v, "v", s.value_dim), tdv = of_keys(dv, "dv", s.value_dim);
+  const int64_t D = s.head_dim, Dv = s.value_dim, keys = k.size(2);
+  const auto tdout = call.of_queries(dout, "dout", q, Dv), tout = call.of_queries(out, "out", q, Dv);
+  const auto tq = call.of_queries(q, "q", q, D), tdq = call.of_queries(dq, "dq", q, D);
+  const auto tk = call.of_keys(k, "k", q, keys, D), tdk = call.of_keys(dk, "dk", q, keys, D);
+  const auto tv = call.of_keys(v, "v", q, keys, Dv), tdv = call.of_keys(dv, "dv", q, keys, Dv);
   const auto extras = attention_extras(q, bias, mask, slopes, sinks, s);
   const auto tdbias = scores_view(dbias, "dbias", q, s, {DType::f32});
   if (tdbias.data && !tdbias.key_stride && s.keys > 1)
     TensorView::refuse("dbias", "have a gradient for each key");
+  if (tdbias.data && kDeviceType != 1) TensorView::refuse("dbias", "be None");
   const auto* pdl = static_cast<const float*>(optional(dlse, "dlse", q, DType::f32, s.rows()));
   const auto* ps =
       static_cast<const float*>(statistics.contiguous("statistics", q, DType::f32, 2 * s.rows()));
   auto* pd = static_cast<float*>(delta.contiguous("delta", q, DType::f32, 2 * s.rows()));
   py::gil_scoped_release unlocked;
+#ifdef LSPM_CUDA
+  backend::attention_backward(tdout, pdl, tq, tk, tv, extras, tout, ps, tdq, tdk, tdv, pd, s, WHERE(q, 0));
+#else
   backend::attention_backward(tdout, pdl, tq, tk, tv, extras, tout, ps, tdq, tdk, tdv, tdbias, pd, s,
-                              WHERE(q, threads));
+                              threads);
+#endif
 }
 
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  const auto arg = [](const char* name) { return py::arg(name); };
+  using py::arg;
   const auto maybe = [](const char* name) { return py::arg(name).none(true); };
   m.def("attention_forward", &attention_forward, arg("q"), arg("k"), arg("v"), maybe("bias"), maybe("mask"),
         maybe("slopes"), maybe("sinks"), arg("out"), arg("lse"), maybe("statistics"), maybe("sequences"),
-        arg("window"), arg("scalars"), arg("threads"));
+        arg("window"), arg("scalars"), arg("threads"), maybe("scratch") = py::none());
   m.def("attention_backward", &attention_backward, arg("dout"), maybe("dlse"), arg("q"), arg("k"), arg("v"),
         maybe("bias"), maybe("mask"), maybe("slopes"), maybe("sinks"), arg("out"), arg("statistics"),
         arg("dq"), arg("dk"), arg("dv"), maybe("dbias"), arg("delta"), maybe("sequences"), arg("window"),
         arg("scalars"), arg("threads"));
 }
-
-#endif

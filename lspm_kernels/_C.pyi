@@ -40,6 +40,7 @@ def attention_forward(
     window: tuple[int, int, int, int],
     scalars: tuple[float, float, float],
     threads: int,
+    scratch: Tensor | None = None,
 ) -> None: ...
 def layer_norm_backward(
     dy: Tensor,

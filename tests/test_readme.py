@@ -29,7 +29,7 @@ def test_the_table_of_ops(op):
     table = importlib.import_module(f"lspm_kernels.ops.{op}").BACKENDS
     backends = ", ".join(row.name for row in table)
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in table[0].dtypes)
-    assert all(row.dtypes == table[0].dtypes for row in table)
+    assert all(set(row.dtypes) <= set(table[0].dtypes) for row in table)
     for name in PUBLIC[op]:
         (line,) = re.findall(rf"^\| `{name}\(.*$", README, re.M)
         assert line.endswith(f"| {backends} | {dtypes} |")

@@ -1,11 +1,10 @@
 // The gradients of attention (Dao, "FlashAttention-2", 2023), without atomics: every sum has one owner.
 //
-// Of each row the dot product of out and its gradient first. Then a block owns a tile of keys and goes
-// through the queries of all heads that read it (dk, dv), and one owns a tile of queries and goes through the
-// keys (dq, delta). Both find the probabilities again from the row's maximum and denominator. Sums stay in
-// registers; products are transposed where keys are owned, so that they too are left factors of the next
-// ones and never leave the registers. What is gone through is copied ahead into two stages.
-// Bytes moved: all tensors once, what is gone through once for each tile, from L2 where a head's fit.
+// After each row's dot product of dout and out, a block owns a tile of keys and goes through the queries of
+// all heads that read it (dk, dv), or a tile of queries and goes through the keys (dq, delta), which are
+// copied ahead into two stages of shared memory. Sums stay in registers, and so do probabilities: where keys
+// are owned, the products are transposed, so that they too are left factors of the next ones. Bytes moved:
+// all tensors once, what is gone through once for each tile, from L2 where a head's fit.
 #include "../attention.h"
 #include "attention_tiles.cuh"
 

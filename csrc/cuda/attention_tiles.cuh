@@ -1,10 +1,12 @@
-// What the CUDA kernels of attention share: tiles in shared memory and in registers, windows, scores,
-// dropout.
+// What the CUDA kernels of attention share: tiles in shared memory and in
+// registers, windows, scores, dropout.
 //
-// A tile in shared memory has rows of kDim elements of 16 bits. The 16-byte chunk c of row r lies at chunk
-// c ^ r % 8, so that neither ldmatrix, nor copies, nor the stores of accumulators meet a bank twice. A warp
-// owns 16 kRows rows of a product, and of these a lane the rows lane / 4 + 8 h of each 16: d[r][n][2 h + e]
-// is row 16 r + 8 h + lane / 4, column 8 n + 2 (lane % 4) + e.
+// A tile in shared memory has rows of kDim elements of 16 bits. The 16-byte
+// chunk c of row r lies at chunk c ^ r % 8, so that neither ldmatrix, nor
+// copies, nor the stores of accumulators meet a bank twice. A warp owns 16
+// kRows rows of a product, and of these a lane the rows lane / 4 + 8 h of each
+// 16: d[r][n][2 h + e] is row 16 r + 8 h + lane / 4, column 8 n + 2 (lane % 4)
+// + e.
 #pragma once
 #include <initializer_list>
 
@@ -43,8 +45,9 @@ struct Rows {
   }
 };
 
-// Starts to copy kCount rows from `first` on into a tile; zeros behind the last row and column. `aligned`: to
-// 16 bytes, with a dim that is a multiple of a chunk; else the copy is complete at the next barrier.
+// Starts to copy kCount rows from `first` on into a tile; zeros behind the last
+// row and column. `aligned`: to 16 bytes, with a dim that is a multiple of a
+// chunk; else the copy is complete at the next barrier.
 template <bool kGeneral, int kDim, int kCount, int kThreads, class T>
 __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int first, bool aligned) {
   constexpr int kChunks = kDim / kChunk, kStep = kThreads / kChunks;
@@ -69,8 +72,8 @@ __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int firs
   }
 }
 
-// Which rows of a tile are a warp's: row 16 r + 8 h + i of its own, i < 8, is row `first` + r kDown + h
-// kApart
+// Which rows of a tile are a warp's: row 16 r + 8 h + i of its own, i < 8, is
+// row `first` + r kDown + h kApart
 // + i of the tile.
 template <int kDown, int kApart>
 struct Share {
@@ -78,8 +81,9 @@ struct Share {
   __device__ int row(int r, int h) const { return first + r * kDown + h * kApart; }
 };
 
-// Where a lane's rows for ldmatrix begin in a tile, in its first 16 columns. Of the four matrices the second
-// and third lie below the first and beside it, or the reverse.
+// Where a lane's rows for ldmatrix begin in a tile, in its first 16 columns. Of
+// the four matrices the second and third lie below the first and beside it, or
+// the reverse.
 template <int kDim>
 __device__ __forceinline__ int lane_place(bool below_first, int apart = 8) {
   const int lane = threadIdx.x % kWarp, i = lane % 8, second = lane / 8 % 2, third = lane / 16;
@@ -87,8 +91,8 @@ __device__ __forceinline__ int lane_place(bool below_first, int apart = 8) {
   return (down * apart + i) * kDim + (across ^ i) * kChunk;
 }
 
-// That place in the 16 columns from 16 k on. The chunk's upper bits are not permuted: 8 chunks share an
-// address.
+// That place in the 16 columns from 16 k on. The chunk's upper bits are not
+// permuted: 8 chunks share an address.
 __device__ __forceinline__ int at_columns(int place, int k) { return (place ^ 16 * (k % 4)) + 64 * (k / 4); }
 
 // One fragment of 16 x 16 elements for each 16 rows of a warp.
@@ -100,7 +104,8 @@ __device__ __forceinline__ void load_rows(uint32_t (&a)[kRows][4], const T* tile
     ptx::ldmatrix_x4(a[r], tile + share.row(r, 0) * kDim + at_columns(place, k));
 }
 
-// d = rows times the transpose of a tile: row(a, k) gives the fragments of columns 16 k to 16 k + 15.
+// d = rows times the transpose of a tile: row(a, k) gives the fragments of
+// columns 16 k to 16 k + 15.
 template <int kDim, int kRows, int kTiles, class T, class LoadRows>
 __device__ __forceinline__ void multiply_transpose(float (&d)[kRows][kTiles][4], const T* tile,
                                                    LoadRows rows) {
@@ -163,9 +168,9 @@ __device__ __forceinline__ void as_factor(uint32_t (&a)[kRows][kTiles / 2][4],
     }
 }
 
-// Rounds d times its rows' factors and writes it to the rows of `to` from `first` on, in columns from
-// `column` on, a multiple of 64; in whole chunks through that part of a tile, which no other warp touches any
-// more.
+// Rounds d times its rows' factors and writes it to the rows of `to` from
+// `first` on, in columns from `column` on, a multiple of 64; in whole chunks
+// through that part of a tile, which no other warp touches any more.
 template <int kDim, int kRows, int kTiles, class T, class Share>
 __device__ __forceinline__ void store_rows(const float (&d)[kRows][kTiles][4],
                                            const float (&factor)[kRows][2], T* tile, const Share& share,
@@ -224,7 +229,7 @@ struct Window {
     return int(min(max(int64_t(last) - low + 1, int64_t(0)), int64_t(queries)));
   }
   __device__ bool hides(int query, int key) const {
-    return unsigned(key - query - low) >= unsigned(high - low) || key >= keys;
+    return unsigned(key - query) - unsigned(low) >= unsigned(high) - unsigned(low) || key >= keys;
   }
 };
 
@@ -232,14 +237,16 @@ struct Window {
 struct AttentionCall {
   AttentionShape shape;
   AttentionExtras extras;
-  float exponent;      // what powers of 2 take times a score; where there are no extras, times a product
+  float exponent;      // what powers of 2 take times a score; where there are no
+                       // extras, times a product
   float unit;          // a score for a product; 1 where there are extras
   float kept;          // 1 / (1 - dropout)
   uint32_t threshold;  // words below it drop
   bool drops, aligned, general;
 };
 
-// general: whether the call needs the kernels that know extras, views without alignment and pages, anyway.
+// general: whether the call needs the kernels that know extras, views without
+// alignment and pages, anyway.
 inline AttentionCall attention_call(const AttentionShape& shape, const AttentionExtras& extras,
                                     std::initializer_list<const HeadsView*> views, bool general) {
   bool aligned = (shape.head_dim | shape.value_dim) % kChunk == 0, paged = false;
@@ -298,8 +305,9 @@ __device__ __forceinline__ void philox(uint64_t seed, uint32_t (&x)[4]) {
   }
 }
 
-// Which scores of a tile dropout keeps: bit 4 n + i of kept[r] for [r][n][i], from the query and the key of
-// the tile's first row and column on. All words of a counter are used where a tile has 64 keys.
+// Which scores of a tile dropout keeps: bit 4 n + i of kept[r] for [r][n][i],
+// from the query and the key of the tile's first row and column on. All words
+// of a counter are used where a tile has 64 keys.
 template <int kRows, int kTiles, class Share>
 __device__ __forceinline__ void draw_kept(uint32_t (&kept)[kRows], const AttentionCall& call, int batch,
                                           int head, int query, int key, const Share& share) {
@@ -307,7 +315,8 @@ __device__ __forceinline__ void draw_kept(uint32_t (&kept)[kRows], const Attenti
   for (int r = 0; r < kRows; ++r) {
     kept[r] = 0;
 #pragma unroll
-    for (int of = 0; of < 8; ++of) {  // two rows, two tiles of 8 columns that no counter shares, two columns
+    for (int of = 0; of < 8; ++of) {  // two rows, two tiles of 8 columns that no
+                                      // counter shares, two columns
       const int h = of / 4, odd = of / 2 % 2, e = of % 2;
       uint32_t x[4] = {uint32_t(key / 64 * 16 + 8 * odd + lane_column() + e),
                        uint32_t(query + share.row(r, h) + lane_row()), uint32_t(head), uint32_t(batch)};
@@ -321,7 +330,8 @@ __device__ __forceinline__ void draw_kept(uint32_t (&kept)[kRows], const Attenti
   }
 }
 
-// The same of a transposed tile, whose rows are keys. The warp's rows 16 apart share a counter.
+// The same of a transposed tile, whose rows are keys. The warp's rows 16 apart
+// share a counter.
 template <int kRows, int kTiles, class Share>
 __device__ __forceinline__ void draw_kept_transposed(uint32_t (&kept)[kRows], const AttentionCall& call,
                                                      int batch, int head, int query, int key,
@@ -347,20 +357,39 @@ __device__ __forceinline__ void draw_kept_transposed(uint32_t (&kept)[kRows], co
     }
 }
 
-__device__ __forceinline__ float load_score(const ScoresView& view, int64_t at) {
+// The elements of a bias or mask that a fragment's lie beside; 0 outside. One
+// type for all four, so that the branches are not one for each.
+template <class Query, class Key>
+__device__ __forceinline__ void load_scores(float (&to)[4], const ScoresView& view, int64_t head,
+                                            const Window& window, Query query, Key key) {
+  int64_t at[4];
+  bool inside[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    at[i] = head + query(i) * view.row_stride + key(i) * view.key_stride;
+    inside[i] = query(i) < window.queries && key(i) < window.keys;
+  }
+  const auto load = [&](auto type) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      to[i] = inside[i] ? to_float(static_cast<const decltype(type)*>(view.data)[at[i]]) : 0.0f;
+  };
   switch (view.dtype) {
     case DType::f32:
-      return static_cast<const float*>(view.data)[at];
+      return load(float());
     case DType::bf16:
-      return to_float(static_cast<const bf16*>(view.data)[at]);
+      return load(bf16());
     case DType::f16:
-      return to_float(static_cast<const f16*>(view.data)[at]);
+      return load(f16());
     default:
-      return static_cast<const uint8_t*>(view.data)[at] ? 0.0f : -INFINITY;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        to[i] = inside[i] && !static_cast<const uint8_t*>(view.data)[at[i]] ? -INFINITY : 0.0f;
   }
 }
 
-// What stands between products and scores of one head: the scale, the cap, the slope, bias and mask.
+// What stands between products and scores of one head: the scale, the cap, the
+// slope, bias and mask.
 struct Scores {
   const AttentionCall& call;
   const Window& window;
@@ -375,10 +404,12 @@ struct Scores {
     if (x.bias.data) bias = batch * x.bias.batch_stride + head * x.bias.head_stride;
     if (x.mask.data) mask = batch * x.mask.batch_stride + head * x.mask.head_stride;
     if (x.slopes.data)
-      slope = load_score(x.slopes, batch * x.slopes.batch_stride + head * x.slopes.head_stride);
+      slope = static_cast<const float*>(
+          x.slopes.data)[batch * x.slopes.batch_stride + head * x.slopes.head_stride];
   }
 
-  // Turns four products into scores. cap_slope: what of a score's gradient the cap leaves.
+  // Turns four products into scores. cap_slope: what of a score's gradient the
+  // cap leaves.
   template <class Query, class Key>
   __device__ __forceinline__ void apply(float (&s)[4], float (&cap_slope)[4], Query query, Key key) const {
     const AttentionExtras& x = call.extras;
@@ -399,32 +430,31 @@ struct Scores {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[i] -= slope * fabsf(float(query(i) + shift - key(i)));
     }
+    float added[4];
     if (x.bias.data) {
+      load_scores(added, x.bias, bias, window, query, key);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (query(i) < window.queries && key(i) < window.keys)
-          s[i] += load_score(x.bias, bias + query(i) * x.bias.row_stride + key(i) * x.bias.key_stride);
+      for (int i = 0; i < 4; ++i) s[i] += added[i];
     }
     if (x.mask.data) {
+      load_scores(added, x.mask, mask, window, query, key);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (query(i) >= window.queries || key(i) >= window.keys) continue;
-        const float added =
-            load_score(x.mask, mask + query(i) * x.mask.row_stride + key(i) * x.mask.key_stride);
-        s[i] = added == -INFINITY ? added : s[i] + added;
-      }
+      for (int i = 0; i < 4; ++i) s[i] = added[i] == -INFINITY ? added[i] : s[i] + added[i];
     }
   }
 };
 
-// What the scores of a row are powers under: their maximum, or 0 where all are hidden.
+// What the scores of a row are powers under: their maximum, or 0 where all are
+// hidden.
 __device__ __forceinline__ float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
-// Beyond this, rounding the maximum times the exponent could change a row's scale by more than 2^-12, and far
-// beyond overflow; then the maximum is subtracted first, which is exact.
+// Beyond this, rounding the maximum times the exponent could change a row's
+// scale by more than 2^-12, and far beyond overflow; then the maximum is
+// subtracted first, which is exact.
 constexpr float kLarge = 4096.0f;
 
-// Turns a tile's scores into powers under the rows' new maxima; adds them to a lane's part of the totals.
+// Turns a tile's scores into powers under the rows' new maxima; adds them to a
+// lane's part of the totals.
 template <int kRows, int kTiles, int kSums>
 __device__ __forceinline__ void online_softmax(float (&s)[kRows][kTiles][4], float (&maximum)[kRows][2],
                                                float (&total)[kRows][2], float (&sums)[kRows][kSums][4],
@@ -473,8 +503,9 @@ struct ForwardCall : AttentionCall {
   float *lse, *statistics;
 };
 
-// attention_decode.cu: the forward where the keys are divided among `splits` blocks; and whether it takes a
-// call. scratch: (splits, rows(), value_dim + 2).
+// attention_decode.cu: the forward where the keys are divided among `splits`
+// blocks; and whether it takes a call. scratch: (splits, rows(), value_dim +
+// 2).
 bool decodes(const AttentionShape& shape, const AttentionExtras& extras);
 void attention_decode(const ForwardCall& call, float* scratch, int splits, cudaStream_t stream);
 

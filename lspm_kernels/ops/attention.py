@@ -3,39 +3,38 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import attention_checks, checks, compiled, dispatch, triton
+from lspm_kernels import attention_checks, checks, compiled, dispatch, split_kv, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import attention as reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_KERNELS = "attention_forward", "attention_backward"
 MAX_DIM = 256
 _ALL = -1  # what a kernel takes for a side of the window that has no bound
 
+# What a row may refuse, of (q, k, v, (B, H), bias).
+_PLACES = Limit(  # which have 32 bits
+    "fewer than 2 ** 30 queries and keys",
+    lambda q, k, *_: max(q.shape[2], k.shape[2]) < 2**30,
+    lambda q, k, *_: max(q.shape[2], k.shape[2]),
+)
+_GRID = Limit(
+    "at most 65535 batches and heads", lambda *a: max(a[3]) <= 65535, lambda *a: f"{a[3][0]} and {a[3][1]}"
+)
+_NO_DBIAS = Limit(
+    "a bias without a gradient",
+    lambda *a: a[4] is None or not (a[4].requires_grad and torch.is_grad_enabled()),
+    lambda *_: "one that requires it",
+)
+_SPLITS, _BACKWARD = split_kv.attention_forward, compiled.cuda_kernel("attention_backward")
+# On a GPU cuda comes first: its tensor-core instructions meet fewer others. Predicted, not measured.
 BACKENDS = (
+    Backend("cpu", "cpu", _FLOATS, *map(compiled.cpu_kernel, _KERNELS), compiled.nothing_missing),
     Backend(
-        "cpu",
-        "cpu",
-        _FLOATS,
-        compiled.cpu_kernel("attention_forward"),
-        compiled.cpu_kernel("attention_backward"),
-        compiled.nothing_missing,
+        "cuda", "cuda", _FLOATS[1:], _SPLITS, _BACKWARD, compiled.cuda_missing, (_PLACES, _GRID, _NO_DBIAS)
     ),
-    Backend(
-        "triton",
-        "cuda",
-        _FLOATS,
-        triton.kernel("attention_forward"),
-        triton.kernel("attention_backward"),
-        triton.missing,
-        (
-            Limit(
-                "fewer than 2 ** 30 queries and keys",  # its places have 32 bits
-                lambda q, k, v: q.shape[2] < 2**30 and k.shape[2] < 2**30,
-                lambda q, k, v: max(q.shape[2], k.shape[2]),
-            ),
-        ),
-    ),
+    Backend("triton", "cuda", _FLOATS, *map(triton.kernel, _KERNELS), triton.missing, (_PLACES,)),
 )
 
 
@@ -207,7 +206,7 @@ def attention(
         scale: D ** -0.5 where None.
         sinks: (H,): exp(sink) is added to each denominator of a head; it has a gradient.
         return_lse: return the logarithms of the denominators too; they have a gradient.
-        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         out: (B, H, T_q, Dv), q's dtype; out.transpose(1, 2) is contiguous, so that joining the heads,
@@ -234,7 +233,7 @@ def attention(
     checks.number("attention", "dropout_p", dropout_p, 0.0, 1.0)
     seed = checks.seed("attention", seed) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    row = dispatch.pick("attention", BACKENDS, backend, q, k, v)
+    row = dispatch.pick("attention", BACKENDS, backend, q, k, v, heads, bias)
     if row is None:
         return reference.attention(
             q, k, v, window=(left, right), top_left=top_left, bias=bias, mask=mask, alibi_slopes=slopes,

@@ -86,7 +86,7 @@ def attention_with_kv_cache(
     sinks = attention_checks.per_head(_OP, "sinks", sinks, q.device, (heads[1:],))
     checks.number(_OP, "softcap", softcap, 0.0, float("inf"))
     scale = D**-0.5 if scale is None else float(scale)
-    row = dispatch.pick(_OP, BACKENDS, backend, q, k_cache, v_cache)
+    row = dispatch.pick(_OP, BACKENDS, backend, q, k_cache, v_cache, heads, None)
     if (cos is None) != (sin is None) or (cos is not None and k is None):
         raise ValueError(f"{_OP}: cos must come with sin and k, got {checks.shape(cos)}")
     if cos is not None:

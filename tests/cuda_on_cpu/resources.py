@@ -29,6 +29,8 @@ USAGE = re.compile(
     re.S,
 )
 
+USAGE_OF_MODULE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -38,7 +40,7 @@ class Resources:
     architecture: str
     registers: int  # per thread
     stack: int  # bytes per thread
-    spills: int  # bytes stored and loaded
+    spills: int  # bytes stored and loaded, or of local memory
     shared: int  # bytes per block, static
 
 
@@ -67,12 +69,27 @@ def resources(source, architecture):
     return sorted(found, key=lambda r: r.kernel)
 
 
+def cuobjdump(*arguments):
+    """What triton's cuobjdump prints."""
+    triton = Path(importlib.util.find_spec("triton").submodule_search_locations[0])
+    command = [triton / "backends" / "nvidia" / "bin" / "cuobjdump", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def of_module(path, architecture):
+    """Resources of every kernel that the CUDA module has for an architecture, as it was built."""
+    text = cuobjdump("--dump-resource-usage", path)
+    parts = [part for part in text.split("arch = ") if part.startswith(f"{architecture}\n")]
+    return [
+        Resources(name, architecture, int(registers), int(stack), int(local), int(shared))
+        for name, registers, stack, shared, local in USAGE_OF_MODULE.findall("".join(parts))
+    ]
+
+
 def sass(source, architecture):
     """{kernel: Counter of SASS_KINDS and "all"}, from triton's cuobjdump."""
-    triton = Path(importlib.util.find_spec("triton").submodule_search_locations[0])
-    cuobjdump = triton / "backends" / "nvidia" / "bin" / "cuobjdump"
     cubin, _ = compile_for(source, architecture)
-    listing = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    listing = cuobjdump("-sass", cubin)
     counts, kernel = collections.defaultdict(collections.Counter), None
     for line in listing.splitlines():
         if match := re.search(r"Function : (\S+)", line):

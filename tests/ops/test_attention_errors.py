@@ -1,10 +1,13 @@
 """attention: what it says of arguments that it cannot take, and what the binding refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import lspm_kernels as lk
 from lspm_kernels import compiled
+from lspm_kernels.ops import attention as ops
 
 
 def bad(q=(2, 4, 40, 16), k=(2, 2, 50, 16), v=(2, 2, 50, 24)):
@@ -93,3 +96,21 @@ def test_bad_options(message):
     with pytest.raises(ValueError) as error:
         lk.attention(Q, Q, Q, **BAD_OPTIONS[message])
     assert str(error.value) == f"attention: {message}"
+
+
+def test_what_cuda_leaves_to_triton():
+    (row,) = (row for row in ops.BACKENDS if row.name == "cuda")
+    row = dataclasses.replace(row, device="cpu", missing=lambda: None)
+    q = torch.ones(1, 2, 3, 16).half()
+    bias = torch.ones(1, 1, 3, 3, requires_grad=True)
+    assert row.refusal("attention", q, q, q, (1, 2), bias.detach()) is None
+    with torch.no_grad():
+        assert row.refusal("attention", q, q, q, (1, 2), bias) is None
+    long = q[:, :1, :1].expand(1, 1, 2**30, 16)
+    for needs, given in {
+        "dtype bfloat16, float16, got float32": (q.float(), q, q, (1, 2), None),
+        "a bias without a gradient, got one that requires it": (q, q, q, (1, 2), bias),
+        "at most 65535 batches and heads, got 70000 and 2": (q, q, q, (70_000, 2), None),
+        "fewer than 2 ** 30 queries and keys, got 1073741824": (q, long, long, (1, 2), None),
+    }.items():
+        assert row.refusal("attention", *given) == f"attention: cuda needs {needs}"
