@@ -1,10 +1,12 @@
-"""What each case can take at best, and what nvcc made of the CUDA kernels: predicted, not measured.
+"""What each case can take at best, and what compilers made of the GPU kernels: predicted, not measured.
 
 The bound of a case is the larger of bytes / bandwidth and operations / peak. For this CPU both roofs are
 measured, for GPUs they are of NVIDIA's data sheets.
 """
 
 import argparse
+import dataclasses
+import importlib.util
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -79,26 +81,57 @@ def rooflines(machines: dict[str, tuple]) -> Iterator[dict]:
 
 
 def machine_code() -> Iterator[dict]:
-    """One row for each kernel and architecture, over the types and shapes that it is compiled for."""
+    """One row for each CUDA kernel and architecture, over the types and shapes that it is compiled for."""
     for source in sorted((machine.ROOT / "csrc" / "cuda").glob("*.cu")):
         for arch in sass.SHARED:
-            families: dict[str, list[sass.Kernel]] = {}
-            for kernel in sass.kernels(source, arch):
-                families.setdefault(kernel.name, []).append(kernel)
-            for name, family in families.items():
-                occupancies = [kernel.occupancy() for kernel in family if kernel.most_threads]
-                tensor, other = max(kernel.inner_loop() for kernel in family)
-                columns = {
-                    "kernel": name,
-                    "for": arch,
-                    "compiled": f"{len(family)} times",
-                    "registers": span(kernel.registers for kernel in family),
-                    "spilled, bytes": str(sum(kernel.spilled for kernel in family)),
-                    "shared, bytes": span(kernel.shared for kernel in family),
-                    "occupancy, %": span(round(100 * occupancy) for occupancy in occupancies),
-                    "inner loop": f"{tensor} tensor-core, {other} other",
-                }
-                yield {"benchmark": "sass", "case": f"{name}/{arch}", "columns": columns}
+            yield from resources(arch, sass.kernels(source, arch))
+
+
+def triton_code() -> Iterator[dict]:
+    """The same of Triton's attention, over its tiles: causal, and with a cap and dropout too."""
+    from cuda_on_cpu import triton_driver
+
+    from lspm_kernels.triton import attention
+
+    for arch in sass.SHARED:
+        with triton_driver.activated(int(arch[3:]), execute=False) as driver:
+            for dim, dtype in itertools.product((64, 128, 256), (torch.float32, torch.bfloat16)):
+                q, k, v, out = (torch.empty(1, 2, 144, dim, dtype=dtype) for _ in range(4))
+                lse, statistics, nothing = torch.empty(1, 2, 144), torch.empty(2, 1, 2, 144), (None,) * 4
+                for softcap, dropout in ((0.0, 0.0), (2.0, 0.1)):
+                    options = None, (-1, 0, 0, 1), (1.0, softcap, dropout)
+                    attention.forward(q, k, v, *nothing, out, lse, statistics, *options)
+                    attention.backward(
+                        out, None, q, k, v, *nothing, out, statistics, q, k, v, None, statistics, *options
+                    )
+        kernels = (
+            dataclasses.replace(
+                kernel, name=f"triton: attention{r.kernel}", shared=r.shared, most_threads=32 * r.warps
+            )
+            for r in driver.resources
+            for kernel in sass.compiled(r.cubin, arch)
+        )
+        yield from resources(arch, kernels)
+
+
+def resources(arch: str, kernels: Iterable[sass.Kernel]) -> Iterator[dict]:
+    families: dict[str, list[sass.Kernel]] = {}
+    for kernel in kernels:
+        families.setdefault(kernel.name, []).append(kernel)
+    for name, family in families.items():
+        occupancies = [kernel.occupancy() for kernel in family if kernel.most_threads]
+        tensor, other = max(kernel.inner_loop() for kernel in family)
+        columns = {
+            "kernel": name,
+            "for": arch,
+            "compiled": f"{len(family)} times",
+            "registers": span(kernel.registers for kernel in family),
+            "spilled, bytes": str(sum(kernel.spilled for kernel in family)),
+            "shared, bytes": span(kernel.shared for kernel in family),
+            "occupancy, %": span(round(100 * occupancy) for occupancy in occupancies),
+            "inner loop": f"{tensor} tensor-core, {other} other",
+        }
+        yield {"benchmark": "sass", "case": f"{name}/{arch}", "columns": columns}
 
 
 def span(values: Iterable[int]) -> str:
@@ -110,7 +143,7 @@ def main() -> int:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--json", type=Path, metavar="PATH", help="put the rows into this result file")
-    parser.add_argument("--smoke", action="store_true", help="do not compile the CUDA kernels")
+    parser.add_argument("--smoke", action="store_true", help="do not compile the GPU kernels")
     options = parser.parse_args()
     about = {"variant": PREDICTED} | machine.description() | {"command": "python benchmarks/roofline.py"}
     bandwidth, peaks = cpu = this_cpu()
@@ -125,6 +158,10 @@ def main() -> int:
         rows += compiled
     else:
         print(f"CUDA kernels: {reason}")
+    if not options.smoke and importlib.util.find_spec("triton"):
+        compiled = [row | about for row in triton_code()]
+        print(f"\nTriton kernels as compiled: {PREDICTED}\n\n{tables.table(compiled)}")
+        rows += compiled
     if options.json:
         results.save(options.json, rows)
     return 0

@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels, read from their machine code, without a GPU."""
+"""What nvcc and Triton made of the GPU kernels, read from their machine code, without a GPU."""
 
 import re
 import shutil
@@ -86,9 +86,12 @@ def kernels(source: Path, arch: str) -> Iterator[Kernel]:
         cubin = Path(folder) / "kernel.cubin"
         options = ["-cubin", f"-arch={arch}", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-I{source.parent}"]
         _run("nvcc", *options, str(source), "-o", str(cubin))
-        usage, elf, sass = (
-            _run(_cuobjdump(), option, str(cubin)) for option in ("-res-usage", "-elf", "-sass")
-        )
+        yield from compiled(cubin, arch)
+
+
+def compiled(cubin: Path, arch: str) -> Iterator[Kernel]:
+    """The kernels of a file of machine code for arch."""
+    usage, elf, sass = (_run(_cuobjdump(), option, str(cubin)) for option in ("-res-usage", "-elf", "-sass"))
     codes = re.split(r"^\s*Function : (\S+)$", sass, flags=re.M)
     used = dict(re.findall(r"Function (\S+):\n\s*(REG:.*)", usage))
     for mangled, text in zip(codes[1::2], codes[2::2], strict=True):
@@ -108,7 +111,8 @@ def kernels(source: Path, arch: str) -> Iterator[Kernel]:
 
 def _plain(mangled: str) -> str:
     """The kernel's own name: no namespace, no template arguments."""
-    return re.search(r"(\w+)(?:<.*)?\(", _run("c++filt", mangled).replace("(anonymous namespace)::", ""))[1]
+    plain = _run("c++filt", mangled).replace("(anonymous namespace)::", "")
+    return re.search(r"(\w+)(?:<.*)?(?:\(|$)", plain)[1]
 
 
 def _cuobjdump() -> str | None:

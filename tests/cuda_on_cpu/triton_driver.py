@@ -55,6 +55,7 @@ class Resources:
     stack: int  # bytes per thread: spilled registers and local arrays
     shared: int  # bytes per block
     conversions: int  # two-dimensional tiles that change their layout, through shared memory
+    cubin: Path
 
 
 def uninitialised(tensor):
@@ -169,6 +170,7 @@ class Launcher:
             stack=used["STACK"] + used["LOCAL"],
             shared=self.metadata.shared,
             conversions=len(TILE_CONVERSION.findall(self.stage("ttgir").read_text())),
+            cubin=self.stage("cubin"),
         )
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *values):

@@ -11,19 +11,23 @@ import oracle
 from lspm_kernels import dispatch
 from lspm_kernels.ops import attention as ops
 from lspm_kernels.reference import attention as reference
+from lspm_kernels.reference import philox
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+import triton.language as tl
 from cuda_on_cpu import triton_driver
 from cuda_on_cpu.triton_driver import uninitialised
 
-from lspm_kernels.triton import attention
+from lspm_kernels.triton import attention, attention_tiles
+from lspm_kernels.triton.attention_tiles import Tile
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 REGISTERS = 65536  # of a multiprocessor: a block that takes more cannot be launched
 # Tiles that run in seconds here: on sm_80 not square, so that no size stands for another, and on sm_90 as
 # wide as wgmma is.
-SMALL = {80: attention._Tile(32, 16, 2, 2), 90: attention._Tile(64, 64, 4, 2)}
+SMALL = {80: Tile(32, 16, 2, 2), 90: Tile(64, 64, 4, 2)}
 FORWARD, BACKWARD = ["_forward_kernel"], ["_dots_kernel", "_dkdv_kernel", "_dq_kernel"]
 # B, H, H_kv, T_q, T_k, D, Dv
 SHAPES = {
@@ -95,9 +99,9 @@ def forward(q, k, v, bias, mask, slopes, sinks, out, lse, statistics, *rest):
 
 
 def backward(*given):
-    *inputs, dq, dk, dv, dbias, delta, window, scalars = given
+    *inputs, dq, dk, dv, dbias, delta, sequences, window, scalars = given
     outputs = map(uninitialised, (dq, dk, dv))
-    attention.backward(*inputs, *outputs, dbias, uninitialised(delta), window, scalars)
+    attention.backward(*inputs, *outputs, dbias, uninitialised(delta), sequences, window, scalars)
 
 
 @pytest.fixture
@@ -195,6 +199,24 @@ def test_tiles_outside_the_window_are_not_read(driver):
     lk.attention(*poisoned, window=(8, 0)).sum().backward()
     for x in poisoned[1:]:
         assert x.grad[:, :, :80].isfinite().all() and x.grad[:, :, 96:].isnan().all()
+
+
+@triton.jit
+def _kept_kernel(out, seed, threshold, M: tl.constexpr, N: tl.constexpr):
+    first = tl.program_id(0) * N
+    kept = attention_tiles.kept(1, 2, 32, first, seed, threshold, M, N)
+    at = tl.arange(0, M)[:, None] * tl.num_programs(0) * N + first + tl.arange(0, N)[None, :]
+    tl.store(out + at, kept.to(tl.int8))
+
+
+@on_sm_80
+@pytest.mark.parametrize("columns", [16, 32, 64, 128])
+def test_dropout_keeps_the_same_elements_whatever_the_tile(driver, columns):
+    seed, p, M, keys = 2**62 + 12345, 0.3, 16, 256
+    out = uninitialised(torch.empty(M, keys, dtype=torch.int8))
+    _kept_kernel[(keys // columns,)](out, seed, int(p * 2**32), M, columns)
+    expected = philox.kept(seed, p, range(1, 2), 3, 32 + M, keys, out.device)[0, 2, 32:]
+    assert torch.equal(out.bool(), expected)
 
 
 @on_sm_80
