@@ -7,6 +7,7 @@
 // large as queries x keys.
 #include <cmath>
 #include <memory>
+#include <utility>
 
 #include "attention.h"
 #include "cpu/attention_tiles.h"
@@ -40,18 +41,16 @@ struct BackwardViews {
   float *delta, *dots;  // dots: as delta, of out as it was rounded; scratch
 };
 
-// Turns a tile of scores and of dp = dout v^T, columns from `from` on, into p and ds = p * (dp - delta).
+// Turns a tile of scores over `scale` and of dp = dout v^T, columns from `from` on, into p and ds = p * (dp -
+// delta).
 template <class O>
 void probabilities(BackwardScratch<O>& w, const BackwardViews& t, const ScoresTile& tile, int64_t from,
-                   const AttentionShape& s) {
+                   float scale, const AttentionShape& s) {
   constexpr int64_t kUnit = std::max<int64_t>(kTileDepth<O>, kLanes),
                     kPanelSize = panel_size(kBackwardQueries);
   const int64_t rows = tile.rows, columns = tile.columns;
   const int64_t at = s.row(tile.batch, tile.head, tile.query);
-  const bool extras = has_extras(tile, s, t.extras), capped = s.softcap != 0, drops = s.dropout > 0;
-  const float all = kScalesQueries<O> ? 1.0f : s.scale, scale = extras ? 1.0f : all;
-  if (extras) add_extras(w.scores, capped ? w.cap_slope : nullptr, kScores, tile, all, s, t.extras);
-  if (drops) draw_dropout(w.keep, kScores, tile, s);
+  const bool capped = s.softcap != 0, drops = s.dropout > 0;
   for (int64_t first = 0; first < round_up(rows, std::max<int64_t>(2, kTileDepth<O>)); first += 2) {
     float *score = w.scores + first * kScores, *dscore = w.dscores + first * kScores, factor[2], dot[2];
     int64_t visible[2];
@@ -129,9 +128,10 @@ struct KeyTiles {
         last((s.end_key(std::min(query + kBackwardQueries, s.queries) - 1) + kKeys - 1) / kKeys) {}
 };
 
-// Scores and dp = dout v^T of one tile, turned into p and ds.
+// Scores, dp = dout v^T and what dropout keeps of one tile. Returns what the scores are still to be
+// multiplied by.
 template <class T, class O>
-void backward_scores(const BackwardViews& t, const ScoresTile& tile, int64_t from, const AttentionShape& s,
+float score_products(const BackwardViews& t, const ScoresTile& tile, int64_t from, const AttentionShape& s,
                      BackwardScratch<O>& w) {
   const int64_t b = tile.batch, h = tile.head, i = tile.query, D = s.head_dim, Dv = s.value_dim;
   const int64_t d_panel = panel_size(D), dv_panel = panel_size(Dv), panels = from / kPanel;
@@ -141,7 +141,18 @@ void backward_scores(const BackwardViews& t, const ScoresTile& tile, int64_t fro
            tile.columns - from, D, false);
   multiply(w.dout, w.v_transposed + panels * dv_panel, dv_panel, w.dscores + from, kScores, tile.rows,
            tile.columns - from, Dv, false);
-  probabilities(w, t, tile, from, s);
+  const float scale = kScalesQueries<O> ? 1.0f : s.scale;
+  if (s.dropout > 0) draw_dropout(w.keep, kScores, tile, s);
+  if (!has_extras(tile, s, t.extras)) return scale;
+  add_extras(w.scores, s.softcap != 0 ? w.cap_slope : nullptr, kScores, tile, scale, s, t.extras);
+  return 1.0f;
+}
+
+// The same, turned into p and ds.
+template <class T, class O>
+void backward_scores(const BackwardViews& t, const ScoresTile& tile, int64_t from, const AttentionShape& s,
+                     BackwardScratch<O>& w) {
+  probabilities(w, t, tile, from, score_products<T>(t, tile, from, s, w), s);
 }
 
 template <class T, class O>
@@ -225,6 +236,68 @@ void row_dots(const BackwardViews& t, const AttentionShape& all, int threads) {
   });
 }
 
+// What one query's softmax has of the keys so far.
+struct RowSums {
+  float max = -kInfinity, sum = 0, dot = 0;  // dot: of p, as it is under the maximum, and its gradient
+
+  template <class O>
+  void add(const BackwardScratch<O>& w, int64_t row, int64_t from, int64_t visible, float scale, bool drops) {
+    const float *score = w.scores + row * kScores, *dp = w.dscores + row * kScores;
+    F largest = broadcast(max), sums{}, dots{};
+    for (int64_t n = from; n < visible; n += kLanes)
+      largest = lspm::max(first_lanes(load(score + n) * scale, visible - n, largest), largest);
+    const float before = std::exchange(max, lspm::max(largest));
+    if (max == -kInfinity) return;
+    for (int64_t n = from; n < visible; n += kLanes) {
+      const F p = exp(load(score + n) * scale - max), keep = drops ? load(w.keep + row * kScores + n) : F{};
+      sums += first_lanes(p, visible - n, F{});
+      dots += first_lanes(p * load(dp + n) * (drops ? keep : broadcast(1.0f)), visible - n, F{});
+    }
+    const float shrink = std::exp(before - max);
+    sum = sum * shrink + lspm::sum(sums);
+    dot = dot * shrink + lspm::sum(dots);
+  }
+};
+
+// Finds the statistics and dots of few queries anew, from the scores and dp that their gradients are made of:
+// then what was rounded in them cancels, where so few rows do not average it out. That computes these twice.
+constexpr int64_t kFewRows = 8;
+
+template <class T>
+void renew_statistics(const BackwardViews& t, float* statistics, const AttentionShape& all, int threads) {
+  using Scratch = BackwardScratch<OperandOf<T>>;
+  const std::unique_ptr<Scratch[]> scratch(new Scratch[std::max(threads, 1)]);
+  const int64_t heads = all.batch * all.heads, work = heads * all.queries * all.keys;
+  parallel_claim(heads, work, threads, [&](auto next, int thread) {
+    const TileRegisters tiles;
+    Scratch& w = scratch[thread];
+    for (int64_t item; (item = next()) < heads;) {
+      const int64_t b = item / all.heads, h = item % all.heads;
+      const AttentionShape s = all.of(b);
+      RowSums found[kFewRows];
+      const KeyTiles seen(s, 0);
+      for (int64_t j = seen.first; j < seen.last; ++j) {
+        const int64_t key = j * kKeys, keys = std::min(kKeys, s.keys - key), from = first_column(s, 0, key);
+        const ScoresTile tile{b, h, 0, key, s.queries, std::min(keys, s.end_key(s.queries - 1) - key)};
+        pack_keys<T>(t, b, h / s.group(), key, keys, s, w);
+        const float scale = score_products<T>(t, tile, from, s, w);
+        for (int64_t r = 0; r < s.queries; ++r)
+          found[r].add(w, r, from, std::min(tile.columns, s.end_key(r) - key), scale, s.dropout > 0);
+      }
+      const float sink = t.extras.sinks ? t.extras.sinks[h] : -kInfinity;
+      for (int64_t r = 0; r < s.queries; ++r) {
+        const int64_t row = s.row(b, h, r);
+        const float common = std::max(found[r].max, sink);
+        const float part = common == -kInfinity ? 0.0f : std::exp(found[r].max - common);
+        const float total = common == -kInfinity ? 0.0f : found[r].sum * part + std::exp(sink - common);
+        statistics[row] = total == 0 ? 0.0f : common;
+        statistics[s.rows() + row] = total == 0 ? 0.0f : 1.0f / total;
+        t.dots[row] = (total == 0 ? 0.0f : found[r].dot * part / total) - (t.dlse ? t.dlse[row] : 0.0f);
+      }
+    }
+  });
+}
+
 // Adds a tile of ds, which lies where dp lay, to the gradient of the bias.
 void add_to_bias(const ScoresView& dbias, const float* ds, const ScoresTile& t, int64_t from) {
   const int64_t together = dbias.row_stride ? 1 : t.rows;  // rows that are one row of the bias
@@ -269,9 +342,16 @@ void bias_backward(const BackwardViews& t, const AttentionShape& s, int threads)
 }
 
 template <class T>
-void backward(const BackwardViews& t, const AttentionShape& all, int threads) {
+void backward(BackwardViews t, const AttentionShape& all, int threads) {
   using Scratch = BackwardScratch<OperandOf<T>>;
-  row_dots<T>(t, all, threads);
+  std::unique_ptr<float[]> renewed;
+  if (all.queries <= kFewRows && all.keys > kKeys) {
+    renewed.reset(new float[2 * all.rows()]);
+    renew_statistics<T>(t, renewed.get(), all, threads);
+    t.statistics = renewed.get();
+  } else {
+    row_dots<T>(t, all, threads);
+  }
   // At least one tile, which zeroes dq where there are no keys.
   const int64_t key_tiles = std::max<int64_t>(1, (all.keys + kKeys - 1) / kKeys);
   const int64_t query_tiles = all.group() * ((all.queries + kBackwardQueries - 1) / kBackwardQueries);
