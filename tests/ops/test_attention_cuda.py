@@ -232,8 +232,9 @@ def test_messages(library):
         on(library, where=(17, None))(*[q.bfloat16()] * 3)
 
 
+@pytest.mark.long
 def test_asan():
     if "asan" in FLAVOURS:
         pytest.skip("this is the run under asan")
-    cases = "no keys or odd or causal or everything or strides or pointers"
+    cases = "odd or causal or everything or strides or pointers or decoding"
     run_under_asan("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", cases, "-m", "not long")
