@@ -140,26 +140,31 @@ __global__ void __launch_bounds__(kCombineRows* kWarp)
   for (int part = 0; part < parts; ++part)
     largest = fmaxf(largest, part_of(scratch, call.shape, part, row)[dim]);
 
+  const float base = base_of(largest);
+  float seen = 0.0f;
+  for (int part = 0; part < parts; ++part) {
+    const float* const from = part_of(scratch, call.shape, part, row);
+    seen += from[dim + 1] * ptx::ex2(from[dim] - base);
+  }
+
   const bool sees = window.first_key(query) < window.end_key(query);
   const float* const sinks = call.extras.sinks;
   const float sink = sinks ? sinks[head] : -INFINITY;
-  float common = base_of(largest) * kLn2;
+  float common = base * kLn2;
   if (sinks) common = sees ? fmaxf(common, sink) : sink;
   const float power = common * kLog2e;  // as the backward finds it
-  float all = sinks ? ptx::ex2(fmaf(sink, kLog2e, -power)) : 0.0f;
-  for (int part = 0; part < parts; ++part) {
-    const float* const from = part_of(scratch, call.shape, part, row);
-    all += from[dim + 1] * ptx::ex2(from[dim] - power);
-  }
-  const float inverse = __fdividef(1.0f, all);
+  const float share = sees ? rebase(base, 1.0f, power) : 0.0f;
+  float all = sees ? seen * share : 0.0f;
+  if (sinks) all += ptx::ex2(fmaf(sink, kLog2e, -power));
+  const float inverse = __fdividef(1.0f, all), factor = share * inverse;
   T* const out = call.out.at<T>(batch, head, query);
   for (int col = lane; col < dim; col += kWarp) {
     float sum = 0.0f;
     for (int part = 0; part < parts; ++part) {
       const float* const from = part_of(scratch, call.shape, part, row);
-      sum += from[col] * ptx::ex2(from[dim] - power);
+      sum += from[col] * ptx::ex2(from[dim] - base);
     }
-    out[col] = from_float<T>(sees ? sum * inverse : 0.0f);
+    out[col] = from_float<T>(sees ? sum * factor : 0.0f);
   }
   if (lane != 0) return;
   call.lse[row] = all == 0.0f ? -INFINITY : fmaf(power, kLn2, logf(all));

@@ -492,10 +492,12 @@ __device__ __forceinline__ void online_softmax(float (&s)[kRows][kTiles][4], flo
     }
 }
 
-// What sums under a row's maximum are worth as sums under 2^power.
+// What sums under a row's maximum are worth as sums under 2^power, which is near it. Where rounding a huge
+// maximum parts them by more than float has exponents, at least the quotient of two such sums stays right.
 __device__ __forceinline__ float rebase(float maximum, float exponent, float power) {
   const float base = base_of(maximum), shift = base * exponent;
-  return ptx::ex2(fabsf(shift) > kLarge ? fmaf(base, exponent, -power) : shift - power);
+  const float apart = fmaf(base, exponent, -power);
+  return ptx::ex2(fabsf(shift) > kLarge ? fminf(fmaxf(apart, -100.0f), 100.0f) : shift - power);
 }
 
 struct ForwardCall : AttentionCall {
