@@ -131,6 +131,8 @@ def test_arrows_point_one_way():
         "operator.py",
         "checks.py",
         "attention_checks.py",
+        "attention_limits.py",
+        "split_kv.py",
         "triton",
         "reference",
     ]

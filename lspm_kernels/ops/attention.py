@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import attention_checks, checks, compiled, dispatch, split_kv, triton
-from lspm_kernels.dispatch import Backend, Limit
+from lspm_kernels import attention_checks, attention_limits, checks, compiled, dispatch, split_kv, triton
+from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import attention as reference
 
@@ -13,28 +13,14 @@ _KERNELS = "attention_forward", "attention_backward"
 MAX_DIM = 256
 _ALL = -1  # what a kernel takes for a side of the window that has no bound
 
-# What a row may refuse, of (q, k, v, (B, H), bias).
-_PLACES = Limit(  # which have 32 bits
-    "fewer than 2 ** 30 queries and keys",
-    lambda q, k, *_: max(q.shape[2], k.shape[2]) < 2**30,
-    lambda q, k, *_: max(q.shape[2], k.shape[2]),
-)
-_GRID = Limit(
-    "at most 65535 batches and heads", lambda *a: max(a[3]) <= 65535, lambda *a: f"{a[3][0]} and {a[3][1]}"
-)
-_NO_DBIAS = Limit(
-    "a bias without a gradient",
-    lambda *a: a[4] is None or not (a[4].requires_grad and torch.is_grad_enabled()),
-    lambda *_: "one that requires it",
-)
 _SPLITS, _BACKWARD = split_kv.attention_forward, compiled.cuda_kernel("attention_backward")
 # On a GPU cuda comes first: its tensor-core instructions meet fewer others. Predicted, not measured.
 BACKENDS = (
     Backend("cpu", "cpu", _FLOATS, *map(compiled.cpu_kernel, _KERNELS), compiled.nothing_missing),
+    Backend("cuda", "cuda", _FLOATS[1:], _SPLITS, _BACKWARD, compiled.cuda_missing, attention_limits.CUDA),
     Backend(
-        "cuda", "cuda", _FLOATS[1:], _SPLITS, _BACKWARD, compiled.cuda_missing, (_PLACES, _GRID, _NO_DBIAS)
+        "triton", "cuda", _FLOATS, *map(triton.kernel, _KERNELS), triton.missing, attention_limits.TRITON
     ),
-    Backend("triton", "cuda", _FLOATS, *map(triton.kernel, _KERNELS), triton.missing, (_PLACES,)),
 )
 
 

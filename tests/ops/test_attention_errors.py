@@ -1,6 +1,7 @@
 """attention: what it says of arguments that it cannot take, and what the binding refuses."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +99,9 @@ def test_bad_options(message):
     assert str(error.value) == f"attention: {message}"
 
 
-def test_what_cuda_leaves_to_triton():
+def test_what_cuda_leaves_to_triton(monkeypatch):
+    properties = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)  # as GPUs of games have
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     (row,) = (row for row in ops.BACKENDS if row.name == "cuda")
     row = dataclasses.replace(row, device="cpu", missing=lambda: None)
     q = torch.ones(1, 2, 3, 16).half()
@@ -106,11 +109,17 @@ def test_what_cuda_leaves_to_triton():
     assert row.refusal("attention", q, q, q, (1, 2), bias.detach()) is None
     with torch.no_grad():
         assert row.refusal("attention", q, q, q, (1, 2), bias) is None
+    wide = torch.ones(1, 2, 3, 160).half()
     long = q[:, :1, :1].expand(1, 1, 2**30, 16)
     for needs, given in {
         "dtype bfloat16, float16, got float32": (q.float(), q, q, (1, 2), None),
         "a bias without a gradient, got one that requires it": (q, q, q, (1, 2), bias),
         "at most 65535 batches and heads, got 70000 and 2": (q, q, q, (70_000, 2), None),
+        "head dims to 128, or 129 KiB of shared memory to a block, got 160 and 99 KiB": (
+            wide, wide, wide, (1, 2), None
+        ),
         "fewer than 2 ** 30 queries and keys, got 1073741824": (q, long, long, (1, 2), None),
-    }.items():
+    }.items():  # fmt: skip
         assert row.refusal("attention", *given) == f"attention: cuda needs {needs}"
+    properties.shared_memory_per_block_optin = 163 * 1024
+    assert row.refusal("attention", wide, wide, wide, (1, 2), None) is None
