@@ -123,19 +123,25 @@ def linked(objects, flavour):
     )
 
 
+def translated_kernels(source, only):
+    """The object file of the kernels of a file that nvcc's PTX has under names like `only`."""
+    return translated(ptx_of(source), ["-O1", *HOOKS], only=only)
+
+
 def kernels(sources, flavour, ptx_kernels=""):
     """The library of kernel files (.cu) and of C entries to them (.cpp).
 
     ptx_kernels: a regular expression that the mangled names of the kernels to translate match, in ptxcheck.
     """
-    objects = []
+    tasks = []
     for source in map(Path, sources):
         is_kernel = source.suffix == ".cu"
-        objects.append(
-            compiled(source, KERNEL_OPTIONS[flavour if is_kernel or flavour == "asan" else "ptxcheck"])
-        )
+        options = KERNEL_OPTIONS[flavour if is_kernel or flavour == "asan" else "ptxcheck"]
+        tasks.append(functools.partial(compiled, source, options))
         if is_kernel and flavour == "ptxcheck":
-            objects.append(translated(ptx_of(source), ["-O1", *HOOKS], only=ptx_kernels))
+            tasks.append(functools.partial(translated_kernels, source, ptx_kernels))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda task: task(), tasks))
     return linked(objects, flavour)
 
 
