@@ -17,7 +17,7 @@ from lspm_kernels.ops import attention as table
 from lspm_kernels.reference import attention as reference
 
 WINDOW, DROPOUT = 256, 0.1
-DENSE, LONG, CACHE = (4, 12, 1024, 64), (1, 12, 4096, 64), (4, 12, 4096, 64)  # B, H, T, D
+DENSE, LONG, CACHE = (8, 12, 256, 64), (1, 12, 4096, 64), (4, 12, 4096, 64)  # B, H, T, D
 
 
 def in_window(T: int) -> Tensor:
