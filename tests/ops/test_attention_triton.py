@@ -71,7 +71,10 @@ CASES = {
     "everything": ("long", F32, EVERYTHING),
 }
 # The other code generator: wgmma, where a tile has 64 rows and a program 4 warps.
-ON_SM_90 = ["16 bits", "half", "window", "everything"]
+ON_SM_90 = [
+    "16 bits",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("half", "window", "everything")),
+]
 
 
 def case(shape, dtype, options):
