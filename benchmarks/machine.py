@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch loads OpenMP: a thread that spins while it waits turns another process's work into noise.
@@ -107,6 +107,21 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int | Non
     return max(0, peak - before)
 
 
+def _round(size: int) -> Callable[[int], Iterator[slice]]:
+    """A function of a count: the next so many places of `size`, round and round from where the last ended."""
+    position = 0
+
+    def places(count: int) -> Iterator[slice]:
+        nonlocal position
+        while count:
+            position = 0 if position >= size else position
+            begin, position = position, min(position + count, size)
+            count -= position - begin
+            yield slice(begin, position)
+
+    return places
+
+
 @functools.cache
 def copy_roof(device: str = "cpu") -> Callable[[int], None]:
     """A plain copy that reads and writes `moved` bytes in all, from and to memory that no cache holds."""
@@ -114,16 +129,11 @@ def copy_roof(device: str = "cpu") -> Callable[[int], None]:
     source = torch.zeros(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     target.copy_(source)  # touches every page
-    position = 0
+    places = _round(source.numel())
 
     def copy(moved: int) -> None:
-        nonlocal position
-        remaining = moved // 8
-        while remaining:
-            position = 0 if position >= source.numel() else position
-            count = min(remaining, source.numel() - position)
-            target[position : position + count].copy_(source[position : position + count])
-            position, remaining = position + count, remaining - count
+        for part in places(moved // 8):
+            target[part].copy_(source[part])
 
     return copy
 
@@ -132,16 +142,11 @@ def copy_roof(device: str = "cpu") -> Callable[[int], None]:
 def read_roof(device: str = "cpu") -> Callable[[int], None]:
     """A sum, which reads `moved` bytes and writes nothing, from memory that no cache holds."""
     source = torch.ones((last_level_cache(device) + 2**26) // 4, dtype=torch.float32, device=device)
-    position = 0
+    places = _round(source.numel())
 
     def read(moved: int) -> None:
-        nonlocal position
-        remaining = moved // 4
-        while remaining:
-            position = 0 if position >= source.numel() else position
-            count = min(remaining, source.numel() - position)
-            source[position : position + count].sum()
-            position, remaining = position + count, remaining - count
+        for part in places(moved // 4):
+            source[part].sum()
 
     return read
 

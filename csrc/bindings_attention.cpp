@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "bindings.h"
+
 namespace py = pybind11;
 using lspm::DType;
 using lspm::OptionalView;
@@ -190,13 +191,13 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
   auto* pl = static_cast<float*>(lse.contiguous("lse", q, DType::f32, s.rows()));
   auto* ps = static_cast<float*>(optional(statistics, "statistics", q, DType::f32, 2 * s.rows()));
   const int64_t splits = scratch ? scratch->size(0) : 1;
-  auto* part = optional(scratch, "scratch", q, DType::f32, splits * s.rows() * (s.value_dim + 2));
+  [[maybe_unused]] auto* part =
+      optional(scratch, "scratch", q, DType::f32, splits * s.rows() * (s.value_dim + 2));
   py::gil_scoped_release unlocked;
 #ifdef LSPM_CUDA
   backend::attention_forward(tq, tk, tv, extras, to, pl, ps, static_cast<float*>(part), splits, s,
                              WHERE(q, threads));
 #else
-  (void)part;
   backend::attention_forward(tq, tk, tv, extras, to, pl, ps, s, threads);
 #endif
 }

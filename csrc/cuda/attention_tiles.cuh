@@ -72,9 +72,8 @@ __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int firs
   }
 }
 
-// Which rows of a tile are a warp's: row 16 r + 8 h + i of its own, i < 8, is
-// row `first` + r kDown + h kApart
-// + i of the tile.
+// Which rows of a tile are a warp's: row 16 r + 8 h + i of its own, i < 8, is row
+// first + r kDown + h kApart + i of the tile.
 template <int kDown, int kApart>
 struct Share {
   int first;
