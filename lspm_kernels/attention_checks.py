@@ -61,18 +61,29 @@ def heads(
     return q, k, v
 
 
-def window(
-    op: str, causal: bool, sides: tuple[int | None, int | None] | None
+def sides(
+    op: str, causal: bool, window: tuple[int | None, int | None] | None
 ) -> tuple[int | None, int | None]:
     """Checks a window; gives its two sides, the right one 0 where causal."""
-    if sides is None:
+    if window is None:
         return None, 0 if causal else None
-    if not isinstance(sides, tuple | list) or len(sides) != 2:
-        raise ValueError(f"{op}: window must be a pair (left, right), got {sides!r}")
-    for side in sides:
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise ValueError(f"{op}: window must be a pair (left, right), got {window!r}")
+    for side in window:
         if side is not None and (not isinstance(side, int) or side < 0):
-            raise ValueError(f"{op}: window must have sides that are None or at least 0, got {tuple(sides)}")
-    return sides[0], 0 if causal else sides[1]
+            raise ValueError(f"{op}: window must have sides that are None or at least 0, got {tuple(window)}")
+    return window[0], 0 if causal else window[1]
+
+
+def options(
+    op: str, heads: tuple[int, int], device: torch.device, *, causal, window, alibi_slopes, sinks, softcap
+) -> tuple[int | None, int | None, Tensor | None, Tensor | None]:
+    """Checks what the three forms of attention of (B, H) heads share; gives left, right, slopes, sinks."""
+    left, right = sides(op, causal, window)
+    slopes = per_head(op, "alibi_slopes", alibi_slopes, device, (heads[1:], heads))
+    sinks = per_head(op, "sinks", sinks, device, (heads[1:],))
+    checks.number(op, "softcap", softcap, 0.0, float("inf"))
+    return left, right, slopes, sinks
 
 
 def scores(

@@ -209,13 +209,11 @@ def attention(
     """
     q, k, v = attention_checks.heads("attention", q, k, v, MAX_DIM)
     heads = tuple(q.shape[:2])
-    left, right = attention_checks.window("attention", causal, window)
     bias, mask = attention_checks.scores("attention", q, k, bias, mask)
-    slopes = attention_checks.per_head(
-        "attention", "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads)
-    )
-    sinks = attention_checks.per_head("attention", "sinks", sinks, q.device, (heads[1:],))
-    checks.number("attention", "softcap", softcap, 0.0, float("inf"))
+    left, right, slopes, sinks = attention_checks.options(
+        "attention", heads, q.device, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
+        softcap=softcap,
+    )  # fmt: skip
     checks.number("attention", "dropout_p", dropout_p, 0.0, 1.0)
     seed = checks.seed("attention", seed) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -89,10 +89,10 @@ def attention_varlen(
         block_table, pages = attention_checks.block_table(_OP, block_table, heads[0], q.device)
         if lengths is not None:
             attention_checks.pages(_OP, pages, lengths, k)
-    left, right = attention_checks.window(_OP, causal, window)
-    slopes = attention_checks.per_head(_OP, "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads))
-    sinks = attention_checks.per_head(_OP, "sinks", sinks, q.device, (heads[1:],))
-    checks.number(_OP, "softcap", softcap, 0.0, float("inf"))
+    left, right, slopes, sinks = attention_checks.options(
+        _OP, heads, q.device, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
+        softcap=softcap,
+    )  # fmt: skip
     checks.number(_OP, "dropout_p", dropout_p, 0.0, 1.0)
     seed = checks.seed(_OP, seed) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

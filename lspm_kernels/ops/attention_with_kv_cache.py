@@ -81,10 +81,10 @@ def attention_with_kv_cache(
     table, counts, begins, longest = _places(
         q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_leftpad
     )
-    left, right = attention_checks.window(_OP, causal, window)
-    slopes = attention_checks.per_head(_OP, "alibi_slopes", alibi_slopes, q.device, (heads[1:], heads))
-    sinks = attention_checks.per_head(_OP, "sinks", sinks, q.device, (heads[1:],))
-    checks.number(_OP, "softcap", softcap, 0.0, float("inf"))
+    left, right, slopes, sinks = attention_checks.options(
+        _OP, heads, q.device, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
+        softcap=softcap,
+    )  # fmt: skip
     scale = D**-0.5 if scale is None else float(scale)
     row = dispatch.pick(_OP, BACKENDS, backend, q, k_cache, v_cache, heads, None)
     if (cos is None) != (sin is None) or (cos is not None and k is None):
