@@ -89,6 +89,22 @@ inline void pack_right_transposed(const bf16* from, int64_t from_stride, bf16* r
     }
 }
 
+template <>
+struct Step<bf16> {
+  static constexpr int64_t kDepth = 2;
+  static F load_left(const bf16* p) {
+    float pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return broadcast(pair);
+  }
+  static F add_product(F sum, F a, const bf16* b) {
+    U pairs;
+    std::memcpy(&pairs, b, sizeof pairs);
+    lspm::add_product(sum, reinterpret_cast<U>(a), pairs);
+    return sum;
+  }
+};
+
 #if defined(__AMX_BF16__)
 
 template <bool kTwoRows>
@@ -137,20 +153,6 @@ inline void multiply(const bf16* left, const bf16* right, int64_t panel, float* 
 }
 
 #else
-
-template <>
-struct Step<bf16> {
-  static constexpr int64_t kDepth = 2;
-  static F load_left(const bf16* p) {
-    float pair;
-    std::memcpy(&pair, p, sizeof pair);
-    return broadcast(pair);
-  }
-  static F add_product(F sum, F a, const bf16* b) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a),
-                            reinterpret_cast<__m512bh>(_mm512_loadu_ps(b)));
-  }
-};
 
 inline void multiply(const bf16* left, const bf16* right, int64_t panel, float* c, int64_t c_stride,
                      int64_t rows, int64_t columns, int64_t depth, bool accumulate) {

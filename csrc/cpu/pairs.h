@@ -22,6 +22,12 @@ inline Pair operator*(Pair a, float b) { return {a.first * b, a.second * b}; }
 inline Pair& operator+=(Pair& a, Pair b) { return a = a + b; }
 inline Pair& operator*=(Pair& a, Pair b) { return a = a * b; }
 
+inline void add_product(F& sum, F a, F b) { sum += a * b; }
+inline void add_product(F& sum, Pair a, Pair b) {
+  sum += a.first * b.first;
+  sum += a.second * b.second;
+}
+
 inline F joined(F v) { return v; }
 inline F joined(Pair v) { return v.first + v.second; }
 
@@ -108,7 +114,7 @@ struct Single : Lanes {
 
 // Calls body(i, lanes) for each pair of vectors of [begin, n), then for what is left over.
 template <class T, class Body>
-inline void for_each_pair(int64_t begin, int64_t n, Body body) {
+__attribute__((always_inline)) inline void for_each_pair(int64_t begin, int64_t n, Body body) {
   int64_t i = begin;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) body(i, PairLanes<T>{});
   if (i + kLanes <= n) body(i, Single<T, AllLanes>{}), i += kLanes;

@@ -85,6 +85,12 @@ inline U to_pairs(F a, F b) {
   return (rounded(a) >> 16) | (rounded(b) & 0xffff0000u);
 #endif
 }
+#if defined(__AVX512BF16__)
+// Adds the products of pairs of bfloat16, of two to a lane; it takes subnormals for zero.
+inline void add_product(F& sum, U a, U b) {
+  sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#endif
 inline void store(bf16* p, F v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v));
@@ -182,10 +188,15 @@ inline void stream_fence() {
 #endif
 }
 
-// Begins to bring the line at p, which may be past the end of anything, into the first-level cache.
+// Begins to bring the line at p, which may be past the end of anything, into the first-level cache or, which
+// lets more lines be on their way at once, into the second.
 template <class T>
 inline void prefetch(const T* p) {
   __builtin_prefetch(p);
+}
+template <class T>
+inline void prefetch_far(const T* p) {
+  __builtin_prefetch(p, 0, 2);
 }
 
 inline float sum(F v) {
@@ -304,38 +315,63 @@ inline void multiply_wide(U a, uint32_t b, U& high, U& low) {
 #endif
 }
 
-// Turns kLanes rows of kLanes 32-bit elements into columns.
-inline void transpose(F (&rows)[kLanes]) {
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    U low, high;  // which lanes of (a, b) the two results take
-    for (int i = 0; i < kLanes; ++i) {
-      low[i] = i & half ? kLanes + i - half : i;
-      high[i] = i & half ? kLanes + i : i + half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & half) continue;
-      const F a = rows[i], b = rows[i + half];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + half] = __builtin_shuffle(a, b, high);
-    }
+// The lanes of a and of b, one after the other, that a shuffle takes. As constants: the compiler would else
+// put the vector of indices together, lane by lane, before each shuffle.
+struct Order {
+  uint32_t of[kLanes];
+  template <class Of>
+  explicit constexpr Order(Of lane) : of{} {
+    for (int i = 0; i < kLanes; ++i) of[i] = uint32_t(lane(i));
   }
+};
+inline F shuffle(F a, F b, const Order& order) {
+  U u;
+  std::memcpy(&u, order.of, sizeof u);
+  return __builtin_shuffle(a, b, u);
+}
+
+// Where lanes i and i ^ kHalf change places between two vectors, what becomes of either.
+template <int kHalf>
+constexpr Order kExchangedLow{[](int i) { return i & kHalf ? kLanes + i - kHalf : i; }};
+template <int kHalf>
+constexpr Order kExchangedHigh{[](int i) { return i & kHalf ? kLanes + i : i + kHalf; }};
+
+// Turns kLanes rows of kLanes 32-bit elements into columns.
+template <int kHalf = kLanes / 2>
+inline void transpose(F (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kHalf) continue;
+    const F a = rows[i], b = rows[i + kHalf];
+    rows[i] = shuffle(a, b, kExchangedLow<kHalf>);
+    rows[i + kHalf] = shuffle(a, b, kExchangedHigh<kHalf>);
+  }
+  if constexpr (kHalf > 1) transpose<kHalf / 2>(rows);
+}
+
+// Lane i of the result is the sum of v[i]: as transpose(), but what meets in a lane is added.
+template <int kHalf = kLanes / 2>
+inline F sums_of(F (&v)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kHalf; ++i)
+    v[i] = shuffle(v[i], v[i + kHalf], kExchangedLow<kHalf>) +
+           shuffle(v[i], v[i + kHalf], kExchangedHigh<kHalf>);
+  if constexpr (kHalf > 1) return sums_of<kHalf / 2>(v);
+  return v[0];
 }
 
 // Turns (a, b), one after the other, into their even and their odd elements; zip() is the way back.
 inline void unzip(F& a, F& b) {
-  U even;
-  for (int i = 0; i < kLanes; ++i) even[i] = 2 * i;
-  const F first = __builtin_shuffle(a, b, even);
-  b = __builtin_shuffle(a, b, even + 1);
+  static constexpr Order kEven{[](int i) { return 2 * i; }}, kOdd{[](int i) { return 2 * i + 1; }};
+  const F first = shuffle(a, b, kEven);
+  b = shuffle(a, b, kOdd);
   a = first;
 }
 inline void zip(F& a, F& b) {
-  U low;
-  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + (i & 1) * kLanes;
-  const F first = __builtin_shuffle(a, b, low);
-  b = __builtin_shuffle(a, b, low + kLanes / 2);
+  static constexpr Order kLow{[](int i) { return i / 2 + (i & 1) * kLanes; }};
+  static constexpr Order kHigh{[](int i) { return (i + kLanes) / 2 + (i & 1) * kLanes; }};
+  const F first = shuffle(a, b, kLow);
+  b = shuffle(a, b, kHigh);
   a = first;
 }
 

@@ -67,8 +67,26 @@ MUTATIONS = [
     in_cache(
         name="cache: the sum of values starts anew with every page",
         file="csrc/cpu/attention_decode.cpp",
-        old="sums[r][c] = load(out + r * out_stride + d + c * kLanes);",
-        new="sums[r][c] = F{};",
+        old="sums[r][c] = lanes.load(out + r * out_stride + d + c * kWidth);",
+        new="sums[r][c] = V{};",
+    ),
+    in_cache(
+        name="cache: all heads of a chunk read as its first",
+        file="csrc/cpu/attention_decode.cpp",
+        old="return first_head[row] + head_offset;",
+        new="return first_head[row];",
+    ),
+    in_cache(
+        name="cache: the last heads of a sequence left out",
+        file="csrc/cpu/attention_decode.cpp",
+        old="parts = (all.kv_heads + share - 1) / share;",
+        new="parts = all.kv_heads / share;",
+    ),
+    in_cache(
+        name="cache: dims left in the order of pairs",
+        file="csrc/cpu/attention_decode.cpp",
+        old="lanes.store_ordered(out + d, lanes.load(out + d));",
+        new="lanes.store(out + d, lanes.load(out + d));",
     ),
     in_cache(
         name="cache: the keys appended are not counted",

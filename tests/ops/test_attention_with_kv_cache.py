@@ -166,6 +166,30 @@ def test_same_bits_for_any_number_of_threads(queries):
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_same_bits_wherever_rows_lie(dtype):
+    """A thread reads the heads of a cache one by one, or several side by side, as they lie."""
+    heads, before, outs = 5, torch.get_num_threads(), []
+    k, v = (torch.randn(2, heads, S, dim).to(dtype) for dim in (D, DV))
+    q, order = torch.randn(2, 3 * heads, 1, D).to(dtype), torch.randperm(2 * S // 20)
+    pages = [
+        x.transpose(1, 2).reshape(-1, 20, heads, x.shape[-1]).transpose(1, 2)[order.argsort()] for x in (k, v)
+    ]
+    caches = {
+        "heads apart": (k, v, {}),
+        "heads side by side": (*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)), {}),
+        "pages": (*pages, {"block_table": order.view(2, -1)}),
+    }
+    for threads in (1, 2, 3):  # five heads at once, two and the fifth, one
+        torch.set_num_threads(threads)
+        outs += [lk.attention_with_kv_cache(q, k, v, **options) for k, v, options in caches.values()]
+    torch.set_num_threads(before)
+    oracle.compare(
+        "out", outs[0], dense.attention(*(x.double() for x in (q, k, v))), dense.attention(q, k, v)
+    )
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
 @pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["dense", "pages of 16"])
 def test_compile(kind, mode):
