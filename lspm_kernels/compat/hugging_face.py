@@ -1,29 +1,33 @@
 """Attention for the models of transformers: register(), then model.set_attn_implementation("lspm")."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
+from lspm_kernels.compat.hugging_face_mask import WindowMask, window_mask
 from lspm_kernels.ops.attention import attention
 
 
 def register() -> None:
     """Makes "lspm" an attention implementation of transformers, for every model that asks its interface.
 
-    Masks come as for its "sdpa": none where all is visible or plainly causal, else bool (B, 1, T_q, T_k), in
-    which padding, sliding windows and the places in a cache are written already.
+    Masks come as for its "sdpa": none where all is visible or plainly causal. Sliding windows, padding and
+    places in a cache cost a WindowMask, linear in the lengths. Anything else (packed sequences, chunks, masks
+    of a model's own, a step over a static cache, whatever is compiled or exported) is written, bool
+    (B, 1, T_q, T_k).
 
     Raises:
         ImportError: transformers is missing, or has no mask interface yet. Tested with 5.23.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
+        from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     except ImportError as error:
         raise ImportError(
             "hugging_face.register: transformers must be installed, with its AttentionMaskInterface"
             f" (pip install transformers), got {type(error).__name__}: {error}"
         ) from error
     AttentionInterface.register("lspm", attention_forward)
-    AttentionMaskInterface.register("lspm", sdpa_mask)
+    AttentionMaskInterface.register("lspm", partial(window_mask, masking_utils))
 
 
 def attention_forward(
@@ -31,7 +35,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | WindowMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -46,7 +50,8 @@ def attention_forward(
         module: the attention module; its is_causal counts where the argument is None.
         query: (B, H, T_q, D).
         key, value: (B, H_kv, T_k, D), H a multiple of H_kv: heads are not repeated.
-        attention_mask: None, bool (True: visible) or added to the scores, broadcast to (B, H, T_q, T_k).
+        attention_mask: None, bool (True: visible) or added to the scores, broadcast to (B, H, T_q, T_k); a
+            WindowMask is not written unless there is a position_bias, which is of that size anyway.
         dropout: 0 outside training, which the model sees to.
         scaling: D ** -0.5 where None.
         is_causal: counts only where there is no mask and more than one query. The first query then stands at
@@ -54,7 +59,8 @@ def attention_forward(
         softcap: scores stay within (-softcap, softcap); None: no cap.
         s_aux: (H,) sinks, with a gradient.
         position_bias: added to the scores, with a gradient; broadcast to (B, H, T_q, T_k).
-        kwargs: what other implementations need. A sliding_window is in the mask already.
+        kwargs: what other implementations need. A sliding_window is in the mask already; not all
+            models tell it.
 
     Returns:
         (out, None): out (B, T_q, H, Dv), contiguous.
@@ -77,7 +83,13 @@ def attention_forward(
     causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
     if query.shape[0] == 1 != key.shape[0]:  # learned queries have no batch
         query = query.expand(key.shape[0], -1, -1, -1)
-    bias = position_bias
+    bias, window = position_bias, None
+    if isinstance(attention_mask, WindowMask):
+        if bias is not None:
+            attention_mask = attention_mask.written()
+        else:
+            keys, window, attention_mask = attention_mask.arguments(query, key)
+            key, value = key[:, :, :keys], value[:, :, :keys]
     if attention_mask is not None and attention_mask.requires_grad:
         bias = attention_mask if bias is None else bias + attention_mask
         attention_mask = None
@@ -86,6 +98,7 @@ def attention_forward(
         key,
         value,
         causal=causal,
+        window=window,
         top_left=causal,
         bias=bias,
         mask=attention_mask,
