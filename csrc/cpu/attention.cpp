@@ -26,7 +26,8 @@ struct ForwardScratch {
   O p[kForwardQueries * kStride<O>];
   float keep[kForwardQueries * kScores];  // what dropout multiplies p by
   float out[kBlock * kScores];
-  float max[kBlock], sum[kBlock];  // of each row so far
+  float max[kBlock];  // of each row so far, as sum
+  double sum[kBlock];
   RowBuffer rows;
 };
 
@@ -45,7 +46,8 @@ Columns(int64_t, int64_t, Visible) -> Columns<Visible>;
 template <bool kDropout, class O, class Visible>
 void softmax_tile(ForwardScratch<O>& w, int64_t first, int64_t rows, const Columns<Visible>& columns,
                   int64_t value_dim, float scale) {
-  float *max = w.max + first, *sum = w.sum + first;
+  float* max = w.max + first;
+  double* sum = w.sum + first;
   alignas(64) float before[kForwardQueries], base[kForwardQueries], shrink[kForwardQueries];
   std::copy_n(max, rows, before);
   for (int64_t r = 0; r < rows; ++r) {
@@ -62,20 +64,20 @@ void softmax_tile(ForwardScratch<O>& w, int64_t first, int64_t rows, const Colum
     const float *score = w.scores + r * kScores, *keep = w.keep + r * kScores;
     O* p = w.p + r * kStride<O>;
     const int64_t sees = columns.visible(r);
-    F total{};
+    WideSum total;
     int64_t n = columns.begin;
     const auto put = [&](F e) {
-      total += e;
+      total.add(n, e);
       store_left(p + n, kDropout ? e * load(keep + n) : e);
     };
     for (; n + kLanes <= sees; n += kLanes) put(exp(load(score + n) * scale - base[r]));
     for (; n < columns.end; n += kLanes)
       put(first_lanes(exp(load(score + n) * scale - base[r]), sees - n, F{}));
     if (max[r] == before[r]) {
-      sum[r] += lspm::sum(total);
+      sum[r] += total.total();
       continue;
     }
-    sum[r] = sum[r] * shrink[r] + lspm::sum(total);
+    sum[r] = sum[r] * shrink[r] + total.total();
     float* out = w.out + (first + r) * kScores;
     for (int64_t d = 0; d < value_dim; d += kLanes) store(out + d, load(out + d) * shrink[r]);
   }
@@ -90,7 +92,7 @@ void forward_block(const ForwardViews& t, int64_t b, int64_t h, int64_t begin, i
   const float scale = kScalesQueries<O> ? 1.0f : s.scale;
   pack_left(t.q.at<const T>(b, h, begin), t.q.row_stride, s.scale, w.q, count, s.head_dim);
   std::fill_n(w.max, count, -kInfinity);
-  std::fill_n(w.sum, count, 0.0f);
+  std::fill_n(w.sum, count, 0.0);
   for (int64_t r = 0; r < count; ++r) std::fill_n(w.out + r * kScores, s.value_dim, 0.0f);
   for (int64_t key = s.first_key(begin) / kKeys * kKeys; key < last_keys; key += kKeys) {
     const int64_t keys = std::min(kKeys, last_keys - key);

@@ -41,6 +41,11 @@ struct BackwardViews {
   float *delta, *dots;  // dots: as delta, of out as it was rounded; scratch
 };
 
+// Whether delta comes from out: floats are rounded once there, but D times in each dp. A half type would
+// round out too much, so there delta is the sum of p dp.
+template <class T>
+constexpr bool kDeltaOfOut = std::is_same_v<T, float>;
+
 // Turns a tile of scores over `scale` and of dp = dout v^T, columns from `from` on, into p and ds = p * (dp -
 // delta).
 template <class O>
@@ -73,21 +78,22 @@ void probabilities(BackwardScratch<O>& w, const BackwardViews& t, const ScoresTi
         if (zero == -kInfinity) zero = 0;  // all hidden: exp(-inf - 0) is 0
       }
       const float share = inside ? t.statistics[s.rows() + row] : 0.0f;
-      F sums{}, dots{};
+      WideSum sums, dots;
       for (int64_t n = from; n < visible[r]; n += kLanes) {
         const int64_t place = r * kScores + n;
         const F p = exp(load(score + place) * scale - zero);
         F dp = load(dscore + place);
         if (drops) dp *= load(w.keep + first * kScores + place), store(dscore + place, dp);
-        sums += first_lanes(p, visible[r] - n, F{});
-        dots += first_lanes(p * dp, visible[r] - n, F{});
+        sums.add(n, first_lanes(p, visible[r] - n, F{}));
+        dots.add(n, first_lanes(p * dp, visible[r] - n, F{}));
         store(score + place, p);
       }
-      const float total = whole ? sum(sums) + std::exp(sink - zero) : 0.0f;
+      const double total = whole ? sums.total() + std::exp(double(sink) - zero) : 0.0;
       const bool renewed = whole && total != 0;
-      factor[r] = renewed ? 1.0f / total : share;
-      w.dots[first + r] = sum(dots) * factor[r];
-      dot[r] = renewed ? w.dots[first + r] - (t.dlse ? t.dlse[row] : 0.0f) : inside ? t.dots[row] : 0.0f;
+      const double part = renewed ? 1.0 / total : share, product = dots.total() * part;
+      factor[r] = float(part);
+      w.dots[first + r] = float(product);
+      dot[r] = renewed ? float(product - (t.dlse ? t.dlse[row] : 0.0f)) : inside ? t.dots[row] : 0.0f;
     }
     for (int64_t n = from; n < round_up(columns, kUnit); n += kLanes) {
       F p[2], ds[2];
@@ -204,7 +210,7 @@ void backward_tile(const BackwardViews& t, float* dq_sums, int64_t dq_row, Turns
         lanes.store(t.dq.at<T>(b, h, i + r) + d, load(sums + r * dq_row + d) * s.scale);
       });
     const int64_t row = s.row(b, h, i);
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < rows && !kDeltaOfOut<T>; ++r) {
       if (turn == seen.first) t.delta[row + r] = t.dlse ? -t.dlse[row + r] : 0.0f;
       t.delta[row + r] += w.dots[r];
     }
@@ -228,9 +234,11 @@ void row_dots(const BackwardViews& t, const AttentionShape& all, int threads) {
       for (int64_t i = first; i < std::min(first + kBackwardQueries, s.queries); ++i) {
         const T *x = t.dout.at<const T>(b, h, i), *y = t.out.at<const T>(b, h, i);
         const int64_t row = s.row(b, h, i);
-        t.dots[row] = sum_of(s.value_dim,
-                             [&](int64_t d, auto lanes) { return lanes.load(x + d) * lanes.load(y + d); }) -
-                      (t.dlse ? t.dlse[row] : 0.0f);
+        WideSum sum;
+        for_each_vector(s.value_dim,
+                        [&](int64_t d, auto lanes) { sum.add(d, lanes.load(x + d) * lanes.load(y + d)); });
+        t.dots[row] = float(sum.total() - (t.dlse ? t.dlse[row] : 0.0f));
+        if (kDeltaOfOut<T>) t.delta[row] = t.dots[row];
       }
     }
   });
@@ -238,24 +246,26 @@ void row_dots(const BackwardViews& t, const AttentionShape& all, int threads) {
 
 // What one query's softmax has of the keys so far.
 struct RowSums {
-  float max = -kInfinity, sum = 0, dot = 0;  // dot: of p, as it is under the maximum, and its gradient
+  float max = -kInfinity;
+  double sum = 0, dot = 0;  // dot: of p, as it is under the maximum, and its gradient
 
   template <class O>
   void add(const BackwardScratch<O>& w, int64_t row, int64_t from, int64_t visible, float scale, bool drops) {
     const float *score = w.scores + row * kScores, *dp = w.dscores + row * kScores;
-    F largest = broadcast(max), sums{}, dots{};
+    F largest = broadcast(max);
+    WideSum sums, dots;
     for (int64_t n = from; n < visible; n += kLanes)
       largest = lspm::max(first_lanes(load(score + n) * scale, visible - n, largest), largest);
     const float before = std::exchange(max, lspm::max(largest));
     if (max == -kInfinity) return;
     for (int64_t n = from; n < visible; n += kLanes) {
       const F p = exp(load(score + n) * scale - max), keep = drops ? load(w.keep + row * kScores + n) : F{};
-      sums += first_lanes(p, visible - n, F{});
-      dots += first_lanes(p * load(dp + n) * (drops ? keep : broadcast(1.0f)), visible - n, F{});
+      sums.add(n, first_lanes(p, visible - n, F{}));
+      dots.add(n, first_lanes(p * load(dp + n) * (drops ? keep : broadcast(1.0f)), visible - n, F{}));
     }
-    const float shrink = std::exp(before - max);
-    sum = sum * shrink + lspm::sum(sums);
-    dot = dot * shrink + lspm::sum(dots);
+    const double shrink = std::exp(double(before) - max);
+    sum = sum * shrink + sums.total();
+    dot = dot * shrink + dots.total();
   }
 };
 
@@ -288,11 +298,13 @@ void renew_statistics(const BackwardViews& t, float* statistics, const Attention
       for (int64_t r = 0; r < s.queries; ++r) {
         const int64_t row = s.row(b, h, r);
         const float common = std::max(found[r].max, sink);
-        const float part = common == -kInfinity ? 0.0f : std::exp(found[r].max - common);
-        const float total = common == -kInfinity ? 0.0f : found[r].sum * part + std::exp(sink - common);
+        const bool none = common == -kInfinity;
+        const double part = none ? 0.0 : std::exp(double(found[r].max) - common);
+        const double total = none ? 0.0 : found[r].sum * part + std::exp(double(sink) - common);
         statistics[row] = total == 0 ? 0.0f : common;
-        statistics[s.rows() + row] = total == 0 ? 0.0f : 1.0f / total;
-        t.dots[row] = (total == 0 ? 0.0f : found[r].dot * part / total) - (t.dlse ? t.dlse[row] : 0.0f);
+        statistics[s.rows() + row] = total == 0 ? 0.0f : float(1.0 / total);
+        const double dot = total == 0 ? 0.0 : found[r].dot * part / total;
+        t.dots[row] = float(dot - (t.dlse ? t.dlse[row] : 0.0f));
       }
     }
   });
@@ -345,12 +357,11 @@ template <class T>
 void backward(BackwardViews t, const AttentionShape& all, int threads) {
   using Scratch = BackwardScratch<OperandOf<T>>;
   std::unique_ptr<float[]> renewed;
+  row_dots<T>(t, all, threads);
   if (all.queries <= kFewRows && all.keys > kKeys) {
     renewed.reset(new float[2 * all.rows()]);
     renew_statistics<T>(t, renewed.get(), all, threads);
     t.statistics = renewed.get();
-  } else {
-    row_dots<T>(t, all, threads);
   }
   // At least one tile, which zeroes dq where there are no keys.
   const int64_t key_tiles = std::max<int64_t>(1, (all.keys + kKeys - 1) / kKeys);

@@ -75,18 +75,18 @@ class RowBuffer {
 // that, and lse and the statistics.
 template <class T>
 void finish_row(const ForwardViews& t, const AttentionShape& s, int64_t b, int64_t h, int64_t query,
-                float max, float sum, const float* summed) {
+                float max, double sum, const float* summed) {
   const bool sees = s.first_key(query) < s.end_key(query) && !(t.extras.mask.data && max == -kInfinity);
   const float sink = t.extras.sinks ? t.extras.sinks[h] : -kInfinity, common = std::max(max, sink);
-  const float part = sees ? std::exp(max - common) : 0.0f;  // of what was summed, under the common maximum
-  const float total = sees || t.extras.sinks ? sum * part + std::exp(sink - common) : 0.0f;
+  const double part = sees ? std::exp(double(max) - common) : 0.0;  // of all summed, under the common maximum
+  const double total = sees || t.extras.sinks ? sum * part + std::exp(double(sink) - common) : 0.0;
   const int64_t row = s.row(b, h, query), rows = s.rows();
-  t.lse[row] = total == 0 ? -kInfinity : common + std::log(total);
+  t.lse[row] = total == 0 ? -kInfinity : float(common + std::log(total));
   if (t.statistics) {
     t.statistics[row] = total == 0 ? 0.0f : common;
-    t.statistics[rows + row] = total == 0 ? 0.0f : 1.0f / total;
+    t.statistics[rows + row] = total == 0 ? 0.0f : float(1.0 / total);
   }
-  const float factor = sees ? part / total : 0.0f;
+  const float factor = sees ? float(part / total) : 0.0f;
   T* to = t.out.at<T>(b, h, query);
   for_each_vector(s.value_dim,
                   [&](int64_t d, auto lanes) { lanes.store(to + d, load(summed + d) * factor); });

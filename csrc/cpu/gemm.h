@@ -23,6 +23,10 @@ constexpr int kTileVectors = 2;
 constexpr int64_t kPanel = kTileVectors * kLanes;
 
 constexpr int64_t kMaxDepth = 256;
+// Products in one sum; several such sums make a longer one, since rounding errors grow with a sum's length.
+// The additions to memory that this takes cost the less, the narrower the vectors are: 16, 64, or all
+// products.
+constexpr int64_t kSumDepth = std::min<int64_t>(kMaxDepth, kLanes* kLanes);
 // Elements from row to row of a left side. One cache line more than a power of two: rows would otherwise
 // share few sets of the cache.
 template <class Operand>
@@ -115,7 +119,12 @@ void multiply_tiles(const Operand* left, const Operand* right, int64_t panel, fl
     for (int64_t b = 0; b < blocks; ++b) {  // blocks of rows that differ by one at most
       const int64_t next = rows * (b + 1) / blocks;
       const Operand* a = left + row * (kTransposed ? 1 : kStride<Operand>);
-      tiles[next - row - 1](a, right, depth, c + row * c_stride, c_stride, accumulate);
+      int64_t d = 0;
+      do {
+        tiles[next - row - 1](a + d * (kTransposed ? kStride<Operand> : 1), right + d * kPanel,
+                              std::min(kSumDepth, depth - d), c + row * c_stride, c_stride,
+                              accumulate || d > 0);
+      } while ((d += kSumDepth) < depth);
       row = next;
     }
   }

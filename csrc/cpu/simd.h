@@ -203,11 +203,37 @@ inline float sum(F v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(v);
 #else
-  float s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {  // in pairs, as that instruction does
+    U other;
+    for (int i = 0; i < kLanes; ++i) other[i] = (i + half) % kLanes;
+    v += __builtin_shuffle(v, other);
+  }
+  return v[0];
 #endif
 }
+
+// A sum over vectors, whose element i is the first of its vector, that rounds as little at any width: of 16
+// lanes side by side, which are added up as doubles.
+class WideSum {
+ public:
+  void add(int64_t i, F v) { parts_[i / kLanes % kParts] += v; }
+  double total() const {
+#if defined(__AVX512F__)
+    const __m256 low = _mm512_castps512_ps256(parts_[0]), high = _mm512_extractf32x8_ps(parts_[0], 1);
+    return _mm512_reduce_add_pd(_mm512_cvtps_pd(low) + _mm512_cvtps_pd(high));
+#else
+    double total = 0;
+    for (const F& part : parts_)
+      for (int i = 0; i < kLanes; ++i) total += double(part[i]);
+    return total;
+#endif
+  }
+
+ private:
+  static constexpr int64_t kParts = 16 / kLanes;
+  F parts_[kParts] = {};
+};
 
 // The larger of two lanes; b where either is NaN.
 inline F max(F a, F b) {
@@ -407,23 +433,6 @@ struct FirstLanes {
     return v;
   }
 };
-
-// The sum over [0, n) of body(i, lanes), a vector. Four sums run side by side: one alone would wait for each
-// addition to finish before the next.
-template <class Body>
-inline float sum_of(int64_t n, Body body) {
-  F a{}, b{}, c{}, d{};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    a += body(i, AllLanes{});
-    b += body(i + kLanes, AllLanes{});
-    c += body(i + 2 * kLanes, AllLanes{});
-    d += body(i + 3 * kLanes, AllLanes{});
-  }
-  for (; i + kLanes <= n; i += kLanes) a += body(i, AllLanes{});
-  if (i < n) b += body(i, FirstLanes{int(n - i)});
-  return sum((a + b) + (c + d));
-}
 
 // Calls body(i, lanes) for each vector of [0, n); the last one may have fewer lanes.
 template <class Body>

@@ -75,14 +75,15 @@ def _backward(
         dk.zero_()
         dv.zero_()
         delta.zero_()
-    # What a sink has of the softmax takes no part in the output, so its score's gradient is -p delta.
+    # What a sink has of the softmax takes no part in the output, so its score's gradient is -p delta. These
+    # cancel in their sum, which would leave it the rounding errors of the largest.
     dsink = None
     if sinks is not None:
-        dsink = -(sinks[:, None] - statistics[0]).exp() * statistics[1] * delta[0]  # (B, H, T_q)
-    dsinks = delta.new_empty(0) if dsink is None else dsink.sum((0, 2), dtype=torch.float64).float()
+        dsink = -(sinks.double()[:, None] - statistics[0]).exp() * statistics[1] * delta[0]  # (B, H, T_q)
+    dsinks = delta.new_empty(0) if dsink is None else dsink.sum((0, 2)).float()
     if of_rows and dbias.numel():  # the gradients of a row's scores and of its sink sum to dlse
         total = torch.zeros_like(delta[0]) if dlse is None else dlse.masked_fill(statistics[1] == 0, 0.0)
-        dbias = (total if dsink is None else total - dsink)[..., None].sum_to_size(dbias.shape)
+        dbias = (total if dsink is None else total - dsink)[..., None].sum_to_size(dbias.shape).float()
     return dq, dk, dv, dbias, dsinks
 
 
