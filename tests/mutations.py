@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_CACHE = Path(os.environ.get("LSPM_TEST_CACHE", ROOT / "build" / "cuda_on_cpu"))
 COPIED = ("csrc", "lspm_kernels", "python", "tests", "pyproject.toml", "setup.py")
+PATIENCE = 900  # seconds that the tests of a mutation may take
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
@@ -94,9 +95,11 @@ def run(mutation):
         if mutation.command:
             subprocess.run(mutation.command, cwd=copy, env=environment, check=True, capture_output=True)
         pytest = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
-        process = subprocess.run(
-            [*pytest, *mutation.tests], cwd=copy, env=environment, capture_output=True, text=True, check=False
-        )
+        call = {"cwd": copy, "env": environment, "capture_output": True, "text": True}
+        try:
+            process = subprocess.run([*pytest, *mutation.tests], check=False, timeout=PATIENCE, **call)
+        except subprocess.TimeoutExpired:  # threads may wait for each other for ever
+            return Result(mutation, ("a test hung",), f"no end after {PATIENCE} seconds")
     if "BuildError" in process.stdout:  # no bug, only a broken table
         raise ValueError(f"mutations: {mutation.name}: new must compile, got {process.stdout[-1000:]}")
     failed = re.findall(r"^(?:FAILED|ERROR) \S*::(.*?)(?: - .*)?$", process.stdout, re.M)

@@ -20,7 +20,7 @@ MUTATIONS = [
         name="packed: the rows of lse as of a dense batch",
         file="csrc/attention_shape.h",
         old="return query_starts ? head * packed + query_starts[batch] + query",
-        new="return query_starts ? head * packed + batch * queries + query",
+        new="return query_starts ? head * packed + query",
     ),
     in_packed(
         name="packed: a sequence begins where the batch does",

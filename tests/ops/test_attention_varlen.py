@@ -17,6 +17,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LENGTHS = {
     "unequal": ((5, 0, 290, 33), (7, 4, 310, 33)),
     "more queries than keys": ((70, 12, 300), (20, 12, 0)),
+    "shifts far apart": ((40, 300), (600, 300)),
     "few queries": ((1, 2, 3), (300, 20, 513)),
     "one sequence": ((600,), (700,)),
     "many": (tuple(range(1, 14)),) * 2,
@@ -73,7 +74,7 @@ def check(lengths, options, dtype=F32, **sizes):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("lengths", ["unequal", "more queries than keys"])
+@pytest.mark.parametrize("lengths", ["unequal", "more queries than keys", "shifts far apart"])
 def test_against_the_reference(lengths, name, dtype):
     check(LENGTHS[lengths], OPTIONS[name], dtype)
 
