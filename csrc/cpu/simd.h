@@ -199,19 +199,37 @@ inline void prefetch_far(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-inline float sum(F v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(v);
-#else
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {  // in pairs, as that instruction does
-    U other;
-    for (int i = 0; i < kLanes; ++i) other[i] = (i + half) % kLanes;
-    v += __builtin_shuffle(v, other);
+// The lanes of a and of b, one after the other, that a shuffle takes. As constants: the compiler would else
+// put the vector of indices together, lane by lane, before each shuffle.
+struct Order {
+  uint32_t of[kLanes];
+  template <class Of>
+  explicit constexpr Order(Of lane) : of{} {
+    for (int i = 0; i < kLanes; ++i) of[i] = uint32_t(lane(i));
   }
-  return v[0];
-#endif
+};
+inline F shuffle(F a, F b, const Order& order) {
+  U u;
+  std::memcpy(&u, order.of, sizeof u);
+  return __builtin_shuffle(a, b, u);
 }
+
+// Where lanes i and i ^ kHalf change places between two vectors, what becomes of either.
+template <int kHalf>
+constexpr Order kExchangedLow{[](int i) { return i & kHalf ? kLanes + i - kHalf : i; }};
+template <int kHalf>
+constexpr Order kExchangedHigh{[](int i) { return i & kHalf ? kLanes + i : i + kHalf; }};
+
+#if defined(__AVX512F__)
+inline float sum(F v) { return _mm512_reduce_add_ps(v); }
+#else
+template <int kHalf = kLanes / 2>
+inline float sum(F v) {  // in pairs, as that instruction does
+  v += shuffle(v, v, kExchangedHigh<kHalf>);
+  if constexpr (kHalf > 1) return sum<kHalf / 2>(v);
+  return v[0];
+}
+#endif
 
 // A sum over vectors, whose element i is the first of its vector, that rounds as little at any width: of 16
 // lanes side by side, which are added up as doubles.
@@ -340,27 +358,6 @@ inline void multiply_wide(U a, uint32_t b, U& high, U& low) {
   }
 #endif
 }
-
-// The lanes of a and of b, one after the other, that a shuffle takes. As constants: the compiler would else
-// put the vector of indices together, lane by lane, before each shuffle.
-struct Order {
-  uint32_t of[kLanes];
-  template <class Of>
-  explicit constexpr Order(Of lane) : of{} {
-    for (int i = 0; i < kLanes; ++i) of[i] = uint32_t(lane(i));
-  }
-};
-inline F shuffle(F a, F b, const Order& order) {
-  U u;
-  std::memcpy(&u, order.of, sizeof u);
-  return __builtin_shuffle(a, b, u);
-}
-
-// Where lanes i and i ^ kHalf change places between two vectors, what becomes of either.
-template <int kHalf>
-constexpr Order kExchangedLow{[](int i) { return i & kHalf ? kLanes + i - kHalf : i; }};
-template <int kHalf>
-constexpr Order kExchangedHigh{[](int i) { return i & kHalf ? kLanes + i : i + kHalf; }};
 
 // Turns kLanes rows of kLanes 32-bit elements into columns.
 template <int kHalf = kLanes / 2>
