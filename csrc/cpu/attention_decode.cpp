@@ -62,27 +62,26 @@ auto operand(Lanes lanes, const T* p) {
   }
 }
 
-// scores[r][j] = q[r] . k[j] for kRows rows of q, operands that are q_stride apart. As many sums run side by
-// side as a vector has lanes: each vector of q serves several keys, and the sums are added up together.
-// Behind the last key, scores up to a multiple of that are written too.
+// scores[r][j] = q[r] . k[j] for kRows rows of q, operands that are q_stride apart. As many sums as a vector
+// has lanes are added up together; behind the last key, scores up to a multiple of that are written too.
 template <int kRows, class T>
 void score_rows(Rows<T> k, int64_t keys, const float* q, int64_t q_stride, int64_t dim, float* scores) {
   constexpr int kColumns = kLanes / kRows;
   for (int64_t j = 0; j < keys; j += kColumns) {
     F sums[kLanes] = {};
-    // A call would keep the sums in memory.
-    for_each_pair<T>(0, dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
-      decltype(operand(lanes, k[0])) a[kRows];
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) std::memcpy(a + r, q + r * q_stride + d, sizeof *a);
 #pragma GCC unroll 16
-      for (int c = 0; c < kColumns; ++c) {
+    for (int c = 0; c < kColumns; ++c)
+      // A call would keep the sums in memory.
+      for_each_pair<T>(0, dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
         const auto x = operand(lanes, k[j + c] + d);
         k.fetch(j + c, d);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) add_product(sums[r * kColumns + c], a[r], x);
-      }
-    });
+        for (int r = 0; r < kRows; ++r) {
+          auto a = x;
+          std::memcpy(&a, q + r * q_stride + d, sizeof a);
+          add_product(sums[r * kColumns + c], a, x);
+        }
+      });
     const F all = sums_of(sums);
     for (int r = 0; r < kRows; ++r)
       std::memcpy(scores + r * kKeys + j, reinterpret_cast<const float*>(&all) + r * kColumns,
@@ -214,8 +213,8 @@ void decode_chunk(const ForwardViews& t, const AttentionShape& s, int64_t b, int
       std::memcpy(w.q.get() + r * w.q_stride + d, &x, sizeof x);
     });
   }
-  constexpr int64_t kAheadBytes = 8192;
-  const int64_t ahead = std::clamp<int64_t>(kAheadBytes / (s.head_dim * sizeof(T)), kRead, kAhead);
+  constexpr int64_t kAheadBytes = 4096;
+  const int64_t ahead = std::clamp<int64_t>(kAheadBytes / (s.head_dim * sizeof(T)), 2, kAhead);
   w.k.size = w.v.size = 0;
   w.k.add(t.k, b, kv, key, columns);
   w.k.add(-columns & (kLanes - 1), w.k.at[columns - 1]);
