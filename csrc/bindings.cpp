@@ -98,4 +98,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         py::arg("threads"));
   bind_attention(m);
   bind_rotary(m);
+#ifndef LSPM_CUDA
+  bind_conv2d(m);
+#endif
 }

@@ -2,6 +2,7 @@ from torch import Tensor
 
 isa: str
 _Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int]
+_Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
 def attention_backward(
     dout: Tensor,
@@ -41,6 +42,26 @@ def attention_forward(
     scalars: tuple[float, float, float],
     threads: int,
     scratch: Tensor | None = None,
+) -> None: ...
+def conv2d_backward(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    geometry: _Geometry,
+    threads: int,
+) -> None: ...
+def conv2d_forward(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    geometry: _Geometry,
+    activation: int,
+    threads: int,
 ) -> None: ...
 def layer_norm_backward(
     dy: Tensor,

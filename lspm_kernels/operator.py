@@ -126,8 +126,9 @@ class Operator:
 
     def _vmap(self, info, in_dims, *args):
         """Runs the operator once for each sample."""
+        pairs = list(zip(args, in_dims, strict=True))  # of a list of numbers the dim is a list of Nones
         samples = [
-            self._op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            self._op(*(a.select(d, i) if isinstance(d, int) else a for a, d in pairs))
             for i in range(info.batch_size)
         ]
         if isinstance(samples[0], Tensor):

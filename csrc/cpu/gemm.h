@@ -57,6 +57,7 @@ template <class Operand>
 struct Step {
   static constexpr int64_t kDepth = 1;
   static F load_left(const Operand* p) { return broadcast(*p); }
+  static F load_last(const Operand* p) { return load_left(p); }
   static F add_product(F sum, F a, const Operand* b) { return sum + a * load(b); }
 };
 

@@ -97,6 +97,13 @@ struct Step<bf16> {
     std::memcpy(&pair, p, sizeof pair);
     return broadcast(pair);
   }
+  // One alone, with a zero beside it.
+  static F load_last(const bf16* p) {
+    const uint32_t pair = p->bits;
+    float bits;
+    std::memcpy(&bits, &pair, sizeof bits);
+    return broadcast(bits);
+  }
   static F add_product(F sum, F a, const bf16* b) {
     U pairs;
     std::memcpy(&pairs, b, sizeof pairs);
@@ -107,11 +114,12 @@ struct Step<bf16> {
 
 #if defined(__AMX_BF16__)
 
+// Up to 32 rows, which lie `stride` apart and go on at each of `runs`, times a panel.
 template <bool kTwoRows>
-void tile_block(const bf16* left, const bf16* right, int64_t depth, float* c, int64_t c_stride,
-                bool accumulate) {
-  constexpr int64_t kLeftBytes = kStride<bf16> * sizeof(bf16), kRightBytes = 2 * kPanel * sizeof(bf16);
-  const int64_t c_bytes = c_stride * sizeof(float);
+void tile_block(const bf16* left, int64_t stride, const int64_t* runs, int64_t count, int64_t depth,
+                const bf16* right, float* c, int64_t c_stride, bool accumulate) {
+  constexpr int64_t kRightBytes = 2 * kPanel * sizeof(bf16);
+  const int64_t left_bytes = stride * sizeof(bf16), c_bytes = c_stride * sizeof(float);
   float* second = c + 16 * c_stride;
   if (accumulate) {
     _tile_loadd(0, c, c_bytes);
@@ -124,16 +132,19 @@ void tile_block(const bf16* left, const bf16* right, int64_t depth, float* c, in
     if (kTwoRows) _tile_zero(2);
     if (kTwoRows) _tile_zero(3);
   }
-  for (int64_t d = 0; d < depth; d += kTileDepth<bf16>) {
-    _tile_loadd(4, left + d, kLeftBytes);
-    _tile_loadd(6, right + d * kPanel, kRightBytes);
-    _tile_loadd(7, right + d * kPanel + kPanel, kRightBytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if (kTwoRows) {
-      _tile_loadd(5, left + 16 * kStride<bf16> + d, kLeftBytes);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+  for (int64_t run = 0; run < count; ++run) {
+    const bf16* rows = left + runs[run];
+    for (int64_t d = 0; d < depth; d += kTileDepth<bf16>, right += kTileDepth<bf16> * kPanel) {
+      _tile_loadd(4, rows + d, left_bytes);
+      _tile_loadd(6, right, kRightBytes);
+      _tile_loadd(7, right + kPanel, kRightBytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (kTwoRows) {
+        _tile_loadd(5, rows + 16 * stride + d, left_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
     }
   }
   _tile_stored(0, c, c_bytes);
@@ -146,10 +157,12 @@ void tile_block(const bf16* left, const bf16* right, int64_t depth, float* c, in
 inline void multiply(const bf16* left, const bf16* right, int64_t panel, float* c, int64_t c_stride,
                      int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
   asm volatile("" ::: "memory");  // the compiler does not know that a tile load reads memory
+  constexpr int64_t kNoRuns[] = {0};
   for (int64_t n = 0; n < columns; n += kPanel, right += panel, c += kPanel)
     for (int64_t r = 0; r < rows; r += 32)
-      (rows - r > 16 ? tile_block<true> : tile_block<false>)(left + r * kStride<bf16>, right, depth,
-                                                             c + r * c_stride, c_stride, accumulate);
+      (rows - r > 16 ? tile_block<true> : tile_block<false>)(left + r * kStride<bf16>, kStride<bf16>, kNoRuns,
+                                                             1, depth, right, c + r * c_stride, c_stride,
+                                                             accumulate);
 }
 
 #else

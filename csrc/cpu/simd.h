@@ -55,6 +55,20 @@ inline F load(const bf16* p) {
 #endif
 }
 
+// One element.
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+inline float to_float(f16 x) {
+  _Float16 h;
+  std::memcpy(&h, &x, sizeof h);
+  return float(h);
+}
+
 // Rounds to nearest even; a NaN stays a NaN. The instruction takes subnormals for zero, the arithmetic does
 // not.
 #if defined(__AVX512BF16__)

@@ -1,0 +1,92 @@
+// conv2d_forward and conv2d_backward. Tensors come as views (N, H, W, C); weight as torch has it.
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "bindings.h"
+#include "conv2d.h"
+
+namespace py = pybind11;
+using lspm::DType;
+using lspm::OptionalView;
+using lspm::TensorView;
+
+#ifndef LSPM_CUDA
+namespace {
+
+using Pair = std::array<int64_t, 2>;
+using Geometry = std::tuple<Pair, Pair, Pair, int64_t>;  // stride, padding, dilation, groups
+
+lspm::Conv2dShape shape_of(const TensorView& x, const TensorView& weight, const TensorView& y,
+                           const Geometry& geometry) {
+  check_first(x, "x");
+  for (const auto& [view, name] : {std::pair{x, "x"}, {weight, "weight"}, {y, "y"}})
+    if (view.dim() != 4) TensorView::refuse(name, "have 4 dimensions");
+  const auto& [stride, padding, dilation, groups] = geometry;
+  if (groups < 1 || x.size(3) != weight.size(1) * groups || weight.size(0) % groups)
+    TensorView::refuse("groups", "divide the channels and the filters");
+  if (y.size(0) != x.size(0) || y.size(3) != weight.size(0))
+    TensorView::refuse("y", "have x's batch and weight's filters");
+  for (int i = 0; i < 2; ++i)
+    if (stride[i] < 1 || padding[i] < 0 || dilation[i] < 1)
+      TensorView::refuse("stride, padding and dilation", "be positive");
+  return {x.size(0),
+          x.size(1),
+          x.size(2),
+          x.size(3),
+          y.size(1),
+          y.size(2),
+          y.size(3),
+          weight.size(2),
+          weight.size(3),
+          stride[0],
+          stride[1],
+          padding[0],
+          padding[1],
+          dilation[0],
+          dilation[1],
+          groups,
+          {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
+          x.dtype()};
+}
+
+void conv2d_forward(const TensorView& x, const TensorView& weight, const OptionalView& scale,
+                    const OptionalView& shift, const OptionalView& residual, const TensorView& y,
+                    const Geometry& geometry, int activation, [[maybe_unused]] int threads) {
+  const auto s = shape_of(x, weight, y, geometry);
+  void *px = x.contiguous("x", x, s.dtype, x.numel()), *py = y.contiguous("y", x, s.dtype, y.numel());
+  void* pw = weight.data("weight", x, s.dtype);
+  if (activation < 0 || activation > int(lspm::Activation::gelu))
+    TensorView::refuse("activation", "be one of the enumeration");
+  const lspm::Conv2dEpilogue epilogue{
+      static_cast<const float*>(optional(scale, "scale", x, DType::f32, s.filters)),
+      static_cast<const float*>(optional(shift, "shift", x, DType::f32, s.filters)),
+      optional(residual, "residual", x, s.dtype, y.numel()), lspm::Activation(activation)};
+  py::gil_scoped_release unlocked;
+  backend::conv2d_forward(px, pw, epilogue, py, s, WHERE(x, threads));
+}
+
+void conv2d_backward(const TensorView& dz, const TensorView& x, const TensorView& weight,
+                     const OptionalView& dx, const OptionalView& dweight, const Geometry& geometry,
+                     [[maybe_unused]] int threads) {
+  const auto s = shape_of(x, weight, dz, geometry);
+  void *pdz = dz.contiguous("dz", x, s.dtype, dz.numel()), *px = x.contiguous("x", x, s.dtype, x.numel());
+  void *pw = weight.data("weight", x, s.dtype), *pdx = optional(dx, "dx", x, s.dtype, x.numel());
+  void* pdw = dweight ? dweight->data("dweight", x, s.dtype) : nullptr;
+  for (int d = 0; dweight && d < 4; ++d)
+    if (dweight->dim() != 4 || dweight->size(d) != weight.size(d) || dweight->stride(d) != weight.stride(d))
+      TensorView::refuse("dweight", "lie as weight does");
+  py::gil_scoped_release unlocked;
+  backend::conv2d_backward(pdz, px, pw, pdx, pdw, s, WHERE(x, threads));
+}
+
+}  // namespace
+
+void bind_conv2d(py::module_& m) {
+  m.def("conv2d_forward", &conv2d_forward, py::arg("x"), py::arg("weight"), py::arg("scale").none(true),
+        py::arg("shift").none(true), py::arg("residual").none(true), py::arg("y"), py::arg("geometry"),
+        py::arg("activation"), py::arg("threads"));
+  m.def("conv2d_backward", &conv2d_backward, py::arg("dz"), py::arg("x"), py::arg("weight"),
+        py::arg("dx").none(true), py::arg("dweight").none(true), py::arg("geometry"), py::arg("threads"));
+}
+#endif

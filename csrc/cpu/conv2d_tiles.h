@@ -1,0 +1,271 @@
+// What the passes of conv2d have in common: how input and weight lie in scratch, and the tiles multiplied.
+//
+// Forward and gradient of x are correlations: for each pixel of a grid a sum over taps, which are pixels of
+// the input in a fixed place from it, and over the channels of each. The input's pixels are copied once, with
+// zeros around the image, so that each tap is one offset for all pixels of a row, and rows of a tile lie a
+// stride apart: an implicit GEMM, whose left side is read where the copy lies. Pixels lie an odd number of
+// cache lines apart, for else rows of a tile would share few sets of the cache.
+#pragma once
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "conv2d.h"
+#include "cpu/gemm_bf16.h"
+
+namespace lspm::cpu {
+
+// Scratch memory that begins on a cache line, not initialised.
+template <class T>
+class Room {
+ public:
+  explicit Room(int64_t n = 0) : data_(n ? new (kLine) T[n] : nullptr) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Delete {
+    void operator()(T* p) const { operator delete[](p, kLine); }
+  };
+  std::unique_ptr<T[], Delete> data_;
+};
+
+// What runs are filled up to, and rows in a tile: tile registers take 32 bfloat16 at a time, dot products
+// two.
+#if defined(__AMX_BF16__)
+template <class O>
+constexpr int64_t kRunDepth = kTileDepth<O>;
+template <class O>
+constexpr int64_t kConvRows = std::is_same_v<O, bf16> ? 32 : kTileRows;
+#else
+template <class O>
+constexpr int64_t kRunDepth = Step<O>::kDepth;
+template <class O>
+constexpr int64_t kConvRows = kTileRows;
+#endif
+
+// Products in one sum: rounding errors grow with a sum's length, and bfloat16's own are larger than any.
+template <class O>
+constexpr int64_t kSumRun = std::is_same_v<O, float> ? 64 : 1024;
+
+struct Tap {
+  int64_t row, column;  // of the input, from where the stride takes the grid's point
+  int64_t filter;       // where its weights begin, in elements
+};
+
+struct Correlation {
+  int64_t batch, height, width, channels;             // of the input
+  int64_t rows, columns;                              // of the grid
+  int64_t stride_h, stride_w;                         // pixels of the input from point to point
+  int64_t groups, depth, filters;                     // a group's channels in and out
+  int64_t group_stride, depth_stride, filter_stride;  // of the weight, in elements
+  int64_t out_offset, out_image, out_row, out_pixel;  // of the output
+  std::vector<Tap> taps;
+
+  int64_t grid() const { return batch * rows * columns; }
+  bool dense() const { return out_row == columns * out_pixel && out_image == rows * out_row; }
+};
+
+// The forward's sums.
+inline Correlation sums_over_x(const Conv2dShape& s) {
+  Correlation c{s.batch,
+                s.height,
+                s.width,
+                s.channels,
+                s.out_height,
+                s.out_width,
+                s.stride_h,
+                s.stride_w,
+                s.groups,
+                s.group_channels(),
+                s.group_filters(),
+                s.group_filters() * s.weight_strides[0],
+                s.weight_strides[1],
+                s.weight_strides[0],
+                0,
+                s.out_height * s.out_width * s.filters,
+                s.out_width * s.filters,
+                s.filters,
+                {}};
+  for (int64_t r = 0; r < s.kernel_h; ++r)
+    for (int64_t q = 0; q < s.kernel_w; ++q)
+      c.taps.push_back({r * s.dilation_h - s.padding_h, q * s.dilation_w - s.padding_w,
+                        r * s.weight_strides[2] + q * s.weight_strides[3]});
+  return c;
+}
+
+// Where a block of the input lies in scratch, and what of it a point of the grid reads: `runs`, which begin
+// at these offsets and are `depth` long.
+template <class O>
+struct Window {
+  const Correlation& c;
+  // One tap, or few channels: all that a point reads lies side by side, pixel for pixel of the grid. Else the
+  // pixels of the image lie there as the image has them, and taps overlap.
+  bool gathered;
+  int64_t top = 0, left = 0;  // the first row and column that a tap of point (0, 0) reads
+  int64_t span = 0;           // rows that the taps of a point lie in
+  int64_t width;              // pixels in a row
+  int64_t depth, pitch;       // elements in a run, and from pixel to pixel
+  std::vector<int64_t> runs;
+
+  static constexpr int64_t kFewChannels = 16;
+
+  explicit Window(const Correlation& correlation, bool always_gathered = false) : c(correlation) {
+    const int64_t taps = c.taps.size();
+    gathered = always_gathered || taps <= 1 || c.depth < kFewChannels || c.depth % kRunDepth<O> != 0;
+    depth = round_up(gathered ? taps * c.depth : c.depth, kRunDepth<O>);
+    constexpr int64_t kLine = 64 / sizeof(O);
+    pitch = (round_up(depth, kLine) / kLine | 1) * kLine;
+    width = c.columns;
+    if (gathered) {
+      if (taps) runs.push_back(0);
+      return;
+    }
+    int64_t bottom = top = c.taps[0].row, right = left = c.taps[0].column;
+    for (const Tap& tap : c.taps) {
+      top = std::min(top, tap.row), bottom = std::max(bottom, tap.row);
+      left = std::min(left, tap.column), right = std::max(right, tap.column);
+    }
+    span = bottom - top + 1;
+    width = (c.columns - 1) * c.stride_w + right - left + 1;
+    for (const Tap& tap : c.taps) runs.push_back(((tap.row - top) * width + tap.column - left) * pitch);
+  }
+
+  int64_t rows_of(int64_t rows) const { return gathered ? rows : (rows - 1) * c.stride_h + span; }
+  int64_t pixel_stride() const { return gathered ? pitch : c.stride_w * pitch; }
+  int64_t row_stride() const { return (gathered ? 1 : c.stride_h) * width * pitch; }
+  int64_t panel() const { return (runs.size() * depth + 32) * kPanel; }  // packing fills 32 up with zeros
+  int64_t panels() const { return (c.filters + kPanel - 1) / kPanel; }
+  // Elements of `rows` rows of the grid, and what a tile of more rows than there are reads beyond.
+  int64_t size(int64_t rows) const { return rows_of(rows) * width * pitch + kConvRows<O> * pixel_stride(); }
+
+  // Copies what rows [first, first + rows) of the grid read, counted through all images; where it is not
+  // gathered, all of one image.
+  template <class T>
+  void fill(const T* x, int64_t group, int64_t first, int64_t rows, O* to) const {
+    x += group * c.depth;
+    if (gathered) return gather(x, first, rows, to);
+    x += first / c.rows * c.height * c.width * c.channels;
+    const int64_t begin = std::clamp<int64_t>(-left, 0, width);
+    const int64_t end = std::clamp<int64_t>(c.width - left, begin, width);
+    for (int64_t i = 0; i < rows_of(rows); ++i, to += width * pitch) {
+      const int64_t row = first % c.rows * c.stride_h + top + i;
+      const bool inside = row >= 0 && row < c.height;
+      for (int64_t j = 0; j < width; ++j)
+        put(inside && j >= begin && j < end ? x + (row * c.width + left + j) * c.channels : nullptr,
+            to + j * pitch);
+    }
+  }
+
+ private:
+  // A pixel's channels, or zeros.
+  template <class T>
+  void put(const T* pixel, O* to) const {
+    if (!pixel)
+      std::fill_n(to, c.depth, O{});
+    else if constexpr (std::is_same_v<T, O>)
+      std::memcpy(to, pixel, c.depth * sizeof(O));
+    else
+      for_each_vector(c.depth, [&](int64_t i, auto lanes) { lanes.store(to + i, lanes.load(pixel + i)); });
+  }
+
+  template <class T>
+  void gather(const T* x, int64_t first, int64_t rows, O* to) const {
+    for (int64_t i = first; i < first + rows; ++i)
+      for (int64_t j = 0; j < c.columns; ++j, to += pitch) {
+        O* at = to;
+        for (const Tap& tap : c.taps) {
+          const int64_t row = i % c.rows * c.stride_h + tap.row, column = j * c.stride_w + tap.column;
+          const bool inside = row >= 0 && row < c.height && column >= 0 && column < c.width;
+          put(inside ? x + ((i / c.rows * c.height + row) * c.width + column) * c.channels : nullptr, at);
+          at += c.depth;
+        }
+        std::fill(at, to + depth, O{});
+      }
+  }
+};
+
+// Rows of the left side times a panel of the right one, along all runs.
+template <bool kTransposed, int kRows, int kVectors, class O>
+void runs_tile(const O* left, int64_t stride, const int64_t* runs, int64_t count, int64_t depth,
+               const O* right, float* c, bool accumulate) {
+  using One = Step<O>;
+  F sums[kRows][kVectors] = {};
+  int64_t summed = 0;
+  const auto put_down = [&] {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = c + r * kPanel + v * kLanes;
+        store(to, accumulate ? load(to) + sums[r][v] : sums[r][v]);
+        sums[r][v] = F{};
+      }
+    accumulate = true;
+    summed = 0;
+  };
+  for (int64_t run = 0; run < count; ++run) {
+    // A pointer for every third row reaches two more by the stride: there are too few registers for all.
+    const O* at[(kRows + 2) / 3];
+    for (int i = 0; i < (kRows + 2) / 3; ++i) at[i] = left + runs[run] + (kTransposed ? 0 : 3 * i * stride);
+    const auto step = [&](int64_t d, auto load_left) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const F a = load_left(kTransposed ? at[0] + r : at[r / 3] + r % 3 * stride + d);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v)
+          sums[r][v] = One::add_product(sums[r][v], a, right + v * kLanes * One::kDepth);
+      }
+      right += kPanel * One::kDepth;
+      if (kTransposed) at[0] += stride;
+    };
+    const auto go_on = [&](int64_t d) {
+      if (!kTransposed)
+        for (auto& p : at) p += d;
+    };
+    for (int64_t begin = 0; begin < depth; begin += kSumRun<O>) {
+      const int64_t end = std::min(depth, begin + kSumRun<O>);
+      int64_t d = begin;
+      for (; d + 4 * One::kDepth <= end; d += 4 * One::kDepth, go_on(4 * One::kDepth))
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) step(i * One::kDepth, One::load_left);
+      for (; d + One::kDepth <= end; d += One::kDepth, go_on(One::kDepth)) step(0, One::load_left);
+      if (d < end) step(0, One::load_last);
+      summed += end - begin;
+      if (summed >= kSumRun<O>) put_down();
+    }
+  }
+  if (summed || !accumulate) put_down();
+}
+
+template <class O>
+using RunsTile = void (*)(const O*, int64_t, const int64_t*, int64_t, int64_t, const O*, float*, bool);
+
+template <bool kTransposed, int kVectors, class O, int... kRows>
+constexpr std::array<RunsTile<O>, sizeof...(kRows)> runs_tiles(std::integer_sequence<int, kRows...>) {
+  return {runs_tile<kTransposed, kRows + 1, kVectors, O>...};
+}
+
+// c (rows x kPanel) = or += the product of at most kConvRows<O> rows, which go on at each of `runs`, with one
+// panel; columns beyond those asked for may hold anything.
+template <bool kTransposed, class O>
+void multiply_runs(const O* left, int64_t stride, const std::vector<int64_t>& runs, int64_t depth,
+                   const O* right, float* c, int64_t rows, int64_t columns, bool accumulate) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<O, bf16> && !kTransposed) {
+    asm volatile("" ::: "memory");  // the compiler does not know that a tile load reads memory
+    return (rows > 16 ? tile_block<true> : tile_block<false>)(left, stride, runs.data(), runs.size(), depth,
+                                                              right, c, kPanel, accumulate);
+  }
+#endif
+  constexpr auto kRows = std::make_integer_sequence<int, kTileRows>();
+  constexpr auto kHalf = runs_tiles<kTransposed, 1, O>(kRows), kWhole = runs_tiles<kTransposed, 2, O>(kRows);
+  (columns > kLanes ? kWhole : kHalf)[rows - 1](left, stride, runs.data(), runs.size(), depth, right, c,
+                                                accumulate);
+}
+
+// The gradient of weight; a file of its own.
+template <class T>
+void conv2d_backward_weight(const T* dz, const T* x, T* dweight, const Conv2dShape& shape, int threads);
+
+}  // namespace lspm::cpu

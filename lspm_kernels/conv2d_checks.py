@@ -1,0 +1,81 @@
+"""What convolutions and poolings over images check of their arguments, and the sizes of what they give."""
+
+import torch
+from torch import Tensor
+
+from lspm_kernels import checks
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = (None, "relu", "relu6", "silu", "gelu")  # in the order of csrc/activation.h
+
+
+def pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    """An int, or one for rows and one for columns, as two; ValueError unless both are at least `least`."""
+    both = (
+        (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    )
+    if len(both) == 1:
+        both *= 2
+    if len(both) != 2 or not all(isinstance(v, int | torch.SymInt) and v >= least for v in both):
+        raise ValueError(f"{op}: {name} must be an integer of at least {least}, or two, got {value!r}")
+    return both
+
+
+def image(op: str, x: Tensor) -> None:
+    """Raises ValueError unless x is (N, C, H, W) or (C, H, W), of a floating-point dtype."""
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4) or not x.dtype.is_floating_point:
+        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{op}: x must be a floating-point tensor (N, C, H, W) or (C, H, W), got {got}")
+
+
+def weight(op: str, x: Tensor, w: Tensor, groups: int) -> None:
+    """Raises ValueError unless w (K, C / groups, R, S) fits x (N, C, H, W)."""
+    if not isinstance(w, Tensor) or w.dim() != 4 or 0 in w.shape:
+        raise ValueError(
+            f"{op}: weight must be a tensor (K, C / groups, R, S), none of them 0, got {checks.shape(w)}"
+        )
+    if not isinstance(groups, int) or groups < 1 or w.shape[0] % groups:
+        raise ValueError(f"{op}: groups must divide weight's {w.shape[0]} filters, got {groups!r}")
+    if x.shape[1] != w.shape[1] * groups:
+        raise ValueError(
+            f"{op}: x must have weight's {w.shape[1]} channels times groups {groups}, got {x.shape[1]}"
+        )
+    if w.dtype != x.dtype:
+        raise ValueError(f"{op}: weight must have x's dtype {x.dtype}, got {w.dtype}")
+    if w.device != x.device:
+        raise ValueError(f"{op}: weight must be on x's device {x.device}, got {w.device}")
+
+
+def padding(op: str, value, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]):
+    """((above, on the left), (rows added in all, columns)), of an int, two, "valid" or "same"."""
+    if value == "valid":
+        return (0, 0), (0, 0)
+    if value == "same":
+        if stride != (1, 1):
+            raise ValueError(f"{op}: padding 'same' must come with a stride of 1, got {stride}")
+        both = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+        return (both[0] // 2, both[1] // 2), both
+    if isinstance(value, str):
+        raise ValueError(f"{op}: padding must be 'same', 'valid', an integer or two, got {value!r}")
+    first = pair(op, "padding", value, 0)
+    return first, (2 * first[0], 2 * first[1])
+
+
+def out_size(op: str, x: Tensor, kernel, stride, added, dilation) -> tuple[int, int]:
+    """The rows and columns of the output; ValueError where there is none."""
+    sizes = tuple(
+        (x.shape[2 + i] + added[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    )
+    if min(sizes) < 1:
+        padded = tuple(x.shape[2 + i] + added[i] for i in range(2))
+        reach = tuple(dilation[i] * (kernel[i] - 1) + 1 for i in range(2))
+        raise ValueError(f"{op}: x with its padding must be at least the kernel's {reach}, got {padded}")
+    return sizes
+
+
+def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """x and others in autocast's dtype where that is on, as torch's own convolutions take them."""
+    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return tuple(t if t is None or not isinstance(t, Tensor) else t.to(dtype) for t in (x, *others))
+    return (x, *others)

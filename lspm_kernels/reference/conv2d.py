@@ -1,0 +1,21 @@
+"""Two-dimensional convolution with an epilogue, in plain PyTorch: what the kernels compute."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "gelu": F.gelu}
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups: int = 1,
+    activation: str | None = None, residual: Tensor | None = None, scale=None, shift=None,
+) -> Tensor:  # fmt: skip
+    """y = activation((conv(x, weight) + bias) * scale + shift + residual)."""
+    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if scale is not None:
+        z = z * scale.view(-1, 1, 1)
+    if shift is not None:
+        z = z + shift.view(-1, 1, 1)
+    if residual is not None:
+        z = z + residual
+    return ACTIVATIONS[activation](z).to(x.dtype)
