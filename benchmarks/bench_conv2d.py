@@ -16,19 +16,11 @@ from lspm_kernels.ops import conv2d as table
 
 # Channels, filters, kernel, rows and columns of x, stride: the distinct shapes of ResNet-50, and its stem.
 SHAPES = (
-    (64, 64, 1, 56, 1),
-    (64, 64, 3, 56, 1),
-    (64, 256, 1, 56, 1),
-    (256, 64, 1, 56, 1),
-    (128, 128, 3, 28, 1),
-    (512, 128, 1, 28, 1),
-    (256, 512, 1, 56, 2),
-    (256, 256, 3, 14, 1),
-    (1024, 256, 1, 14, 1),
-    (512, 512, 3, 7, 1),
-    (512, 2048, 1, 7, 1),
-    (3, 64, 7, 224, 2),
-)
+    (64, 64, 1, 56, 1), (64, 64, 3, 56, 1), (64, 256, 1, 56, 1), (256, 64, 1, 56, 1),
+    (128, 128, 3, 28, 1), (512, 128, 1, 28, 1), (256, 512, 1, 56, 2), (256, 256, 3, 14, 1),
+    (1024, 256, 1, 14, 1), (512, 512, 3, 7, 1), (512, 2048, 1, 7, 1), (3, 64, 7, 224, 2),
+)  # fmt: skip
+LAST = torch.channels_last
 
 
 def torchs(x: Tensor, weight: Tensor, scale=None, shift=None, residual=None, *, stride: int) -> Tensor:
@@ -36,8 +28,8 @@ def torchs(x: Tensor, weight: Tensor, scale=None, shift=None, residual=None, *, 
     y = F.conv2d(x, weight, None, stride, weight.shape[-1] // 2)
     if scale is None:
         return y
-    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-    return F.relu(F.batch_norm(y, zeros, ones, scale, shift, eps=0.0) + residual)
+    constants = torch.zeros_like(scale), torch.ones_like(scale)
+    return F.relu(F.batch_norm(y, *constants, scale, shift, eps=0.0) + residual)
 
 
 def ours(x, weight, scale=None, shift=None, residual=None, *, stride: int, backend=None) -> Tensor:

@@ -31,5 +31,6 @@ inline void* optional(const lspm::OptionalView& view, const char* name, const ls
 
 // One for each further file, called by the module's init.
 void bind_attention(pybind11::module_& m);
+void bind_batch_norm_act(pybind11::module_& m);
 void bind_rotary(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);

@@ -43,6 +43,51 @@ def attention_forward(
     threads: int,
     scratch: Tensor | None = None,
 ) -> None: ...
+def batch_norm_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    beside: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    sums: Tensor | None,
+    dx: Tensor,
+    eps: float,
+    activation: int,
+    threads: int,
+) -> None: ...
+def batch_norm_act_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    y: Tensor,
+    eps: float,
+    activation: int,
+    running: bool,
+    threads: int,
+) -> None: ...
+def batch_norm_act_statistics(
+    x: Tensor | None, partial: Tensor, mean: Tensor, variance: Tensor, threads: int
+) -> None: ...
+def batch_norm_act_sums(
+    dy: Tensor,
+    x: Tensor,
+    beside: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    dresidual: Tensor | None,
+    partial: Tensor,
+    sums: Tensor,
+    eps: float,
+    activation: int,
+    threads: int,
+) -> None: ...
 def conv2d_backward(
     dz: Tensor,
     x: Tensor,

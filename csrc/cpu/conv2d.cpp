@@ -77,7 +77,7 @@ struct Epilogue {
           if (scale) v *= lanes.load(scale + filter + i);
           if (shift) v += lanes.load(shift + filter + i);
           if (residual) v += lanes.load(residual + out + i);
-          lanes.store(y + out + i, activate<kind.value>(v));
+          lanes.store(y + out + i, activated<kind.value>(v));
         });
     });
   }
