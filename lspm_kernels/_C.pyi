@@ -104,6 +104,7 @@ def conv2d_forward(
     shift: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
+    statistics: Tensor | None,
     geometry: _Geometry,
     activation: int,
     threads: int,

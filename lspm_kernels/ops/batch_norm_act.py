@@ -214,17 +214,28 @@ def batch_norm_act(
             x, weight, bias, running_mean, running_var, residual=residual, activation=activation,
             training=training, momentum=momentum, eps=eps,
         )  # fmt: skip
-    x, residual, share = batch_norm.channels_last(x), batch_norm.channels_last(residual), None
+    found = None
     if of_batch:
         with torch.no_grad():
-            found = _norm_statistics(row, x)
+            found = _norm_statistics(row, batch_norm.channels_last(x))
+    running = running_mean, running_var
+    return normalise(row, x, residual, weight, bias, running, found, momentum, eps, activation, group)
+
+
+def normalise(row, x, residual, weight, bias, running, found, momentum, eps, activation, group):
+    """The op, its arguments checked; found: mean and variance of x, None where the running ones serve."""
+    x, residual, share = batch_norm.channels_last(x), batch_norm.channels_last(residual), None
+    if found is None:
+        mean, variance = (t.float() for t in running)
+    else:
+        with torch.no_grad():
             mean, variance = found[0], found[1]
+            count = x.numel() // max(x.shape[1], 1)
             if group:
                 mean, variance, count, share = batch_norm.of_all_ranks(mean, variance, count, group)
-            if running_mean is not None:
-                reference.update(running_mean, running_var, mean, variance, count, momentum)
-    else:
-        mean, variance = running_mean.float(), running_var.float()
+            if running[0] is not None:
+                reference.update(*running, mean, variance, count, momentum)
     weight, bias = (t if t is None else t.float() for t in (weight, bias))
     code = ACTIVATIONS.index(activation)
+    of_batch = found is not None
     return _norm(row, x, residual, weight, bias, mean, variance, share, float(eps), code, of_batch, group)
