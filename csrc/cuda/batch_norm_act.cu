@@ -66,7 +66,7 @@ __device__ __forceinline__ float activated(float z, Activation activation) {
     case Activation::relu6:
       return z < 0.0f ? 0.0f : z > 6.0f ? 6.0f : z;
     case Activation::silu:
-      return z * (1.0f / (1.0f + expf(-z)));
+      return z * (1.0f / (1.0f + __expf(-z)));
     case Activation::gelu:
       return 0.5f * z * (1.0f + erff(z * 0.707106781f));
     default:
@@ -81,11 +81,11 @@ __device__ __forceinline__ float through(float g, float z, Activation activation
     case Activation::relu6:
       return z <= 0.0f || z >= 6.0f ? 0.0f : g;
     case Activation::silu: {
-      const float sigmoid = 1.0f / (1.0f + expf(-z));
+      const float sigmoid = 1.0f / (1.0f + __expf(-z));
       return g * sigmoid * (1.0f + z * (1.0f - sigmoid));
     }
     case Activation::gelu:
-      return g * (0.5f * (1.0f + erff(z * 0.707106781f)) + z * 0.398942280f * expf(z * z * -0.5f));
+      return g * (0.5f * (1.0f + erff(z * 0.707106781f)) + z * 0.398942280f * __expf(z * z * -0.5f));
     default:
       return g;
   }
