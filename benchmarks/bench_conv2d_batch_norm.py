@@ -54,7 +54,8 @@ def case(dtype: torch.dtype, batch: int, shape: tuple[int, ...]) -> Case:
     pixels = batch * out**2
     name = f"B{batch}-{channels}-{filters}-k{kernel}-{size}-s{stride}"
     return Case(
-        "conv2d_batch_norm", TRAINING, dtype, name, inputs, table, partial(ours, stride=stride), {"torch": partial(torchs, stride=stride)}, roof="matmul",
+        "conv2d_batch_norm", TRAINING, dtype, name, inputs, table, partial(ours, stride=stride),
+        {"torch": partial(torchs, stride=stride)}, roof="matmul",
         bytes=dtype.itemsize * 3 * (batch * channels * size**2 + 4 * pixels * filters),
         flops=6 * pixels * filters * channels * kernel**2,
     )  # fmt: skip

@@ -132,6 +132,7 @@ def test_arrows_point_one_way():
         "checks.py",
         "attention_checks.py",
         "attention_limits.py",
+        "batch_norm.py",
         "split_kv.py",
         "triton",
         "reference",
