@@ -157,9 +157,7 @@ class ImageJob:
     def shape(self, task: Classification) -> str:
         shape = task.config
         blocks = counted(sum(shape.layers), f"{shape.block} block")
-        return (
-            f"{blocks}, {shape.width} to {shape.features[-1]} wide, {counted(task.fc.out_features, 'output')}"
-        )
+        return f"{blocks}, {shape.width} to {shape.features[-1]} features, {task.fc.out_features} classes"
 
     def finish(self, run: Run, task: Classification, data: ImageData) -> None:
         from lspm_models.image_outputs import report_classes

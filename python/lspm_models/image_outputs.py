@@ -42,12 +42,14 @@ class Predictions:
         labels: (N,) int64.
         mistakes: (K, C, H, W) in 0 to 1.
         places: (K,) where the mistakes stand among the N, those given the highest probability first.
+        plain_accuracy: the accuracy without mirror images.
     """
 
     probabilities: Tensor
     labels: Tensor
     mistakes: Tensor
     places: Tensor
+    plain_accuracy: float
 
     @property
     def predicted(self) -> Tensor:
@@ -64,6 +66,9 @@ class Predictions:
 def predict(task: Classification, data: ImageData, most: int = MOST_MISTAKES) -> Predictions:
     """Classifies all images set aside that can be read.
 
+    A task that has learned from mirror images sees each of these in the mirror too, and its probabilities are
+    the mean of both.
+
     Args:
         task: a trained one; it is left in eval mode.
         data: what it was trained with.
@@ -74,10 +79,13 @@ def predict(task: Classification, data: ImageData, most: int = MOST_MISTAKES) ->
     """
     task.eval()
     device = next(task.parameters()).device
-    probabilities, labels, count = [], [], 0
+    probabilities, labels, count, right = [], [], 0, 0
     mistakes = places = confidences = None
     for images, targets in data.all_held_out():
         given = task(images.to(device)).float().softmax(1).cpu()
+        right += int((given.argmax(1) == targets).sum())
+        if data.mirrored:
+            given = (given + task(images.flip(3).to(device)).float().softmax(1).cpu()) / 2
         confidence, predicted = given.max(1)
         wrong = (predicted != targets).nonzero()[:, 0]
         found = [data.look.shown(images[wrong]), wrong + count, confidence[wrong]]
@@ -90,7 +98,7 @@ def predict(task: Classification, data: ImageData, most: int = MOST_MISTAKES) ->
         count += len(targets)
     if not count:
         raise ValueError("predict: images must be set aside, got none that can be read")
-    return Predictions(torch.cat(probabilities), torch.cat(labels), mistakes, places)
+    return Predictions(torch.cat(probabilities), torch.cat(labels), mistakes, places, right / count)
 
 
 def report_classes(
@@ -106,7 +114,8 @@ def report_classes(
     """
     found, classes = predict(task, data), data.look.classes
     wrong, count = int((found.predicted != found.labels).sum()), len(found.labels)
-    report(f"accuracy   {found.accuracy:.2%} of {count:,} images set aside, {wrong:,} wrong")
+    mirror = f", each seen with its mirror image; {found.plain_accuracy:.2%} without" if data.mirrored else ""
+    report(f"accuracy   {found.accuracy:.2%} of {count:,} images set aside, {wrong:,} wrong{mirror}")
     draw_confusion(confusion(found.predicted, found.labels, len(classes)), classes, folder / "confusion.png")
     draw_mistakes(found, classes, folder / "mistakes.png")
     report(f"pictures   {folder}/confusion.png, mistakes.png")
@@ -128,7 +137,7 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], image: Path) -> None:
     size = min(16.0, 3 + 0.55 * len(classes))
     figure, axes = _figure((size + 1, size))
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")
     if len(classes) <= MOST_NAMES:
         axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
@@ -156,7 +165,7 @@ def draw_mistakes(found: Predictions, classes: Sequence[str], image: Path, colum
         cell.axis("off")
     wrong = zip(axes.flat, found.mistakes, found.places.tolist(), strict=False)
     for cell, pixels, place in wrong:
-        cell.imshow(pixels.permute(1, 2, 0).squeeze(2), cmap="gray", vmin=0, vmax=1)
+        cell.imshow(pixels.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
         predicted, label = int(found.predicted[place]), int(found.labels[place])
         probability = found.probabilities[place, predicted].item()
         cell.set_title(f"{classes[predicted]} {probability:.0%}\nis {classes[label]}", fontsize=8)

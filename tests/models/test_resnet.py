@@ -2,12 +2,12 @@
 
 import copy
 
-import oracle
 import pytest
 import torch
 import torchvision
 from torch import nn
 
+import oracle
 from lspm_models.models.resnet import NAMED, ResNet, ResNetConfig
 from lspm_models.models.vision_layers import conv_batch_norm
 from lspm_models.tasks.classification import Classification, freeze, from_torchvision, to_torchvision
@@ -33,7 +33,10 @@ def pair(name, classes=7, width=16):
     """Our model and torchvision's of the same weights, narrow so that the tests are quick."""
     wide = NAMED[name]
     ours = Classification(ResNet(ResNetConfig(**{**vars(wide), "width": width})), classes)
-    block = {"basic": torchvision.models.resnet.BasicBlock, "bottleneck": torchvision.models.resnet.Bottleneck}
+    block = {
+        "basic": torchvision.models.resnet.BasicBlock,
+        "bottleneck": torchvision.models.resnet.Bottleneck,
+    }
     theirs = Narrow(block[wide.block], list(wide.layers), width, classes, wide.groups, wide.group_width)
     theirs.load_state_dict(to_torchvision(strong(ours)))
     return ours, theirs
@@ -184,5 +187,7 @@ def test_bad_shapes(options, message):
     ],
 )
 def test_bad_images(images, got):
-    with pytest.raises(ValueError, match=rf"^ResNet: images must be \(N, 1, H, W\) floating point, got {got}$"):
+    with pytest.raises(
+        ValueError, match=rf"^ResNet: images must be \(N, 1, H, W\) floating point, got {got}$"
+    ):
         ResNet(TINY)(images)

@@ -150,6 +150,8 @@ class ImageBatches:
 class ImageData:
     """The training and validation images that fit() asks for.
 
+    `mirrored` tells whether a mirror image is as good as the image.
+
     Args:
         training: images to learn from.
         held_out: images to validate on; may be none.
@@ -176,6 +178,7 @@ class ImageData:
         processes: int = 1,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
+        self.mirrored = config.flip
         self.look, self.held_out = look, Reader(held_out, look.channels, look.size, report)
         self.training = ImageBatches(
             Reader(training, look.channels, look.size, report),
