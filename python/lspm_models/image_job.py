@@ -108,7 +108,8 @@ class ImageJob:
 
     def prepare(self, run: Run) -> tuple[Classification, ImageData]:
         with run.processes.first_before_others():
-            like = None if run.init is None else _format_of(Path(run.init))
+            begun = run.init is None or (run.folder / "images.json").exists()
+            like = None if begun else _format_of(Path(run.init))
             training, held_out, look = prepare_images(run.data, run.folder, run.report, like)
         torch.manual_seed(run.training.seed)
         task = make_task(run.model, look, label_smoothing=run.data.label_smoothing)

@@ -38,14 +38,14 @@ def job_of(arguments: Sequence[str]) -> Job:
 
 def _model_in(path: Path) -> str | None:
     """Returns the name of the model in a config file, a run or a checkpoint, or None."""
+    if path.suffix == ".safetensors":  # bare weights are torchvision's
+        return ImageJob.sections["model"]().model
     try:
         if path.is_file():
             content = read_config(path)
         else:
-            # A checkpoint lies in its run's folder checkpoints.
-            content = read_run(
-                path if (path / "config.json").exists() else find_checkpoint(path).resolve().parents[1]
-            )
+            run = path if (path / "config.json").exists() else find_checkpoint(path).resolve().parents[1]
+            content = read_run(run)
         return content["model"]["model"]
     except (ValueError, KeyError, TypeError):
         return None

@@ -224,6 +224,13 @@ def test_fine_tuning_replaces_the_head_where_the_classes_are_others(run, trained
     assert (code, "head" in out) == (0, False)
     first = float(losses(tmp_path / "b")[0][2])
     assert first == pytest.approx(float(losses(path)[-1][2]), rel=1e-6)
+    settings = json.loads((tmp_path / "a" / "config.json").read_text())
+    settings["init"] = str(tmp_path / "gone")  # a run goes on without what it began with
+    (tmp_path / "a" / "config.json").write_text(json.dumps(settings))
+    for path in checkpoints(tmp_path / "a" / "checkpoints"):
+        state = json.loads((path / "state.json").read_text())
+        state["settings"]["init"] = settings["init"]
+        (path / "state.json").write_text(json.dumps(state))
     assert run(finetune, "--resume", tmp_path / "a", "--steps", 8)[0] == 0
     assert len(losses(tmp_path / "a")) == 9
 
@@ -233,7 +240,7 @@ def test_fine_tuning_from_torchvisions_weights(run, folder, tmp_path):  # noqa: 
     theirs = torchvision.models.resnet18()
     save_file(theirs.state_dict(), tmp_path / "w.safetensors")
     arguments = ("--init", tmp_path / "w.safetensors", "--data", folder, "--size", 32, "--freeze", 5, *SHORT)
-    options = ("--model", "resnet18", "--batch-size", 4, "--device", "cpu", "--validation", 0.25)
+    options = ("--batch-size", 4, "--device", "cpu", "--validation", 0.25)
     code, out, err = run(finetune, *arguments, *options, "--out", tmp_path / "run")
     assert (code, err) == (0, "")
     assert "32 x 32 colour" in out

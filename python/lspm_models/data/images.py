@@ -214,7 +214,7 @@ def set_aside(images: Images, share: float) -> tuple[Images, Images]:
     """Splits images into those to train on and the share of every class to validate on, evenly spread."""
     by_class = np.argsort(images.labels, kind="stable")
     place = np.concatenate([np.arange(count) for count in np.bincount(images.labels)]).astype(np.int64)
-    # Rounding up to the next whole image happens at the end of each 1 / share images of a class.
+    # One of every 1 / share images; the small term keeps 10 * 0.1 and the like from falling below a whole.
     taken = np.floor((place + 1) * share + 1e-9) > np.floor(place * share + 1e-9)
     return images.subset(np.sort(by_class[~taken])), images.subset(np.sort(by_class[taken]))
 
