@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_images import LABELS, PIXELS, write_idx
 
 from lspm_models.data.image_config import ImageConfig, ImageFormat, load_format
@@ -159,3 +160,24 @@ def test_bad_options(options, message):
     with pytest.raises(ValueError) as error:
         ImageConfig(**options)
     assert str(error.value) == message
+
+
+def test_a_folder_with_a_broken_image_trains_without_it(tmp_path):
+    for label, value in (("a", 50), ("b", 200)):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (9, 7), (value, index, 0)).save(tmp_path / "photos" / label / f"{index}.png")
+    for name in ("a/0.png", "b/3.png"):
+        (tmp_path / "photos" / name).write_bytes(b"\x89PNG")
+    lines, config = [], ImageConfig(data=str(tmp_path / "photos"), size=6, validation=0.25)
+    training, held_out, look = prepare_images(config, tmp_path)
+    assert (len(training), len(held_out), look.channels, look.size) == (6, 2, 3, 6)
+    source = ImageData(training, held_out, look, config, 4, report=lines.append)
+    for _ in range(3):
+        images, labels = source.training.next_batch()
+        assert images.shape == (4, 3, 6, 6)
+        bright = look.shown(images)[:, 0].mean((1, 2)) > 0.5
+        assert bright.long().tolist() == labels.tolist()
+    assert [len(labels) for _, labels in source.all_held_out()] == [1]
+    names = [line.split("photos/")[1].split(":")[0] for line in lines]
+    assert sorted(names) == ["a/0.png", "b/3.png"]
