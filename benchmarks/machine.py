@@ -18,6 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MATMUL_SIZE = 2048
+# What forces an instruction set upon us, upon torch and upon the libraries under it.
+FORCING = ("LSPM_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -31,10 +33,13 @@ def processor(device: str = "cpu") -> str:
 
 
 def slug(device: str = "cpu") -> str:
-    """A file name for this machine: its processor and, on a CPU, the threads in use; never a host's name."""
+    """A file name for this machine: its processor and, on a CPU, the threads in use and the instruction set
+    where LSPM_ISA forces one; never a host's name."""
     plain = re.sub(r"\((R|TM)\)|@.*", "", processor(device), flags=re.I).lower()
     words = re.findall(r"[a-z0-9]+", plain)
-    return "-".join(words + ([f"{torch.get_num_threads()}-threads"] if device == "cpu" else []))
+    if device == "cpu":
+        words += [f"{torch.get_num_threads()}-threads", *filter(None, [os.environ.get("LSPM_ISA")])]
+    return "-".join(words)
 
 
 def description(device: str = "cpu") -> dict:
@@ -47,6 +52,7 @@ def description(device: str = "cpu") -> dict:
         "machine": slug(device),
         "processor": processor(device),
         "threads": torch.get_num_threads(),
+        "forced": " ".join(f"{name}={os.environ[name]}" for name in FORCING if name in os.environ),
         "torch": torch.__version__,
         "triton": triton.__version__ if triton else None,
         "gcc": _output("g++", "-dumpfullversion"),

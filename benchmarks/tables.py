@@ -28,7 +28,9 @@ def about(rows: Rows) -> str:
     versions = [f"{name} {first[name]}" for name in ("torch", "triton", "gcc") if first[name]]
     commits = dict.fromkeys(f"commit {row['commit']} of {row['date']}" for row in rows)
     label = "Predicted, not measured: " if first["benchmark"] in PREDICTED else ""
-    return f"{label}{first['processor']}, {first['threads']} threads; {', '.join([*versions, *commits])}"
+    forced = f" under {first['forced']}" if first.get("forced") else ""
+    where = f"{first['processor']}, {first['threads']} threads{forced}"
+    return f"{label}{where}; {', '.join([*versions, *commits])}"
 
 
 def _line(row: dict, torch: dict | None) -> dict[str, str]:

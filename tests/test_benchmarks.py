@@ -127,9 +127,17 @@ class TestMachine:
         ):
             assert machine.peak_bytes(function) == pytest.approx(expected, abs=2**21)
 
-    def test_the_name_is_the_processor_and_not_the_host(self):
+    def test_the_name_is_the_processor_and_not_the_host(self, monkeypatch):
+        monkeypatch.delenv("LSPM_ISA", raising=False)
         assert re.fullmatch(r"[a-z0-9-]+-\d+-threads", machine.slug("cpu"))
         assert platform.node().lower() not in json.dumps(machine.description("cpu")).lower()
+
+    def test_a_forced_instruction_set_is_a_machine_of_its_own_and_is_told(self, monkeypatch):
+        monkeypatch.delenv("LSPM_ISA", raising=False)
+        plain = machine.slug("cpu")
+        monkeypatch.setenv("LSPM_ISA", "avx2")
+        assert machine.slug("cpu") == f"{plain}-avx2"
+        assert " threads under LSPM_ISA=avx2" in tables.about(full_row())
 
     @pytest.mark.parametrize(("roof", "method", "ways"), [("copy_roof", "copy_", 2), ("read_roof", "sum", 1)])
     def test_a_roof_moves_what_it_says(self, monkeypatch, roof, method, ways):
