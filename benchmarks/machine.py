@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MATMUL_SIZE = 2048
+SLOWEST_KERNEL = 1e10  # FLOP/s: below, torch has none
 # What forces an instruction set upon us, upon torch and upon the libraries under it.
 FORCING = ("LSPM_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -159,10 +161,19 @@ def read_roof(device: str = "cpu") -> Callable[[int], None]:
 
 @functools.cache
 def matmul_roof(dtype: torch.dtype, device: str = "cpu") -> tuple[Callable[[], object], int]:
-    """A square product of the dtype, as torch's library computes it, and its floating-point operations."""
-    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    return (lambda: torch.mm(a, b, out=product)), 2 * MATMUL_SIZE**3
+    """A square product of the dtype, as torch's library computes it, and its floating-point operations.
+
+    A small one where the library has no kernel for this processor, as for bfloat16 without AVX-512: plain
+    loops would take a minute for the large one.
+    """
+
+    def product(size: int) -> tuple[Callable[[], object], int]:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        return functools.partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * size**3
+
+    multiply, flops = small = product(MATMUL_SIZE // 8)
+    seconds = min(timeit.repeat(lambda: (multiply(), synchronize(device)), repeat=4, number=1))
+    return small if flops / seconds < SLOWEST_KERNEL else product(MATMUL_SIZE)
 
 
 def _has_glibc() -> bool:
