@@ -97,5 +97,8 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         py::arg("dweight").none(true), py::arg("dbias").none(true), py::arg("partial"), py::arg("centered"),
         py::arg("threads"));
   bind_attention(m);
+#ifndef LSPM_CUDA
+  bind_attention_with_kv_cache(m);
+#endif
   bind_rotary(m);
 }

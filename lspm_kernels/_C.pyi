@@ -42,6 +42,21 @@ def attention_forward(
     threads: int,
     scratch: Tensor | None = None,
 ) -> None: ...
+def attention_with_kv_cache_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    turned: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    counts: Tensor,
+    pages: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    steps: bool,
+    threads: int,
+) -> None: ...
 def layer_norm_backward(
     dy: Tensor,
     dsum: Tensor | None,
