@@ -28,14 +28,20 @@ void append(const AppendViews& t, const int32_t* counts, const W* cos, const W* 
     };
     for (; begin < end; ++begin) {
       const int64_t b = begin / steps, i = begin % steps, first = counts[b] - s.keys, at = first + i;
-      if (i < s.keys) turn_to(at);
-      for (int64_t h = 0; i < s.keys && h < s.kv_heads; ++h) {
-        rotation.template row<false>(t.k.at<const T>(b, h, i), t.k_cache.at<T>(b, h, at));
-        std::memcpy(t.v_cache.at<T>(b, h, at), t.v.at<const T>(b, h, i), s.value_dim * sizeof(T));
+      if (i < s.keys) {
+        turn_to(at);
+        rotation.template rows<false>(t.k.at<const T>(b, 0, i), t.k.head_stride, t.k_cache.at<T>(b, 0, at),
+                                      t.k_cache.head_stride, s.kv_heads);
+        const T* from = t.v.at<const T>(b, 0, i);
+        T* to = t.v_cache.at<T>(b, 0, at);
+        for (int64_t h = 0; h < s.kv_heads; ++h, from += t.v.head_stride, to += t.v_cache.head_stride)
+          std::memcpy(to, from, s.value_dim * sizeof(T));
       }
-      if (i < queries) turn_to(s.steps ? at : first);
-      for (int64_t h = 0; i < queries && h < s.heads; ++h)
-        rotation.template row<false>(t.q.at<const T>(b, h, i), t.turned.at<T>(b, h, i));
+      if (i < queries) {
+        turn_to(s.steps ? at : first);
+        rotation.template rows<false>(t.q.at<const T>(b, 0, i), t.q.head_stride, t.turned.at<T>(b, 0, i),
+                                      t.turned.head_stride, s.heads);
+      }
     }
   });
 }

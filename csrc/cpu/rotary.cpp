@@ -27,8 +27,7 @@ struct Rows {
       rotation.take(cos + position * s.half, sin + position * s.half, s.inverse ? -1.0f : 1.0f);
       const T* from = x + sequence * s.batch_stride + row * s.row_stride;
       T* to = out + begin * s.heads * s.dim;
-      for (int64_t head = 0; head < s.heads; ++head, from += s.head_stride, to += s.dim)
-        rotation.template row<kStream>(from, to);
+      rotation.template rows<kStream>(from, s.head_stride, to, s.dim, s.heads);
     }
     if (kStream) stream_fence();
   }

@@ -22,13 +22,18 @@ class Rotation {
     take(sin, sign, room_.get() + half_);
   }
 
+  // The rows of `count` heads, which lie a stride apart.
   template <bool kStream>
-  void row(const T* from, T* to) const {
-    if constexpr (kInterleaved)
-      interleaved_row<kStream>(from, to, room_.get(), room_.get() + half_);
-    else
-      half_row<kStream>(from, to, room_.get(), room_.get() + half_);
-    std::memcpy(to + 2 * half_, from + 2 * half_, (dim_ - 2 * half_) * sizeof(T));
+  void rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count) const {
+    const int64_t half = half_, rest = dim_ - 2 * half;
+    const float *const cos = room_.get(), *const sin = cos + half;
+    for (; count > 0; --count, from += from_stride, to += to_stride) {
+      if constexpr (kInterleaved)
+        interleaved_row<kStream>(from, to, cos, sin, half);
+      else
+        half_row<kStream>(from, to, cos, sin, half);
+      std::memcpy(to + 2 * half, from + 2 * half, rest * sizeof(T));
+    }
   }
 
  private:
@@ -44,8 +49,7 @@ class Rotation {
   }
 
   template <bool kStream>
-  void half_row(const T* from, T* to, const float* cos, const float* sin) const {
-    const int64_t half = half_;
+  static void half_row(const T* from, T* to, const float* cos, const float* sin, int64_t half) {
     for_each_pair<T>(0, half, [&](int64_t i, auto lanes) {
       const auto a = lanes.load(from + i), b = lanes.load(from + half + i);
       const auto c = lanes.load(cos + i), d = lanes.load(sin + i);
@@ -66,12 +70,12 @@ class Rotation {
   }
 
   template <bool kStream>
-  void interleaved_row(const T* from, T* to, const float* cos, const float* sin) const {
+  static void interleaved_row(const T* from, T* to, const float* cos, const float* sin, int64_t half) {
     int64_t i = 0;
-    for (; i + kLanes <= half_; i += kLanes)
+    for (; i + kLanes <= half; i += kLanes)
       rotate_interleaved<kStream>(from + 2 * i, to + 2 * i, load(cos + i), load(sin + i));
-    if (i == half_) return;
-    const FirstLanes lanes{int(half_ - i)};
+    if (i == half) return;
+    const FirstLanes lanes{int(half - i)};
     const size_t bytes = 2 * lanes.n * sizeof(T);
     T room[2 * kLanes] = {};
     std::memcpy(room, from + 2 * i, bytes);

@@ -121,8 +121,8 @@ MUTATIONS = [
     in_cache(
         name="cache: one row of v for all new keys",
         file=APPEND,
-        old="t.v.at<const T>(b, h, i)",
-        new="t.v.at<const T>(b, h, 0)",
+        old="t.v.at<const T>(b, 0, i)",
+        new="t.v.at<const T>(b, 0, 0)",
     ),
     in_cache(
         name="cache: what is appended leaves no trace for autograd",

@@ -41,8 +41,8 @@ MUTATIONS = [
     in_cpu(
         name="rotary, cpu: dims passed through are not written",
         file="csrc/cpu/rotation.h",
-        old="std::memcpy(to + 2 * half_, from + 2 * half_,",
-        new="std::memcpy(to + 2 * half_, to + 2 * half_,",
+        old="std::memcpy(to + 2 * half, from + 2 * half,",
+        new="std::memcpy(to + 2 * half, to + 2 * half,",
     ),
     in_cpu(
         name="rotary, cpu: float32 angles in the order of memory beside bfloat16",
