@@ -111,3 +111,48 @@ def folded(norm_weight, norm_bias, running_mean, running_var, bias, eps):
     mean = running_mean.float() if bias is None else running_mean.float() - bias
     shift = -mean * scale
     return scale, shift if norm_bias is None else shift + norm_bias.float()
+
+
+def fold_batch_norm(
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """The weight and bias of one convolution that is a convolution and its batch norm in evaluation:
+
+        weight' = weight * scale,   bias' = (bias - running_mean) * scale + norm_bias,
+        scale = norm_weight / sqrt(running_var + eps)
+
+    Computed in float64 and rounded once. conv2d_batch_norm folds by itself; this is for weights that are to
+    be written down, or run elsewhere.
+
+    Args:
+        weight: (K, C / groups, R, S).
+        bias, norm_weight, norm_bias: (K,), or None.
+        running_mean, running_var: (K,).
+        eps: added to the variance.
+
+    Returns:
+        (weight', bias'), of weight's dtype and shape, and (K,).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or a statistic is not finite.
+    """
+    op = "fold_batch_norm"
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or not weight.is_floating_point():
+        raise ValueError(f"{op}: weight must be a tensor (K, C / groups, R, S), got {checks.shape(weight)}")
+    conv2d_checks.vectors(
+        op, weight, weight.shape[0], bias=bias, norm_weight=norm_weight, norm_bias=norm_bias,
+        running_mean=running_mean, running_var=running_var,
+    )  # fmt: skip
+    batch_norm.running_statistics(op, running_mean, running_var)
+    scale = torch.rsqrt(running_var.double() + eps)
+    if norm_weight is not None:
+        scale = scale * norm_weight.double()
+    shift = (0 if bias is None else bias.double()) - running_mean.double()
+    shift = shift * scale + (0 if norm_bias is None else norm_bias.double())
+    return (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)

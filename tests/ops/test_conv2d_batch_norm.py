@@ -153,3 +153,30 @@ def test_running_statistics_that_are_not_finite():
     broken = torch.tensor([1.0] * 15 + [float("nan")])
     with pytest.raises(ValueError, match="conv2d_batch_norm: running_var must"):
         lk.conv2d_batch_norm(X, W, None, None, torch.zeros(16), broken)
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_folded_weights_are_the_two_in_one(present):
+    x, weight, norm_weight, norm_bias, mean, variance, _ = tensors("grouped")
+    bias = torch.randn(48)
+    if not present:
+        bias = norm_weight = norm_bias = None
+    folded = lk.fold_batch_norm(weight, bias, norm_weight, norm_bias, mean, variance, 1e-3)
+
+    def truth(x):
+        z = F.conv2d(x, weight.to(x), None if bias is None else bias.to(x), 1, 1, 1, 4)
+        known = [t if t is None else t.to(x) for t in (mean, variance, norm_weight, norm_bias)]
+        return F.batch_norm(z, *known, False, 0.1, 1e-3)
+
+    expected = truth(x.double())
+    torch.testing.assert_close(
+        F.conv2d(x.double(), *[t.double() for t in folded], 1, 1, 1, 4), expected, rtol=1e-5, atol=1e-6
+    )
+    assert folded[0].dtype == folded[1].dtype == torch.float32
+
+
+def test_folding_refuses_what_is_no_statistic():
+    with pytest.raises(ValueError, match=r"fold_batch_norm: running_var must"):
+        lk.fold_batch_norm(W, None, None, None, torch.zeros(16), torch.full((16,), float("inf")))
+    with pytest.raises(ValueError, match=r"fold_batch_norm: running_mean must be a tensor of shape \(16,\)"):
+        lk.fold_batch_norm(W, None, None, None, torch.zeros(8), torch.ones(16))

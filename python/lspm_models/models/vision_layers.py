@@ -5,61 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    groups: int = 1,
-    *,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """activation(conv(x) + residual); activation is "relu" or None."""
-    return _finish(_convolution(x, weight, bias, stride, padding, dilation, groups), activation, residual)
-
-
-def conv2d_batch_norm(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor,
-    bn_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    groups: int = 1,
-    *,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """activation(batch_norm(conv(x)) + residual); in training it moves the running statistics."""
-    y = _convolution(x, weight, None, stride, padding, dilation, groups)
-    y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
-    return _finish(y, activation, residual)
-
-
-def _convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
-) -> Tensor:
-    if stride > 1 and padding == 0 and weight.shape[2:] == (1, 1):
-        # The same, of every stride-th pixel: the backward of the strided one writes beyond its memory where
-        # fewer than 16 channels are channels_last (seen in torch 2.14.1 on AVX-512).
-        x, stride = x[:, :, ::stride, ::stride], 1
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-
-
-def _finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
-    if residual is not None:
-        y = y + residual
-    return F.relu(y) if activation == "relu" else y
+from lspm_kernels import conv2d, conv2d_batch_norm
 
 
 def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int = 0) -> Tensor:
