@@ -17,6 +17,7 @@ import bench_attention_options
 import bench_attention_varlen
 import bench_attention_with_kv_cache
 import bench_layer_norm
+import bench_max_pool2d
 import bench_rotary
 import machine
 import results
@@ -28,7 +29,8 @@ import harness
 
 OPS = (
     bench_layer_norm, bench_attention, bench_attention_options, bench_attention_varlen,
-    bench_attention_with_kv_cache, bench_rotary,
+    bench_attention_with_kv_cache, bench_rotary, bench_max_pool2d,
+   
 )  # fmt: skip
 PREDICTED = "predicted, not measured"
 # GB/s; GFLOP/s of float32 and, on tensor cores without sparsity, of bfloat16.

@@ -97,5 +97,6 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         py::arg("dweight").none(true), py::arg("dbias").none(true), py::arg("partial"), py::arg("centered"),
         py::arg("threads"));
   bind_attention(m);
+  bind_pool(m);
   bind_rotary(m);
 }

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 isa: str
@@ -66,6 +68,12 @@ def layer_norm_forward(
     eps: float,
     centered: bool,
     threads: int,
+) -> None: ...
+def max_pool2d_backward(
+    dy: Tensor, positions: Tensor, dx: Tensor, window: Sequence[int], threads: int
+) -> None: ...
+def max_pool2d_forward(
+    x: Tensor, y: Tensor, positions: Tensor | None, window: Sequence[int], threads: int
 ) -> None: ...
 def rotary_backward(
     dout: Tensor,

@@ -5,6 +5,7 @@ from lspm_kernels.ops.attention import attention
 from lspm_kernels.ops.attention_varlen import attention_varlen
 from lspm_kernels.ops.attention_with_kv_cache import attention_with_kv_cache
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from lspm_kernels.ops.max_pool2d import max_pool2d
 from lspm_kernels.ops.rotary import rotary
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_kv_cache",
     "layer_norm",
+    "max_pool2d",
     "rms_norm",
     "rotary",
     "use_backend",

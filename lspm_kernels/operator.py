@@ -127,7 +127,7 @@ class Operator:
     def _vmap(self, info, in_dims, *args):
         """Runs the operator once for each sample."""
         samples = [
-            self._op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            self._op(*(a.select(d, i) if type(d) is int else a for a, d in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
         if isinstance(samples[0], Tensor):

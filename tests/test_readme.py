@@ -15,6 +15,7 @@ PUBLIC = {
     "attention_varlen": ["attention_varlen"],
     "attention_with_kv_cache": ["attention_with_kv_cache"],
     "rotary": ["rotary"],
+    "max_pool2d": ["max_pool2d"],
 }
 
 
