@@ -1,9 +1,10 @@
-// max_pool2d: images lie as (N, H, W, C), contiguous.
+// max_pool2d and global_avg_pool: images lie as (N, H, W, C), contiguous.
 #include <pybind11/stl.h>
 
 #include <array>
 
 #include "bindings.h"
+#include "global_avg_pool.h"
 #include "max_pool2d.h"
 
 namespace py = pybind11;
@@ -52,6 +53,28 @@ void max_pool2d_backward(const TensorView& dy, const TensorView& positions, cons
   backend::max_pool2d_backward(pdy, pp, pdx, s, WHERE(dx, threads));
 }
 
+lspm::GlobalAvgPoolShape shape_of(const TensorView& x, const char* name) {
+  check_first(x, name);
+  if (x.dim() != 4) TensorView::refuse(name, "have 4 dimensions");
+  return {x.size(0), x.size(1) * x.size(2), x.size(3), x.dtype()};
+}
+
+void global_avg_pool_forward(const TensorView& x, const TensorView& y, [[maybe_unused]] int threads) {
+  const auto s = shape_of(x, "x");
+  void* px = x.contiguous("x", x, s.dtype, s.batch * s.pixels * s.channels);
+  void* py = y.contiguous("y", x, s.dtype, s.batch * s.channels);
+  py::gil_scoped_release unlocked;
+  backend::global_avg_pool_forward(px, py, s, WHERE(x, threads));
+}
+
+void global_avg_pool_backward(const TensorView& dy, const TensorView& dx, [[maybe_unused]] int threads) {
+  const auto s = shape_of(dx, "dx");
+  void* pdy = dy.contiguous("dy", dx, s.dtype, s.batch * s.channels);
+  void* pdx = dx.contiguous("dx", dx, s.dtype, s.batch * s.pixels * s.channels);
+  py::gil_scoped_release unlocked;
+  backend::global_avg_pool_backward(pdy, pdx, s, WHERE(dx, threads));
+}
+
 }  // namespace
 
 void bind_pool(py::module_& m) {
@@ -59,4 +82,7 @@ void bind_pool(py::module_& m) {
         py::arg("positions").none(true), py::arg("window"), py::arg("threads"));
   m.def("max_pool2d_backward", &max_pool2d_backward, py::arg("dy"), py::arg("positions"), py::arg("dx"),
         py::arg("window"), py::arg("threads"));
+  m.def("global_avg_pool_forward", &global_avg_pool_forward, py::arg("x"), py::arg("y"), py::arg("threads"));
+  m.def("global_avg_pool_backward", &global_avg_pool_backward, py::arg("dy"), py::arg("dx"),
+        py::arg("threads"));
 }

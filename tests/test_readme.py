@@ -16,6 +16,7 @@ PUBLIC = {
     "attention_with_kv_cache": ["attention_with_kv_cache"],
     "rotary": ["rotary"],
     "max_pool2d": ["max_pool2d"],
+    "global_avg_pool": ["global_avg_pool"],
 }
 
 
