@@ -16,6 +16,7 @@ import bench_attention
 import bench_attention_options
 import bench_attention_varlen
 import bench_attention_with_kv_cache
+import bench_cross_entropy
 import bench_global_avg_pool
 import bench_layer_norm
 import bench_max_pool2d
@@ -31,7 +32,7 @@ import harness
 OPS = (
     bench_layer_norm, bench_attention, bench_attention_options, bench_attention_varlen,
     bench_attention_with_kv_cache, bench_rotary, bench_max_pool2d, bench_global_avg_pool,
-   
+    bench_cross_entropy,
 )  # fmt: skip
 PREDICTED = "predicted, not measured"
 # GB/s; GFLOP/s of float32 and, on tensor cores without sparsity, of bfloat16.

@@ -97,6 +97,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         py::arg("dweight").none(true), py::arg("dbias").none(true), py::arg("partial"), py::arg("centered"),
         py::arg("threads"));
   bind_attention(m);
+  bind_cross_entropy(m);
   bind_pool(m);
   bind_rotary(m);
 }

@@ -31,5 +31,6 @@ inline void* optional(const lspm::OptionalView& view, const char* name, const ls
 
 // One for each further file, called by the module's init.
 void bind_attention(pybind11::module_& m);
+void bind_cross_entropy(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);
 void bind_rotary(pybind11::module_& m);

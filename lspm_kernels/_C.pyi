@@ -44,6 +44,30 @@ def attention_forward(
     threads: int,
     scratch: Tensor | None = None,
 ) -> None: ...
+def cross_entropy_backward(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    dlogits: Tensor,
+    ignore_index: int,
+    reduction: int,
+    smoothing: float,
+    threads: int,
+) -> None: ...
+def cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    loss: Tensor,
+    statistics: Tensor | None,
+    row_losses: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    smoothing: float,
+    threads: int,
+) -> None: ...
 def global_avg_pool_backward(dy: Tensor, dx: Tensor, threads: int) -> None: ...
 def global_avg_pool_forward(x: Tensor, y: Tensor, threads: int) -> None: ...
 def layer_norm_backward(

@@ -1,5 +1,7 @@
 from lspm_kernels._C import attention_backward as attention_backward
 from lspm_kernels._C import attention_forward as attention_forward
+from lspm_kernels._C import cross_entropy_backward as cross_entropy_backward
+from lspm_kernels._C import cross_entropy_forward as cross_entropy_forward
 from lspm_kernels._C import global_avg_pool_backward as global_avg_pool_backward
 from lspm_kernels._C import global_avg_pool_forward as global_avg_pool_forward
 from lspm_kernels._C import layer_norm_backward as layer_norm_backward

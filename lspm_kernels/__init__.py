@@ -4,6 +4,7 @@ from lspm_kernels.dispatch import FallbackWarning, use_backend
 from lspm_kernels.ops.attention import attention
 from lspm_kernels.ops.attention_varlen import attention_varlen
 from lspm_kernels.ops.attention_with_kv_cache import attention_with_kv_cache
+from lspm_kernels.ops.cross_entropy import cross_entropy
 from lspm_kernels.ops.global_avg_pool import global_avg_pool
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from lspm_kernels.ops.max_pool2d import max_pool2d
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_with_kv_cache",
+    "cross_entropy",
     "global_avg_pool",
     "layer_norm",
     "max_pool2d",

@@ -17,6 +17,7 @@ PUBLIC = {
     "rotary": ["rotary"],
     "max_pool2d": ["max_pool2d"],
     "global_avg_pool": ["global_avg_pool"],
+    "cross_entropy": ["cross_entropy"],
 }
 
 
