@@ -101,6 +101,8 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   bind_attention_with_kv_cache(m);
 #endif
   bind_batch_norm_act(m);
+  bind_cross_entropy(m);
+  bind_pool(m);
   bind_rotary(m);
 #ifndef LSPM_CUDA
   bind_conv2d(m);

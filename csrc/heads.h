@@ -4,12 +4,6 @@
 
 #include "dtype.h"
 
-#ifdef __CUDACC__
-#define LSPM_HOST_DEVICE __host__ __device__
-#else
-#define LSPM_HOST_DEVICE
-#endif
-
 namespace lspm {
 
 // A tensor (batch, heads, rows, dim): where it begins and its strides in elements. The last stride is 1.

@@ -67,6 +67,8 @@ struct TensorView {
         return DType::i32;
       case 0x608:
         return DType::b8;
+      case 0x108:
+        return DType::u8;
       default:
         return DType::other;
     }

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 isa: str
@@ -124,6 +126,32 @@ def conv2d_forward(
     activation: int,
     threads: int,
 ) -> None: ...
+def cross_entropy_backward(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    dlogits: Tensor,
+    ignore_index: int,
+    reduction: int,
+    smoothing: float,
+    threads: int,
+) -> None: ...
+def cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    loss: Tensor,
+    statistics: Tensor | None,
+    row_losses: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    smoothing: float,
+    threads: int,
+) -> None: ...
+def global_avg_pool_backward(dy: Tensor, dx: Tensor, threads: int) -> None: ...
+def global_avg_pool_forward(x: Tensor, y: Tensor, threads: int) -> None: ...
 def layer_norm_backward(
     dy: Tensor,
     dsum: Tensor | None,
@@ -148,6 +176,12 @@ def layer_norm_forward(
     eps: float,
     centered: bool,
     threads: int,
+) -> None: ...
+def max_pool2d_backward(
+    dy: Tensor, positions: Tensor, dx: Tensor, window: Sequence[int], threads: int
+) -> None: ...
+def max_pool2d_forward(
+    x: Tensor, y: Tensor, positions: Tensor | None, window: Sequence[int], threads: int
 ) -> None: ...
 def rotary_backward(
     dout: Tensor,

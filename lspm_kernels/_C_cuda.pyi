@@ -4,7 +4,13 @@ from lspm_kernels._C import batch_norm_act_backward as batch_norm_act_backward
 from lspm_kernels._C import batch_norm_act_forward as batch_norm_act_forward
 from lspm_kernels._C import batch_norm_act_statistics as batch_norm_act_statistics
 from lspm_kernels._C import batch_norm_act_sums as batch_norm_act_sums
+from lspm_kernels._C import cross_entropy_backward as cross_entropy_backward
+from lspm_kernels._C import cross_entropy_forward as cross_entropy_forward
+from lspm_kernels._C import global_avg_pool_backward as global_avg_pool_backward
+from lspm_kernels._C import global_avg_pool_forward as global_avg_pool_forward
 from lspm_kernels._C import layer_norm_backward as layer_norm_backward
 from lspm_kernels._C import layer_norm_forward as layer_norm_forward
+from lspm_kernels._C import max_pool2d_backward as max_pool2d_backward
+from lspm_kernels._C import max_pool2d_forward as max_pool2d_forward
 from lspm_kernels._C import rotary_backward as rotary_backward
 from lspm_kernels._C import rotary_forward as rotary_forward

@@ -7,7 +7,10 @@ from lspm_kernels.ops.attention_with_kv_cache import attention_with_kv_cache
 from lspm_kernels.ops.batch_norm_act import batch_norm_act
 from lspm_kernels.ops.conv2d import conv2d
 from lspm_kernels.ops.conv2d_batch_norm import conv2d_batch_norm, fold_batch_norm
+from lspm_kernels.ops.cross_entropy import cross_entropy
+from lspm_kernels.ops.global_avg_pool import global_avg_pool
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from lspm_kernels.ops.max_pool2d import max_pool2d
 from lspm_kernels.ops.rotary import rotary
 
 __all__ = [
@@ -20,8 +23,11 @@ __all__ = [
     "batch_norm_act",
     "conv2d",
     "conv2d_batch_norm",
+    "cross_entropy",
     "fold_batch_norm",
+    "global_avg_pool",
     "layer_norm",
+    "max_pool2d",
     "rms_norm",
     "rotary",
     "use_backend",

@@ -15,6 +15,9 @@ PUBLIC = {
     "attention_varlen": ["attention_varlen"],
     "attention_with_kv_cache": ["attention_with_kv_cache"],
     "rotary": ["rotary"],
+    "max_pool2d": ["max_pool2d"],
+    "global_avg_pool": ["global_avg_pool"],
+    "cross_entropy": ["cross_entropy"],
 }
 
 

@@ -17,8 +17,10 @@ struct Pair {
 inline Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
 inline Pair operator-(Pair a, Pair b) { return {a.first - b.first, a.second - b.second}; }
 inline Pair operator*(Pair a, Pair b) { return {a.first * b.first, a.second * b.second}; }
+inline Pair operator+(Pair a, float b) { return {a.first + b, a.second + b}; }
 inline Pair operator-(Pair a, float b) { return {a.first - b, a.second - b}; }
 inline Pair operator*(Pair a, float b) { return {a.first * b, a.second * b}; }
+inline Pair operator/(Pair a, float b) { return {a.first / b, a.second / b}; }
 inline Pair& operator+=(Pair& a, Pair b) { return a = a + b; }
 inline Pair& operator*=(Pair& a, Pair b) { return a = a * b; }
 

@@ -149,6 +149,36 @@ inline void store(f16* p, F v) {
 #endif
 }
 
+// Integers, kept as 32-bit lanes: those of 8 and 16 bits are the low ones.
+using U8 = uint8_t __attribute__((vector_size(kLanes)));
+using U16 = uint16_t __attribute__((vector_size(2 * kLanes)));
+inline U load(const uint8_t* p) {
+  U8 v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, U);
+}
+inline U load(const int32_t* p) {
+  U v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(uint8_t* p, U v) {
+  const U8 low = __builtin_convertvector(v, U8);
+  std::memcpy(p, &low, sizeof low);
+}
+inline void store(uint16_t* p, U v) {
+  const U16 low = __builtin_convertvector(v, U16);
+  std::memcpy(p, &low, sizeof low);
+}
+inline void store(int32_t* p, U v) { std::memcpy(p, &v, sizeof v); }
+
+// Stores what was loaded from a T: nothing is rounded, and a subnormal bfloat16 stays.
+template <class T>
+inline void store_unchanged(T* p, F v) {
+  store(p, v);
+}
+inline void store_unchanged(bf16* p, F v) { store(&p->bits, reinterpret_cast<U>(v) >> 16); }
+
 // v as it is after a store to T and a load from it.
 template <class T>
 inline F rounded(F v) {
@@ -434,12 +464,16 @@ inline void zip(F& a, F& b) {
 // Whole vectors, or the first n lanes of one: for_each_vector() hands one of the two to its body.
 struct AllLanes {
   template <class T>
-  F load(const T* p) const {
+  auto load(const T* p) const {
     return lspm::load(p);
   }
-  template <class T>
-  void store(T* p, F v) const {
+  template <class T, class V>
+  void store(T* p, V v) const {
     lspm::store(p, v);
+  }
+  template <class T>
+  void store_unchanged(T* p, F v) const {
+    lspm::store_unchanged(p, v);
   }
   F keep(F v) const { return v; }
 };
@@ -447,15 +481,21 @@ struct AllLanes {
 struct FirstLanes {
   int n;
   template <class T>
-  F load(const T* p) const {  // the other lanes read as zero
+  auto load(const T* p) const {  // the other lanes read as zero
     T lanes[kLanes] = {};
     std::memcpy(lanes, p, n * sizeof(T));
     return lspm::load(lanes);
   }
-  template <class T>
-  void store(T* p, F v) const {
+  template <class T, class V>
+  void store(T* p, V v) const {
     T lanes[kLanes];
     lspm::store(lanes, v);
+    std::memcpy(p, lanes, n * sizeof(T));
+  }
+  template <class T>
+  void store_unchanged(T* p, F v) const {
+    T lanes[kLanes];
+    lspm::store_unchanged(lanes, v);
     std::memcpy(p, lanes, n * sizeof(T));
   }
   F keep(F v) const {  // zeroes the other lanes
