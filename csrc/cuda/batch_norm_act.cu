@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The gradient before the activation, and x - mean where `deviation` is wanted or the activation needs it.
+// The gradient before the activation, and x - mean where x is read.
 template <class T, int kWidth>
 struct Taken {
   Floats<kWidth> gradient, deviation;

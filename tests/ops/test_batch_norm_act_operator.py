@@ -13,7 +13,7 @@ from lspm_kernels.reference import batch_norm_act as reference
 LSPM = torch.ops.lspm
 
 
-@pytest.mark.parametrize("mode", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("mode", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_compile(training, mode):
     torch._dynamo.reset()
@@ -44,7 +44,10 @@ def test_compile(training, mode):
         torch.testing.assert_close(first, means)  # updated in place by the compiled function too
 
 
-@pytest.mark.parametrize("activation", range(5))
+# The operators do not differ in their activation: of the five one without and one with a slope are quick.
+@pytest.mark.parametrize(
+    "activation", [0, 1, *(pytest.param(code, marks=pytest.mark.long) for code in (2, 3, 4))]
+)
 def test_opcheck(activation):
     x, residual, weight, bias = (t.requires_grad_() for t in tensors((3, 8, 4, 4)))
     mean, variance = LSPM.batch_norm_act_statistics(x.detach(), "cpu").unbind()
