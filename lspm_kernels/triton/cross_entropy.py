@@ -183,6 +183,8 @@ def _options(logits, target, ignore_index, reduction, smoothing):
     rows, classes = logits.shape
     cols = min(triton.next_power_of_2(max(classes, 1)), _TILE)
     tile = {"ROWS": max(1, _NARROW // cols), "COLS": cols, "num_warps": 8 if cols == _TILE else 4}
+    if tile["ROWS"] > 1:
+        tile["maxnreg"] = 128  # left to itself, ptxas aims at one more block and spills
     probabilities = target.is_floating_point()
     flags = {"PROBABILITIES": probabilities, "SPREAD": probabilities or smoothing > 0}
     return tile, ((rows, classes, ignore_index, smoothing), {**flags, "REDUCTION": reduction, **_EXACT})

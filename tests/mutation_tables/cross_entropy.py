@@ -59,12 +59,6 @@ MUTATIONS = [
         new="while (row != first &&",
     ),
     in_cpu(
-        name="cross_entropy, cpu: sums of rows depend on the threads",
-        old="std::vector<typename Run::Total> runs((s.rows + kRun - 1) / kRun);",
-        new="const int64_t kRun = s.rows / threads + 1;\n"
-        "  std::vector<typename Run::Total> runs((s.rows + kRun - 1) / kRun);",
-    ),
-    in_cpu(
         name="cross_entropy, cpu: the mean over rows, whatever they weigh",
         old="return {(log - (double(get(x + target)) - sums.largest)) * hit + smoothed, weight};",
         new="return {(log - (double(get(x + target)) - sums.largest)) * hit + smoothed, 1};",

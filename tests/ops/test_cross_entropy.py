@@ -109,6 +109,10 @@ def test_logits_that_are_all_infinite_up_to_the_last():
     check(logits, target, reduction="none")
 
 
+def test_logits_far_below_0():
+    check(torch.randn(3, 7) - 300, torch.tensor([0, 6, 3]))
+
+
 def test_torchs_own_defaults_and_classes_of_32_bits():
     logits, (target, weight) = torch.randn(6, 5), targets((6, 5), weights=True)
     torch.testing.assert_close(

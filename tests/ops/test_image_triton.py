@@ -161,6 +161,7 @@ def test_same_bits_under_any_schedule(driver):
     assert all(map(torch.equal, results[0] * 2, results[1] + results[2]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sm", [80, 90, 100], ids="sm_{}".format)
 def test_compiles_without_spills(sm):
     with triton_driver.activated(sm, execute=False) as driver:
