@@ -78,7 +78,7 @@ MUTATIONS = [
         f"{MODELS}/train.py",
         "sums = measured if sums is None else sums + measured",
         "sums = measured",
-        tests("classification", "killed or of_its_own or says"),
+        tests("classification", "learns"),
     ),
     Mutation(
         "images: predicted classes in the rows",
