@@ -92,9 +92,11 @@ def test_it_learns_what_can_be_seen(tmp_path):
     images = shapes()
     data = ImageData(images, images.subset(np.arange(30)), LOOK, ImageConfig(), 20, validation_batches=5)
     options = {"learning_rate": 1e-2, "weight_decay": 0.0, "evaluate_every": 30, "checkpoint_every": 30}
+    before = predict_all(make_task(), data).accuracy  # of two batches of different sizes
     lines, config = [], FitConfig(steps=30, batch_size=20, device="cpu", **options)
     result = fit(make_task(), data, config, tmp_path, report=lines.append)
     rows = read_log(tmp_path / "log.csv")
+    assert float(rows[0]["accuracy"]) == pytest.approx(before)
     assert float(rows[1]["train_loss"]) > 0.6
     assert float(rows[-1]["train_loss"]) < 0.1
     assert (float(rows[-1]["accuracy"]), rows[-1]["images"], result.step) == (1.0, "600", 30)

@@ -17,7 +17,7 @@ LOOK = ImageFormat(("a", "b", "c"), 1, 6, (0.5,), (0.25,))
 
 
 def test_a_share_of_every_class_is_set_aside():
-    labels = np.array([0] * 10 + [1] * 5 + [2] * 20)
+    labels = np.random.default_rng(0).permutation([0] * 10 + [1] * 5 + [2] * 20)
     training, held_out = set_aside(Images(labels, np.zeros((35, 1, 1, 1), np.uint8)), 0.2)
     assert np.bincount(held_out.labels).tolist() == [2, 1, 4]
     assert np.bincount(training.labels).tolist() == [8, 4, 16]
