@@ -99,7 +99,5 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   bind_attention(m);
   bind_batch_norm_act(m);
   bind_rotary(m);
-#ifndef LSPM_CUDA
   bind_conv2d(m);
-#endif
 }

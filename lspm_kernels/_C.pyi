@@ -96,6 +96,8 @@ def conv2d_backward(
     dweight: Tensor | None,
     geometry: _Geometry,
     threads: int,
+    packed: Tensor | None = None,
+    partial: Tensor | None = None,
 ) -> None: ...
 def conv2d_forward(
     x: Tensor,
@@ -107,6 +109,7 @@ def conv2d_forward(
     geometry: _Geometry,
     activation: int,
     threads: int,
+    packed: Tensor | None = None,
 ) -> None: ...
 def layer_norm_backward(
     dy: Tensor,
