@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MATMUL_SIZE = 2048
+SLOWEST_KERNEL = 1e10  # FLOP/s: below, torch has none
+# What forces an instruction set upon us, upon torch and upon the libraries under it.
+FORCING = ("LSPM_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -31,10 +35,13 @@ def processor(device: str = "cpu") -> str:
 
 
 def slug(device: str = "cpu") -> str:
-    """A file name for this machine: its processor and, on a CPU, the threads in use; never a host's name."""
+    """A file name for this machine: its processor and, on a CPU, the threads in use and the instruction set
+    where LSPM_ISA forces one; never a host's name."""
     plain = re.sub(r"\((R|TM)\)|@.*", "", processor(device), flags=re.I).lower()
     words = re.findall(r"[a-z0-9]+", plain)
-    return "-".join(words + ([f"{torch.get_num_threads()}-threads"] if device == "cpu" else []))
+    if device == "cpu":
+        words += [f"{torch.get_num_threads()}-threads", *filter(None, [os.environ.get("LSPM_ISA")])]
+    return "-".join(words)
 
 
 def description(device: str = "cpu") -> dict:
@@ -47,6 +54,7 @@ def description(device: str = "cpu") -> dict:
         "machine": slug(device),
         "processor": processor(device),
         "threads": torch.get_num_threads(),
+        "forced": " ".join(f"{name}={os.environ[name]}" for name in FORCING if name in os.environ),
         "torch": torch.__version__,
         "triton": triton.__version__ if triton else None,
         "gcc": _output("g++", "-dumpfullversion"),
@@ -153,10 +161,19 @@ def read_roof(device: str = "cpu") -> Callable[[int], None]:
 
 @functools.cache
 def matmul_roof(dtype: torch.dtype, device: str = "cpu") -> tuple[Callable[[], object], int]:
-    """A square product of the dtype, as torch's library computes it, and its floating-point operations."""
-    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    return (lambda: torch.mm(a, b, out=product)), 2 * MATMUL_SIZE**3
+    """A square product of the dtype, as torch's library computes it, and its floating-point operations.
+
+    A small one where the library has no kernel for this processor, as for bfloat16 without AVX-512: plain
+    loops would take a minute for the large one.
+    """
+
+    def product(size: int) -> tuple[Callable[[], object], int]:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        return functools.partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * size**3
+
+    multiply, flops = small = product(MATMUL_SIZE // 8)
+    seconds = min(timeit.repeat(lambda: (multiply(), synchronize(device)), repeat=4, number=1))
+    return small if flops / seconds < SLOWEST_KERNEL else product(MATMUL_SIZE)
 
 
 def _has_glibc() -> bool:

@@ -6,7 +6,8 @@
     python benchmarks/report.py compare OLD NEW --fail-above 1.1
 
 The marker `<!-- results:begin NAME PATTERN ... -->` takes the cases of benchmark NAME that match a pattern,
-all where it has none, and ends at `<!-- results:end NAME -->`. Between `<!-- backends:begin -->` and
+all where it has none, and ends at `<!-- results:end NAME -->`; with `forced` for `results` it takes those
+that were measured under a forced instruction set, and is brief. Between `<!-- backends:begin -->` and
 `<!-- backends:end -->` comes what `python -m lspm_kernels backends` prints.
 """
 
@@ -25,8 +26,8 @@ from lspm_kernels.__main__ import backends
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARKERS = re.compile(
-    r"(?P<begin><!-- results:begin (?P<name>\w+)(?P<patterns>[^>]*?) -->\n)"
-    r".*?(?P<end><!-- results:end (?P=name) -->)",
+    r"(?P<begin><!-- (?P<kind>results|forced):begin (?P<name>\w+)(?P<patterns>[^>]*?) -->\n)"
+    r".*?(?P<end><!-- (?P=kind):end (?P=name) -->)",
     re.S,
 )
 BACKENDS = re.compile(r"(<!-- backends:begin -->\n).*?(<!-- backends:end -->)", re.S)
@@ -36,17 +37,19 @@ def readme(text: str, files: list[Rows]) -> str:
     """text with the table of backends and those of all result files between its markers."""
 
     def section(match: re.Match) -> str:
-        patterns = match["patterns"].split() or ["*"]
+        patterns, forced = match["patterns"].split() or ["*"], match["kind"] == "forced"
         parts = []
         for rows in files:
             chosen = [
                 row
                 for row in rows
                 if row["benchmark"] == match["name"]
+                and bool(row.get("forced")) == forced
                 and any(fnmatch.fnmatchcase(row["case"], p) for p in patterns)
             ]
             if chosen:
-                parts.append(f"{tables.about(chosen)}\n\n{tables.table(chosen, markdown=True)}\n")
+                shown = tables.table(chosen, markdown=True, brief=forced)
+                parts.append(f"{tables.about(chosen)}\n\n{shown}\n")
         return match["begin"] + "\n".join(parts or ["No results yet.\n"]) + match["end"]
 
     text = BACKENDS.sub(lambda match: f"{match[1]}{backends()}\n{match[2]}", text)

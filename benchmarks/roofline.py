@@ -16,6 +16,7 @@ import bench_attention
 import bench_attention_options
 import bench_attention_varlen
 import bench_attention_with_kv_cache
+import bench_batch_norm_act
 import bench_layer_norm
 import bench_rotary
 import machine
@@ -28,7 +29,7 @@ import harness
 
 OPS = (
     bench_layer_norm, bench_attention, bench_attention_options, bench_attention_varlen,
-    bench_attention_with_kv_cache, bench_rotary,
+    bench_attention_with_kv_cache, bench_rotary, bench_batch_norm_act,
 )  # fmt: skip
 PREDICTED = "predicted, not measured"
 # GB/s; GFLOP/s of float32 and, on tensor cores without sparsity, of bfloat16.

@@ -5,10 +5,14 @@ from results import PREDICTED, Rows
 GOALS = {"speedup": "x torch >= {:.2f}", "roof": "roof >= {:.0f} %", "extra_us": "more <= {:.0f} us"}
 
 
-def table(rows: Rows, markdown: bool = False) -> str:
+BRIEF = ("case", "us", "torch, us", "x torch")
+
+
+def table(rows: Rows, markdown: bool = False, brief: bool = False) -> str:
     """One line for each of our kernels in each case, with the command that prints it again.
 
     "x torch" is how many times as fast as torch it is, "more" how much longer a call takes than torch's.
+    brief: no other columns than BRIEF.
     """
     if rows and rows[0]["benchmark"] in PREDICTED:
         lines = [row["columns"] | {"again": row["command"]} for row in rows]
@@ -17,6 +21,7 @@ def table(rows: Rows, markdown: bool = False) -> str:
         lines = [_line(row, torch.get(row["case"])) for row in rows if row["variant"].startswith("lspm")]
     columns = list(dict.fromkeys(column for line in lines for column in line))
     columns = [column for column in columns if any(line.get(column) for line in lines)]
+    columns = [column for column in columns if column in BRIEF or not brief]
     columns.sort(key=lambda column: column == "again")  # last; the rest as they are
     grid = [columns, *([line.get(column, "") for column in columns] for line in lines)]
     return _markdown(grid) if markdown else _aligned(grid)
@@ -28,7 +33,9 @@ def about(rows: Rows) -> str:
     versions = [f"{name} {first[name]}" for name in ("torch", "triton", "gcc") if first[name]]
     commits = dict.fromkeys(f"commit {row['commit']} of {row['date']}" for row in rows)
     label = "Predicted, not measured: " if first["benchmark"] in PREDICTED else ""
-    return f"{label}{first['processor']}, {first['threads']} threads; {', '.join([*versions, *commits])}"
+    forced = f" under {first['forced']}" if first.get("forced") else ""
+    where = f"{first['processor']}, {first['threads']} threads{forced}"
+    return f"{label}{where}; {', '.join([*versions, *commits])}"
 
 
 def _line(row: dict, torch: dict | None) -> dict[str, str]:
@@ -71,5 +78,6 @@ def _aligned(grid: list[list[str]]) -> str:
 
 def _markdown(grid: list[list[str]]) -> str:
     head, *lines = grid
-    lines = [[*line[:-1], f"`{line[-1]}`"] for line in lines]
+    if head[-1] == "again":
+        lines = [[*line[:-1], f"`{line[-1]}`"] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))

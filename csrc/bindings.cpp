@@ -97,6 +97,9 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         py::arg("dweight").none(true), py::arg("dbias").none(true), py::arg("partial"), py::arg("centered"),
         py::arg("threads"));
   bind_attention(m);
+#ifndef LSPM_CUDA
+  bind_attention_with_kv_cache(m);
+#endif
   bind_batch_norm_act(m);
   bind_rotary(m);
   bind_conv2d(m);

@@ -4,6 +4,9 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "heads.h"
 #include "tensor_view.h"
 
 #ifdef LSPM_CUDA
@@ -24,6 +27,19 @@ inline void check_first(const lspm::TensorView& x, const char* name) {
   if (x.dtype() > lspm::DType::f16) lspm::TensorView::refuse(name, "be float32, bfloat16 or float16");
 }
 
+[[noreturn]] inline void refuse_value(const char* name, const std::string& rule, int64_t value) {
+  throw std::invalid_argument(std::string(name) + " must " + rule + ", got " + std::to_string(value));
+}
+
+// x as (batch, heads, rows, dim), of q's dtype.
+inline lspm::HeadsView heads_view(const lspm::TensorView& x, const char* name, const lspm::TensorView& q,
+                                  int64_t batch, int64_t heads, int64_t rows, int64_t dim) {
+  if (x.dim() != 4 || x.size(0) != batch || x.size(1) != heads || x.size(2) != rows || x.size(3) != dim)
+    lspm::TensorView::refuse(name, "have the shape that the contract names");
+  if (dim > 1 && x.stride(3) != 1) lspm::TensorView::refuse(name, "have a contiguous last dimension");
+  return {x.data(name, q, q.dtype()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
 inline void* optional(const lspm::OptionalView& view, const char* name, const lspm::TensorView& beside,
                       lspm::DType dtype, int64_t elements) {
   return view ? view->contiguous(name, beside, dtype, elements) : nullptr;
@@ -31,6 +47,7 @@ inline void* optional(const lspm::OptionalView& view, const char* name, const ls
 
 // One for each further file, called by the module's init.
 void bind_attention(pybind11::module_& m);
+void bind_attention_with_kv_cache(pybind11::module_& m);
 void bind_batch_norm_act(pybind11::module_& m);
 void bind_rotary(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);

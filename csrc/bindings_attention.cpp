@@ -15,14 +15,6 @@ using lspm::TensorView;
 
 namespace {
 
-lspm::HeadsView heads_view(const TensorView& x, const char* name, const TensorView& q, int64_t batch,
-                           int64_t heads, int64_t rows, int64_t dim) {
-  if (x.dim() != 4 || x.size(0) != batch || x.size(1) != heads || x.size(2) != rows || x.size(3) != dim)
-    TensorView::refuse(name, "have the shape that the contract names");
-  if (dim > 1 && x.stride(3) != 1) TensorView::refuse(name, "have a contiguous last dimension");
-  return {x.data(name, q, q.dtype()), x.stride(0), x.stride(1), x.stride(2)};
-}
-
 // `dtypes` of what may broadcast over (batch, heads, queries, keys).
 lspm::ScoresView scores_view(const OptionalView& view, const char* name, const TensorView& q,
                              const lspm::AttentionShape& s, std::initializer_list<DType> dtypes) {
@@ -105,10 +97,6 @@ Call::Call(const TensorView& q, const TensorView& k, const TensorView& v, const 
 }
 
 #ifndef LSPM_CUDA
-[[noreturn]] void refuse_value(const char* name, const std::string& rule, int64_t value) {
-  throw std::invalid_argument(std::string(name) + " must " + rule + ", got " + std::to_string(value));
-}
-
 void check_starts(const char* name, const int32_t* starts, int64_t batch, int64_t longest, int64_t rows) {
   if (starts[0] != 0) refuse_value(name, "begin with 0", starts[0]);
   for (int64_t b = 0; b < batch; ++b) {

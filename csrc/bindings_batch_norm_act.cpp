@@ -95,7 +95,7 @@ void sums(const TensorView& dy, const TensorView& x, const OptionalView& beside,
   float* pp = vector(partial, "partial", dy, 2 * s.partials * s.channels);
   float* ps = vector(sums, "sums", dy, 2 * s.channels);
   py::gil_scoped_release unlocked;
-  backend::batch_norm_act_sums(pdy, px, pb, known, pd, pp, ps, s, WHERE(dy, threads));
+  backend::batch_norm_act_sums({pdy, px, pb}, known, pd, pp, ps, s, WHERE(dy, threads));
 }
 
 void backward(const TensorView& dy, const TensorView& x, const OptionalView& beside,
@@ -110,7 +110,7 @@ void backward(const TensorView& dy, const TensorView& x, const OptionalView& bes
   const float* ps = sums ? vector(*sums, "sums", dy, 2 * s.channels) : nullptr;
   void* pdx = dx.contiguous("dx", dy, s.dtype, n);
   py::gil_scoped_release unlocked;
-  backend::batch_norm_act_backward(pdy, px, pb, known, ps, pdx, s, WHERE(dy, threads));
+  backend::batch_norm_act_backward({pdy, px, pb}, known, ps, pdx, s, WHERE(dy, threads));
 }
 
 }  // namespace

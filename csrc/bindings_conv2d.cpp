@@ -51,8 +51,8 @@ lspm::Conv2dShape shape_of(const TensorView& x, const TensorView& weight, const 
 
 void conv2d_forward(const TensorView& x, const TensorView& weight, const OptionalView& scale,
                     const OptionalView& shift, const OptionalView& residual, const TensorView& y,
-                    const Geometry& geometry, int activation, [[maybe_unused]] int threads,
-                    const OptionalView& packed) {
+                    const OptionalView& statistics, const Geometry& geometry, int activation,
+                    [[maybe_unused]] int threads, const OptionalView& packed) {
   const auto s = shape_of(x, weight, y, geometry);
   void *px = x.contiguous("x", x, s.dtype, x.numel()), *py = y.contiguous("y", x, s.dtype, y.numel());
   void* pw = weight.data("weight", x, s.dtype);
@@ -62,13 +62,16 @@ void conv2d_forward(const TensorView& x, const TensorView& weight, const Optiona
       static_cast<const float*>(optional(scale, "scale", x, DType::f32, s.filters)),
       static_cast<const float*>(optional(shift, "shift", x, DType::f32, s.filters)),
       optional(residual, "residual", x, s.dtype, y.numel()), lspm::Activation(activation)};
+  [[maybe_unused]] auto* found =
+      static_cast<float*>(optional(statistics, "statistics", x, DType::f32, 2 * s.filters));
   [[maybe_unused]] void* scratch = optional(packed, "packed", x, s.dtype, s.packed_forward());
   py::gil_scoped_release unlocked;
 #ifdef LSPM_CUDA
+  if (found) TensorView::refuse("statistics", "be None: batch_norm_act_statistics takes them");
   if (!scratch) TensorView::refuse("packed", "be there");
   backend::conv2d_forward(px, pw, epilogue, py, scratch, s, WHERE(x, threads));
 #else
-  backend::conv2d_forward(px, pw, epilogue, py, s, threads);
+  backend::conv2d_forward(px, pw, epilogue, py, found, s, threads);
 #endif
 }
 
@@ -99,8 +102,9 @@ void conv2d_backward(const TensorView& dz, const TensorView& x, const TensorView
 
 void bind_conv2d(py::module_& m) {
   m.def("conv2d_forward", &conv2d_forward, py::arg("x"), py::arg("weight"), py::arg("scale").none(true),
-        py::arg("shift").none(true), py::arg("residual").none(true), py::arg("y"), py::arg("geometry"),
-        py::arg("activation"), py::arg("threads"), py::arg("packed").none(true) = py::none());
+        py::arg("shift").none(true), py::arg("residual").none(true), py::arg("y"),
+        py::arg("statistics").none(true), py::arg("geometry"), py::arg("activation"), py::arg("threads"),
+        py::arg("packed").none(true) = py::none());
   m.def("conv2d_backward", &conv2d_backward, py::arg("dz"), py::arg("x"), py::arg("weight"),
         py::arg("dx").none(true), py::arg("dweight").none(true), py::arg("geometry"), py::arg("threads"),
         py::arg("packed").none(true) = py::none(), py::arg("partial").none(true) = py::none());

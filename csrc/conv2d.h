@@ -40,8 +40,10 @@ struct Conv2dEpilogue {
 };
 
 namespace cpu {
+// statistics: (2, K), the mean and the biased variance of y over all pixels, as a batch norm behind it takes
+// them; or null.
 void conv2d_forward(const void* x, const void* weight, const Conv2dEpilogue& epilogue, void* y,
-                    const Conv2dShape& shape, int threads);
+                    float* statistics, const Conv2dShape& shape, int threads);
 
 // Gradients of z: dx of x and dweight of weight, which lies as weight does; either may be null.
 void conv2d_backward(const void* dz, const void* x, const void* weight, void* dx, void* dweight,

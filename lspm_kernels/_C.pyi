@@ -43,6 +43,21 @@ def attention_forward(
     threads: int,
     scratch: Tensor | None = None,
 ) -> None: ...
+def attention_with_kv_cache_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    turned: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    counts: Tensor,
+    pages: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    steps: bool,
+    threads: int,
+) -> None: ...
 def batch_norm_act_backward(
     dy: Tensor,
     x: Tensor,
@@ -106,6 +121,7 @@ def conv2d_forward(
     shift: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
+    statistics: Tensor | None,
     geometry: _Geometry,
     activation: int,
     threads: int,

@@ -1,5 +1,9 @@
 from lspm_kernels._C import attention_backward as attention_backward
 from lspm_kernels._C import attention_forward as attention_forward
+from lspm_kernels._C import batch_norm_act_backward as batch_norm_act_backward
+from lspm_kernels._C import batch_norm_act_forward as batch_norm_act_forward
+from lspm_kernels._C import batch_norm_act_statistics as batch_norm_act_statistics
+from lspm_kernels._C import batch_norm_act_sums as batch_norm_act_sums
 from lspm_kernels._C import conv2d_backward as conv2d_backward
 from lspm_kernels._C import conv2d_forward as conv2d_forward
 from lspm_kernels._C import layer_norm_backward as layer_norm_backward

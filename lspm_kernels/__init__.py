@@ -6,6 +6,7 @@ from lspm_kernels.ops.attention_varlen import attention_varlen
 from lspm_kernels.ops.attention_with_kv_cache import attention_with_kv_cache
 from lspm_kernels.ops.batch_norm_act import batch_norm_act
 from lspm_kernels.ops.conv2d import conv2d
+from lspm_kernels.ops.conv2d_batch_norm import conv2d_batch_norm
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from lspm_kernels.ops.rotary import rotary
 
@@ -18,6 +19,7 @@ __all__ = [
     "attention_with_kv_cache",
     "batch_norm_act",
     "conv2d",
+    "conv2d_batch_norm",
     "layer_norm",
     "rms_norm",
     "rotary",

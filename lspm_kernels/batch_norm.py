@@ -17,9 +17,9 @@ def channels_last(t):
 
 def collectives():
     """Those that torch.compile and autograd's traces take, by the names of groups."""
-    from torch.distributed import _functionalcollectives
+    from torch.distributed import _functional_collectives
 
-    return _functionalcollectives
+    return _functional_collectives
 
 
 def group_name(op, group):

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+_PLAIN = (Tensor, Parameter)
+
 
 def shape(t: object) -> tuple[int, ...] | str:
     """What a message shows of an argument that should have been a tensor of another shape."""
@@ -45,13 +47,18 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
 
 
-def readable(t: Tensor) -> bool:
-    """Whether the values of t can be read here: not while something traces, transforms or captures."""
-    if torch.compiler.is_compiling() or type(t) not in (Tensor, Parameter) or t.is_meta:
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these are but their data, and nothing traces or transforms what is done with them."""
+    if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+
+
+def readable(t: Tensor) -> bool:
+    """Whether the values of t can be read here: not while something traces, transforms or captures."""
+    return plain(t) and not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def integers(

@@ -79,3 +79,40 @@ def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None,
         dtype = torch.get_autocast_dtype(x.device.type)
         return tuple(t if t is None or not isinstance(t, Tensor) else t.to(dtype) for t in (x, *others))
     return (x, *others)
+
+
+def geometry(op: str, x: Tensor, w: Tensor, stride, padding_, dilation, groups: int):
+    """Checks a convolution; gives (H', W') and (stride, padding, dilation, groups) as seven numbers."""
+    weight(op, x, w, groups)
+    kernel = tuple(w.shape[2:])
+    stride, dilation = pair(op, "stride", stride, 1), pair(op, "dilation", dilation, 1)
+    first, added = padding(op, padding_, kernel, stride, dilation)
+    size = out_size(op, x, kernel, stride, added, dilation)
+    return size, (*stride, *first, *dilation, groups)
+
+
+def vectors(op: str, x: Tensor, filters: int, **given: Tensor | None) -> None:
+    """Raises ValueError unless each is None or holds a value for each filter."""
+    for name, t in given.items():
+        if t is not None:
+            checks.parameter(op, name, t, filters, x.device, tuple(dict.fromkeys((torch.float32, x.dtype))))
+
+
+def residual(op: str, t: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless t is None or a tensor of y's shape and x's dtype."""
+    if t is None:
+        return
+    if not isinstance(t, Tensor) or tuple(t.shape) != shape:
+        raise ValueError(f"{op}: residual must be a tensor of y's shape {shape}, got {checks.shape(t)}")
+    if t.dtype != x.dtype:
+        raise ValueError(f"{op}: residual must have x's dtype {x.dtype}, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{op}: residual must be on x's device {x.device}, got {t.device}")
+
+
+def activation(op: str, name: str | None) -> int:
+    """The number of an activation."""
+    if name not in ACTIVATIONS:
+        names = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"{op}: activation must be one of {names}, got {name!r}")
+    return ACTIVATIONS.index(name)

@@ -1,5 +1,6 @@
 """The CUDA kernels of conv2d with the scratch they need: the weight as they read it, and sums over runs of
-pixels, which a second kernel adds up."""
+pixels, which a second kernel adds up. batch_norm_act's kernel takes the statistics, for which it reads y again.
+"""
 
 import torch
 
@@ -9,6 +10,7 @@ from lspm_kernels import compiled
 _FILTERS, _TERMS = 64, 128
 _BLOCKS = 256  # wanted: two to each multiprocessor of the GPUs of today
 _FEWEST_PIXELS = 512  # in a run, so that adding its sums up costs little beside taking them
+_MOST_RUNS, _PIXELS_A_RUN = 1024, 64  # of statistics
 
 
 def partials(filters: int, terms: int, groups: int, pixels: int) -> int:
@@ -22,10 +24,14 @@ def packed(outputs: int, terms: int) -> int:
     return outputs * -(-terms // 8) * 8
 
 
-def conv2d_forward(x, weight, scale, shift, residual, y, geometry, activation):
+def conv2d_forward(x, weight, scale, shift, residual, y, statistics, geometry, activation):
     """The CUDA kernel conv2d_forward; arguments as the binding's."""
     scratch = x.new_empty(packed(weight.shape[0], weight[0].numel()))
-    compiled.cuda.conv2d_forward(x, weight, scale, shift, residual, y, geometry, activation, 0, scratch)
+    compiled.cuda.conv2d_forward(x, weight, scale, shift, residual, y, None, geometry, activation, 0, scratch)
+    if statistics is not None:
+        runs = min(_MOST_RUNS, -(-y.shape[:3].numel() // _PIXELS_A_RUN))
+        sums = statistics.new_empty(runs, 3, y.shape[3])
+        compiled.cuda.batch_norm_act_statistics(y, sums, *statistics, 0)
 
 
 def conv2d_backward(dz, x, weight, dx, dweight, geometry):

@@ -127,9 +127,14 @@ class TestMachine:
         ):
             assert machine.peak_bytes(function) == pytest.approx(expected, abs=2**21)
 
-    def test_the_name_is_the_processor_and_not_the_host(self):
+    def test_the_name_is_the_processor_not_the_host_and_what_is_forced(self, monkeypatch):
+        monkeypatch.delenv("LSPM_ISA", raising=False)
         assert re.fullmatch(r"[a-z0-9-]+-\d+-threads", machine.slug("cpu"))
         assert platform.node().lower() not in json.dumps(machine.description("cpu")).lower()
+        plain = machine.slug("cpu")
+        monkeypatch.setenv("LSPM_ISA", "avx2")
+        assert machine.slug("cpu") == f"{plain}-avx2"
+        assert " threads under LSPM_ISA=avx2" in tables.about(full_row())
 
     @pytest.mark.parametrize(("roof", "method", "ways"), [("copy_roof", "copy_", 2), ("read_roof", "sum", 1)])
     def test_a_roof_moves_what_it_says(self, monkeypatch, roof, method, ways):
@@ -186,18 +191,21 @@ class TestResults:
 class TestReport:
     def test_tables_go_between_the_markers(self, monkeypatch, capsys, tmp_path):
         readme = tmp_path / "README.md"
-        readme.write_text("a\n<!-- results:begin op */forward -->\nold\n<!-- results:end op -->\nb\n")
+        forced = "<!-- forced:begin op -->\n<!-- forced:end op -->"
+        readme.write_text(f"{forced}\n<!-- results:begin op */forward -->\nold\n<!-- results:end op -->\nb\n")
         results.save(tmp_path / "m.json", full_row() + full_row(case="op/backward"))
+        results.save(tmp_path / "n.json", full_row(machine="m-avx2", forced="LSPM_ISA=avx2", case="op/avx2"))
         start = ["report.py", "--results", str(tmp_path), "readme", "--file", str(readme)]
         for extra, status in ((["--check"], 1), ([], 0), (["--check"], 0)):
             monkeypatch.setattr(sys, "argv", start + extra)
             assert report.main() == status
         assert "README.md is stale: run python benchmarks/report.py readme" in capsys.readouterr().out
-        text = readme.read_text()
-        assert text.startswith("a\n<!-- results:begin op */forward -->\n")
+        brief, text = readme.read_text().split("<!-- forced:end op -->\n")
+        assert "LSPM_ISA=avx2" in brief and "| op/avx2 | 1,000 (1,000 to 1,000) | 2,000 | 2.00 |\n" in brief
+        assert text.startswith("<!-- results:begin op */forward -->\n")
         assert text.endswith("\n<!-- results:end op -->\nb\n")
         assert "| op/forward | cpu | 1,000 (1,000 to 1,000) | 2,000 | 2.00 |" in text
-        assert "`again` |" in text and "old" not in text and "op/backward" not in text
+        assert "`again` |" in text and not any(x in text for x in ("old", "op/backward", "avx2"))
 
     def test_plots(self, tmp_path):
         (path,) = report.plot(full_row(), tmp_path)

@@ -26,8 +26,8 @@ struct ForwardScratch {
   O p[kForwardQueries * kStride<O>];
   float keep[kForwardQueries * kScores];  // what dropout multiplies p by
   float out[kBlock * kScores];
-  float max[kBlock];  // of each row so far, as sum
-  double sum[kBlock];
+  float max[kBlock];   // of each row's scores so far
+  double sum[kBlock];  // of their exponentials under that maximum
   RowBuffer rows;
 };
 

@@ -357,8 +357,9 @@ template <class T>
 void backward(BackwardViews t, const AttentionShape& all, int threads) {
   using Scratch = BackwardScratch<OperandOf<T>>;
   std::unique_ptr<float[]> renewed;
-  row_dots<T>(t, all, threads);
-  if (all.queries <= kFewRows && all.keys > kKeys) {
+  const bool few = all.queries <= kFewRows && all.keys > kKeys;
+  if (!few || kDeltaOfOut<T>) row_dots<T>(t, all, threads);
+  if (few) {
     renewed.reset(new float[2 * all.rows()]);
     renew_statistics<T>(t, renewed.get(), all, threads);
     t.statistics = renewed.get();

@@ -62,6 +62,16 @@ auto operand(Lanes lanes, const T* p) {
   }
 }
 
+// An operand of type X that was put at p. A copy of a pair's bytes would go through memory in smaller pieces
+// than those that are read there next, which then wait for them.
+template <class X>
+X stored(const float* p) {
+  if constexpr (std::is_same_v<X, Pair>)
+    return {load(p), load(p + kLanes)};
+  else
+    return reinterpret_cast<X>(load(p));
+}
+
 // scores[r][j] = q[r] . k[j] for kRows rows of q, operands that are q_stride apart. As many sums as a vector
 // has lanes are added up together; behind the last key, scores up to a multiple of that are written too.
 template <int kRows, class T>
@@ -76,11 +86,8 @@ void score_rows(Rows<T> k, int64_t keys, const float* q, int64_t q_stride, int64
         const auto x = operand(lanes, k[j + c] + d);
         k.fetch(j + c, d);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          auto a = x;
-          std::memcpy(&a, q + r * q_stride + d, sizeof a);
-          add_product(sums[r * kColumns + c], a, x);
-        }
+        for (int r = 0; r < kRows; ++r)
+          add_product(sums[r * kColumns + c], stored<std::decay_t<decltype(x)>>(q + r * q_stride + d), x);
       });
     const F all = sums_of(sums);
     for (int r = 0; r < kRows; ++r)

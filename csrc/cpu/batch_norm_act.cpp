@@ -377,17 +377,16 @@ void batch_norm_act_forward(const void* x, const void* residual, const BatchNorm
   });
 }
 
-void batch_norm_act_sums(const void* dy, const void* x, const void* beside,
-                         const BatchNormActChannels& channels, void* dresidual, float* partial, float* sums,
-                         const Shape& s, int threads) {
+void batch_norm_act_sums(const BatchNormActGradient& taken, const BatchNormActChannels& channels,
+                         void* dresidual, float* partial, float* sums, const Shape& s, int threads) {
   with_kernel(s, [&](auto t, auto activation) {
     using T = decltype(t);
     using Job = Backward<T, activation.value>;
     const Lines lines(s.channels);
     const Columns<T> known(channels, nullptr, s, lines);
-    const Job job{static_cast<const T*>(dy),
-                  static_cast<const T*>(x),
-                  static_cast<const T*>(beside),
+    const Job job{static_cast<const T*>(taken.dy),
+                  static_cast<const T*>(taken.x),
+                  static_cast<const T*>(taken.beside),
                   static_cast<T*>(dresidual),
                   known,
                   lines,
@@ -422,17 +421,16 @@ void batch_norm_act_sums(const void* dy, const void* x, const void* beside,
   });
 }
 
-void batch_norm_act_backward(const void* dy, const void* x, const void* beside,
-                             const BatchNormActChannels& channels, const float* sums, void* dx,
-                             const Shape& s, int threads) {
+void batch_norm_act_backward(const BatchNormActGradient& taken, const BatchNormActChannels& channels,
+                             const float* sums, void* dx, const Shape& s, int threads) {
   with_kernel(s, [&](auto t, auto activation) {
     using T = decltype(t);
     using Job = Backward<T, activation.value>;
     const Lines lines(s.channels);
     const Columns<T> known(channels, sums, s, lines);
-    const Job job{static_cast<const T*>(dy),
-                  static_cast<const T*>(x),
-                  static_cast<const T*>(beside),
+    const Job job{static_cast<const T*>(taken.dy),
+                  static_cast<const T*>(taken.x),
+                  static_cast<const T*>(taken.beside),
                   static_cast<T*>(dx),
                   known,
                   lines,

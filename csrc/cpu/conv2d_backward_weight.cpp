@@ -18,6 +18,11 @@ constexpr int64_t kPartPixels = 3136;     // at least in a part
 constexpr int64_t kParts = 16;            // at most, and as
 constexpr int64_t kPartBytes = 16 << 20;  // all parts' sums may be this large
 
+template <class O>
+bool gathered(const Window<O>& w) {
+  return w.kind == Window<O>::gathered;
+}
+
 // x as the left side of a block of pixels.
 template <class T, class O>
 class Pixels {
@@ -30,7 +35,7 @@ class Pixels {
     const int64_t pixels = images * rows * w.c.columns;
     if constexpr (kTurned) {
       phase_ = (w.width + w.c.stride_w - 1) / w.c.stride_w;
-      const int64_t row = w.gathered ? pixels : images * w.rows_of(rows) * w.c.stride_w * phase_;
+      const int64_t row = gathered(w) ? pixels : images * w.rows_of(rows) * w.c.stride_w * phase_;
       channel_ = (round_up(row + 2 * kLanes, kLine) / kLine | 1) * kLine;  // turning writes whole vectors
       turned_ = Room<O>((round_up(left_rows(), kLanes) + kConvRows<O>)*channel_);
     }
@@ -42,30 +47,29 @@ class Pixels {
     const Correlation& c = w_.c;
     for (int64_t i = 0; i < images; ++i) {
       w_.fill(x, group, (image + i) * c.rows + first, rows, window_.get() + i * image_size(rows));
-      for (int64_t r = 0; !w_.gathered && r < rows; ++r)
+      for (int64_t r = 0; !gathered(w_) && r < rows; ++r)
         runs_.push_back(kTurned ? (i * w_.rows_of(rows) + r * c.stride_h) * c.stride_w * phase_
                                 : i * image_size(rows) + r * w_.row_stride());
     }
-    if (w_.gathered) runs_.push_back(0);
-    depth_ = w_.gathered ? images * rows * c.columns : c.columns;
+    if (gathered(w_)) runs_.push_back(0);
+    depth_ = gathered(w_) ? images * rows * c.columns : c.columns;
     if constexpr (kTurned) turn(images * w_.rows_of(rows));
-    if (w_.gathered) depth_ = round_up(depth_, kRunDepth<O>);
+    if (gathered(w_)) depth_ = round_up(depth_, kRunDepth<O>);
   }
 
-  // c += or = the sums for `rows` channels of a tap and a panel of dz.
-  void multiply(int64_t tap, int64_t channel, int64_t rows, const O* right, float* c, int64_t filters,
+  // c += or = the sums for `rows` channels of a run of the window and a panel of dz.
+  void multiply(int64_t run, int64_t channel, int64_t rows, const O* right, float* c, int64_t filters,
                 bool accumulate) const {
     if constexpr (kTurned) {
-      int64_t at = (w_.gathered ? tap * w_.c.depth + channel : channel) * channel_;
-      if (!w_.gathered) {
-        const int64_t row = w_.c.taps[tap].row - w_.top, column = w_.c.taps[tap].column - w_.left;
+      int64_t at = channel * channel_;
+      if (!gathered(w_)) {
+        const int64_t row = w_.c.taps[run].row - w_.top, column = w_.c.taps[run].column - w_.left;
         at += (row * w_.c.stride_w + column % w_.c.stride_w) * phase_ + column / w_.c.stride_w;
       }
       multiply_runs<false>(turned_.get() + at, channel_, runs_, depth_, right, c, rows, filters, accumulate);
     } else {
-      const int64_t at = w_.gathered ? tap * w_.c.depth : w_.runs[tap];
-      multiply_runs<true>(window_.get() + at + channel, w_.pixel_stride(), runs_, depth_, right, c, rows,
-                          filters, accumulate);
+      multiply_runs<true>(window_.get() + w_.runs[run] + channel, w_.pixel_stride(), runs_, depth_, right, c,
+                          rows, filters, accumulate);
     }
   }
 
@@ -78,11 +82,11 @@ class Pixels {
   static constexpr int64_t kLine = 64 / sizeof(O);
 
   int64_t image_size(int64_t rows) const { return w_.rows_of(rows) * w_.width * w_.pitch; }
-  int64_t left_rows() const { return w_.gathered ? w_.depth : w_.c.depth; }
+  int64_t left_rows() const { return gathered(w_) ? w_.depth : w_.c.depth; }
 
   // Each row of the window, and of it each phase of the stride, pixels of a channel side by side.
   void turn(int64_t rows) {
-    if (w_.gathered) return turn_row(window_.get(), w_.pitch, depth_, turned_.get());
+    if (gathered(w_)) return turn_row(window_.get(), w_.pitch, depth_, turned_.get());
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t f = 0; f < w_.c.stride_w; ++f)
         turn_row(window_.get() + (r * w_.width + f) * w_.pitch, w_.pixel_stride(),
@@ -145,12 +149,13 @@ template <class T>
 void conv2d_backward_weight(const T* dz, const T* x, T* dweight, const Conv2dShape& s, int threads) {
   using O = OperandOf<T>;
   const Correlation c = sums_over_x(s);
-#if defined(__AMX_BF16__)
-  const Window<O> w(c, !std::is_same_v<O, float>);  // tile registers take 32 pixels at a time, of one run
-#else
-  const Window<O> w(c);
-#endif
+  // Turned, only what is gathered lies in equal strides; and tile registers take 32 pixels of one run.
+  const bool gathers =
+      !std::is_same_v<O, float> && (kRunDepth<O> > 2 || Window<O>(c).kind == Window<O>::strips);
+  const Window<O> w(c, gathers);
   const int64_t taps = c.taps.size(), panels = w.panels(), images = c.batch, per_image = c.rows * c.columns;
+  const int64_t run_rows = taps * c.depth / std::max<int64_t>(1, w.runs.size());
+  const int64_t run_tiles = (run_rows + kConvRows<O> - 1) / kConvRows<O>;
   const int64_t part_size = c.groups * panels * taps * c.depth * kPanel;
   // A block is some whole images, or some rows of one.
   const int64_t block_images = std::clamp<int64_t>(kBlockPixels / per_image, 1, images);
@@ -183,21 +188,19 @@ void conv2d_backward_weight(const T* dz, const T* x, T* dweight, const Conv2dSha
           const T* from =
               dz + (image * per_image + row * c.columns) * s.filters + group * c.filters + p * kPanel;
           // Where runs are rows, an odd one ends in half a pair.
-          const int64_t runs = w.gathered ? 1 : count * rows,
-                        pixels = w.gathered ? count * rows * c.columns : c.columns;
+          const int64_t runs = gathered(w) ? 1 : count * rows,
+                        pixels = gathered(w) ? count * rows * c.columns : c.columns;
           for (int64_t r = 0; r < runs; ++r)
             pack_right(from + r * pixels * s.filters, s.filters,
                        panel + r * round_up(pixels, Step<O>::kDepth) * kPanel, 0, pixels, filters);
-          for (int64_t t = 0; t < taps; ++t) {
-            const int64_t tiles_of = (c.depth + kConvRows<O> - 1) / kConvRows<O>;
-            for (int64_t i = 0; i < tiles_of; ++i) {
-              const int64_t channel = c.depth * i / tiles_of;
-              float* sum = sums.get() + part * part_size +
-                           (((group * panels + p) * taps + t) * c.depth + channel) * kPanel;
-              left.multiply(t, channel, c.depth * (i + 1) / tiles_of - channel, panel, sum, filters,
-                            b > first_block);
+          float* sum = sums.get() + part * part_size + (group * panels + p) * taps * c.depth * kPanel;
+          for (size_t run = 0; run < w.runs.size(); ++run)
+            for (int64_t i = 0; i < run_tiles; ++i) {
+              const int64_t channel = run_rows * i / run_tiles,
+                            channels = run_rows * (i + 1) / run_tiles - channel;
+              left.multiply(run, channel, channels, panel, sum, filters, b > first_block);
+              sum += channels * kPanel;
             }
-          }
         }
       }
     }

@@ -94,30 +94,37 @@ inline Correlation sums_over_x(const Conv2dShape& s) {
   return c;
 }
 
-// Where a block of the input lies in scratch, and what of it a point of the grid reads: `runs`, which begin
-// at these offsets and are `depth` long.
+// How a block of the input lies in scratch, and what of it a point of the grid reads: `runs`, which begin at
+// these offsets and are `depth` long.
 template <class O>
 struct Window {
+  enum Kind {
+    pixels,   // as the image has them: a run is a tap
+    strips,   // of few channels, without gaps: a run is a row of taps
+    gathered  // all that a point reads side by side, point for point of the grid: one run
+  };
+
   const Correlation& c;
-  // One tap, or few channels: all that a point reads lies side by side, pixel for pixel of the grid. Else the
-  // pixels of the image lie there as the image has them, and taps overlap.
-  bool gathered;
+  Kind kind;
   int64_t top = 0, left = 0;  // the first row and column that a tap of point (0, 0) reads
   int64_t span = 0;           // rows that the taps of a point lie in
   int64_t width;              // pixels in a row
+  int64_t tap_depth;          // elements from tap to tap of a point, in the order of the weight
   int64_t depth, pitch;       // elements in a run, and from pixel to pixel
   std::vector<int64_t> runs;
 
-  static constexpr int64_t kFewChannels = 16;
+  static constexpr int64_t kFewChannels = 16, kLine = 64 / sizeof(O);
 
-  explicit Window(const Correlation& correlation, bool always_gathered = false) : c(correlation) {
-    const int64_t taps = c.taps.size();
-    gathered = always_gathered || taps <= 1 || c.depth < kFewChannels || c.depth % kRunDepth<O> != 0;
-    depth = round_up(gathered ? taps * c.depth : c.depth, kRunDepth<O>);
-    constexpr int64_t kLine = 64 / sizeof(O);
-    pitch = (round_up(depth, kLine) / kLine | 1) * kLine;
+  explicit Window(const Correlation& correlation, bool gathers = false) : c(correlation) {
+    const int64_t taps = c.taps.size(), in_row = taps_in_row();
+    const bool few = c.depth < kFewChannels && in_row * c.depth > 1;
+    const bool filled_up = kRunDepth<O> > 2 && (c.depth % kRunDepth<O> || few);
+    kind = gathers || taps <= 1 || filled_up || (few && !in_row) ? gathered : few ? strips : pixels;
+    tap_depth = kind == gathered ? c.depth : round_up(c.depth, kRunDepth<O>);
+    depth = round_up(tap_depth * (kind == gathered ? taps : kind == strips ? in_row : 1), kRunDepth<O>);
+    pitch = kind == strips ? tap_depth : (round_up(depth, kLine) / kLine | 1) * kLine;
     width = c.columns;
-    if (gathered) {
+    if (kind == gathered) {
       if (taps) runs.push_back(0);
       return;
     }
@@ -128,12 +135,13 @@ struct Window {
     }
     span = bottom - top + 1;
     width = (c.columns - 1) * c.stride_w + right - left + 1;
-    for (const Tap& tap : c.taps) runs.push_back(((tap.row - top) * width + tap.column - left) * pitch);
+    for (int64_t t = 0; t < taps; t += kind == strips ? in_row : 1)
+      runs.push_back(((c.taps[t].row - top) * width + c.taps[t].column - left) * pitch);
   }
 
-  int64_t rows_of(int64_t rows) const { return gathered ? rows : (rows - 1) * c.stride_h + span; }
-  int64_t pixel_stride() const { return gathered ? pitch : c.stride_w * pitch; }
-  int64_t row_stride() const { return (gathered ? 1 : c.stride_h) * width * pitch; }
+  int64_t rows_of(int64_t rows) const { return kind == gathered ? rows : (rows - 1) * c.stride_h + span; }
+  int64_t pixel_stride() const { return kind == gathered ? pitch : c.stride_w * pitch; }
+  int64_t row_stride() const { return (kind == gathered ? 1 : c.stride_h) * width * pitch; }
   int64_t panel() const { return (runs.size() * depth + 32) * kPanel; }  // packing fills 32 up with zeros
   int64_t panels() const { return (c.filters + kPanel - 1) / kPanel; }
   // Elements of `rows` rows of the grid, and what a tile of more rows than there are reads beyond.
@@ -144,41 +152,67 @@ struct Window {
   template <class T>
   void fill(const T* x, int64_t group, int64_t first, int64_t rows, O* to) const {
     x += group * c.depth;
-    if (gathered) return gather(x, first, rows, to);
+    if (kind == gathered) return gather(x, first, rows, to);
     x += first / c.rows * c.height * c.width * c.channels;
     const int64_t begin = std::clamp<int64_t>(-left, 0, width);
     const int64_t end = std::clamp<int64_t>(c.width - left, begin, width);
+    const bool whole = kind == strips && pitch == c.channels;  // a row of pixels is one copy
     for (int64_t i = 0; i < rows_of(rows); ++i, to += width * pitch) {
       const int64_t row = first % c.rows * c.stride_h + top + i;
-      const bool inside = row >= 0 && row < c.height;
-      for (int64_t j = 0; j < width; ++j)
-        put(inside && j >= begin && j < end ? x + (row * c.width + left + j) * c.channels : nullptr,
-            to + j * pitch);
+      if (row < 0 || row >= c.height) {
+        std::fill_n(to, width * pitch, O{});
+        continue;
+      }
+      std::fill_n(to, begin * pitch, O{});
+      std::fill_n(to + end * pitch, (width - end) * pitch, O{});
+      const T* from = x + (row * c.width + left) * c.channels;
+      if (whole)
+        copy(from + begin * pitch, (end - begin) * pitch, to + begin * pitch);
+      else
+        for (int64_t j = begin; j < end; ++j) {
+          copy(from + j * c.channels, c.depth, to + j * pitch);
+          std::fill_n(to + j * pitch + c.depth, tap_depth - c.depth, O{});
+        }
     }
   }
 
  private:
-  // A pixel's channels, or zeros.
+  // Taps that follow each other in each row of them, side by side; 0 where rows are not like that.
+  int64_t taps_in_row() const {
+    const int64_t taps = c.taps.size();
+    int64_t n = 1;
+    while (n < taps && c.taps[n].row == c.taps[0].row) ++n;
+    for (int64_t t = 0; t < taps; ++t)
+      if (taps % n || c.taps[t].row != c.taps[t / n * n].row ||
+          c.taps[t].column != c.taps[t / n * n].column + t % n)
+        return 0;
+    return n;
+  }
+
   template <class T>
-  void put(const T* pixel, O* to) const {
-    if (!pixel)
-      std::fill_n(to, c.depth, O{});
-    else if constexpr (std::is_same_v<T, O>)
-      std::memcpy(to, pixel, c.depth * sizeof(O));
+  static void copy(const T* from, int64_t n, O* to) {
+    if constexpr (std::is_same_v<T, O>)
+      std::memcpy(to, from, n * sizeof(O));
     else
-      for_each_vector(c.depth, [&](int64_t i, auto lanes) { lanes.store(to + i, lanes.load(pixel + i)); });
+      for_each_vector(n, [&](int64_t i, auto lanes) { lanes.store(to + i, lanes.load(from + i)); });
   }
 
   template <class T>
   void gather(const T* x, int64_t first, int64_t rows, O* to) const {
+    const int64_t in_row = c.channels == c.depth ? std::max<int64_t>(1, taps_in_row()) : 1;
     for (int64_t i = first; i < first + rows; ++i)
       for (int64_t j = 0; j < c.columns; ++j, to += pitch) {
         O* at = to;
-        for (const Tap& tap : c.taps) {
-          const int64_t row = i % c.rows * c.stride_h + tap.row, column = j * c.stride_w + tap.column;
-          const bool inside = row >= 0 && row < c.height && column >= 0 && column < c.width;
-          put(inside ? x + ((i / c.rows * c.height + row) * c.width + column) * c.channels : nullptr, at);
-          at += c.depth;
+        for (size_t t = 0; t < c.taps.size(); t += in_row, at += in_row * c.depth) {
+          const int64_t row = i % c.rows * c.stride_h + c.taps[t].row,
+                        column = j * c.stride_w + c.taps[t].column;
+          const bool inside = row >= 0 && row < c.height;
+          const int64_t begin = std::clamp<int64_t>(-column, 0, inside ? in_row : 0);
+          const int64_t end = std::clamp<int64_t>(c.width - column, begin, inside ? in_row : 0);
+          std::fill_n(at, begin * c.depth, O{});
+          copy(x + ((i / c.rows * c.height + row) * c.width + column + begin) * c.channels,
+               (end - begin) * c.depth, at + begin * c.depth);
+          std::fill_n(at + end * c.depth, (in_row - end) * c.depth, O{});
         }
         std::fill(at, to + depth, O{});
       }

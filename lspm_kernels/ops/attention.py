@@ -24,7 +24,7 @@ BACKENDS = (
 )
 
 
-def _empty_rows(x, dim):
+def empty_rows(x, dim):
     """(B, H, T, dim) beside x (B, H, T, D), laid out so that transpose(1, 2) is contiguous."""
     B, H, T, _ = x.shape
     return x.new_empty(B, T, H, dim).transpose(1, 2)
@@ -39,7 +39,7 @@ def _forward(
     row, q, k, v, bias, mask, slopes, sinks, query_starts, key_starts, seed, key_counts, pages, queries, keys,
     left, right, top_left, *scalars, saves=True,
 ):  # fmt: skip
-    out = _empty_rows(q, v.shape[-1])
+    out = empty_rows(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     statistics = lse.new_empty(2 if saves and key_counts is None else 0, *lse.shape)
     if row is not None and lse.numel():
@@ -58,7 +58,7 @@ def _backward(
     row, dout, dlse, q, k, v, bias, mask, slopes, sinks, query_starts, key_starts, seed, out, statistics,
     wants_dbias, queries, keys, left, right, top_left, *scalars, saves=True,
 ):  # fmt: skip
-    dq, dk, dv = (_empty_rows(x, x.shape[-1]) for x in (q, k, v))
+    dq, dk, dv = (empty_rows(x, x.shape[-1]) for x in (q, k, v))
     dbias = q.new_zeros(bias.shape if wants_dbias else 0, dtype=torch.float32)
     of_rows = wants_dbias and bias.shape[-1] == 1  # one bias for all scores of a row
     delta = torch.empty_like(statistics)

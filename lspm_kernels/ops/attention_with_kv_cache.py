@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import attention_checks, checks, dispatch
+from lspm_kernels import attention_checks, checks, compiled, dispatch
 from lspm_kernels.ops import attention as dense
-from lspm_kernels.ops.rotary import rotary
+from lspm_kernels.ops import rotary as rotation
 from lspm_kernels.reference import attention_with_kv_cache as reference
 
 BACKENDS = dense.BACKENDS
 _OP = "attention_with_kv_cache"
+_append_on_cpu = compiled.cpu_kernel("attention_with_kv_cache_append")
 
 
 def attention_with_kv_cache(
@@ -89,13 +90,12 @@ def attention_with_kv_cache(
     row = dispatch.pick(_OP, BACKENDS, backend, q, k_cache, v_cache, heads, None)
     if (cos is None) != (sin is None) or (cos is not None and k is None):
         raise ValueError(f"{_OP}: cos must come with sin and k, got {checks.shape(cos)}")
-    if cos is not None:
-        turned = q if left is not None or right is not None else q.reshape(B, H * T_q, 1, D)
-        before = (counts - new).long() if isinstance(cache_seqlens, Tensor) else cache_seqlens
-        turn = {"interleaved": interleaved, "offsets": before, "backend": backend}
-        q, k = rotary(turned, cos, sin, **turn).reshape(B, H, T_q, D), rotary(k, cos, sin, **turn)
-    if new:
-        _append(k_cache, v_cache, k, v, counts, table, cache_seqlens)
+    steps = left is not None or right is not None
+    given = q, k_cache, v_cache, k, v, counts, table, cos, sin
+    if k is not None and row is not None and row.device == "cpu" and checks.plain(*given):
+        q = _append_at_once(*given, bool(interleaved), steps)
+    elif k is not None:
+        q = _append(*given, bool(interleaved), steps, cache_seqlens, backend)
     if begins is not None:
         counts = counts - begins
     if row is None:
@@ -112,19 +112,44 @@ def attention_with_kv_cache(
     return (out, lse) if return_lse else out
 
 
-def _append(k_cache, v_cache, k, v, counts, table, cache_seqlens):
-    """Writes k and v behind cache_seqlens; counts includes them."""
+def _append_at_once(q, k_cache, v_cache, k, v, counts, table, cos, sin, interleaved, steps):
+    """_append by one kernel, which saves a step of decoding most of its torch operations."""
+    turned = None
+    if cos is not None:
+        rotation.check(q if steps else k, cos, sin)
+        cos, sin, turned = cos.contiguous(), sin.contiguous(), dense.empty_rows(q, q.shape[-1])
+    _append_on_cpu(
+        checks.rows(q), checks.rows(k), checks.rows(v), turned, k_cache, v_cache, counts, table, cos, sin,
+        interleaved, steps,
+    )  # fmt: skip
+    for cache in (k_cache, v_cache):
+        if not cache.is_inference():
+            torch.autograd.graph.increment_version(cache)
+    return q if turned is None else turned
+
+
+def _append(
+    q, k_cache, v_cache, k, v, counts, table, cos, sin, interleaved, steps, cache_seqlens, backend
+):  # fmt: skip
+    """Writes k and v behind cache_seqlens; counts includes them. Rotates k before and gives q rotated."""
     B, _, new, _ = k.shape
-    if table is None and not isinstance(cache_seqlens, Tensor):
+    if cos is not None:
+        turned = q if steps else q.flatten(1, 2)[:, :, None]
+        before = (counts - new).long() if isinstance(cache_seqlens, Tensor) else cache_seqlens
+        turn = {"interleaved": interleaved, "offsets": before, "backend": backend}
+        q = rotation.rotary(turned, cos, sin, **turn).reshape(q.shape)
+        k = rotation.rotary(k, cos, sin, **turn)
+    if new and table is None and not isinstance(cache_seqlens, Tensor):
         for cache, x in ((k_cache, k), (v_cache, v)):
             cache[:, :, cache_seqlens : cache_seqlens + new] = x
-        return
-    at = counts[:, None] + torch.arange(-new, 0, device=k.device)  # (B, T)
-    batch = torch.arange(B, device=k.device)[:, None]
-    if table is not None:
-        batch, at = table[batch, at // k_cache.shape[2]], at % k_cache.shape[2]
-    for cache, x in ((k_cache, k), (v_cache, v)):
-        cache[batch, :, at] = x.transpose(1, 2)
+    elif new:
+        at = counts[:, None] + torch.arange(-new, 0, device=k.device)  # (B, T)
+        batch = torch.arange(B, device=k.device)[:, None]
+        if table is not None:
+            batch, at = table[batch, at // k_cache.shape[2]], at % k_cache.shape[2]
+        for cache, x in ((k_cache, k), (v_cache, v)):
+            cache[batch, :, at] = x.transpose(1, 2)
+    return q
 
 
 def _check(q, k_cache, v_cache, k, v):

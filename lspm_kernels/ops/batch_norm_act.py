@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lspm_kernels import batch_norm, checks, compiled, dispatch
+from lspm_kernels import batch_norm, checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import batch_norm_act as reference
@@ -16,10 +16,15 @@ _RUNS = {"cpu": 256, "cuda": 1024}  # runs of rows, at most; csrc/batch_norm_act
 _ROWS_A_RUN, _ELEMENTS_A_RUN = 64, 4096  # at least, so that what is kept of a run is little beside its rows
 
 
+# On a GPU both move the same bytes; cuda comes first because its launch costs less. Predicted, not measured.
 def _table(forward, backward):
     return tuple(
         Backend(name, device, _FLOATS, kernel(forward), kernel(backward), missing)
-        for name, device, kernel, missing in (("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing),)
+        for name, device, kernel, missing in (
+            ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing),
+            ("cuda", "cuda", compiled.cuda_kernel, compiled.cuda_missing),
+            ("triton", "cuda", triton.kernel, triton.missing),
+        )
     )
 
 
@@ -214,17 +219,28 @@ def batch_norm_act(
             x, weight, bias, running_mean, running_var, residual=residual, activation=activation,
             training=training, momentum=momentum, eps=eps,
         )  # fmt: skip
-    x, residual, share = batch_norm.channels_last(x), batch_norm.channels_last(residual), None
+    found = None
     if of_batch:
         with torch.no_grad():
-            found = _norm_statistics(row, x)
+            found = _norm_statistics(row, batch_norm.channels_last(x))
+    running = running_mean, running_var
+    return normalise(row, x, residual, weight, bias, running, found, momentum, eps, activation, group)
+
+
+def normalise(row, x, residual, weight, bias, running, found, momentum, eps, activation, group):
+    """The op, its arguments checked; found: mean and variance of x, None where the running ones serve."""
+    x, residual, share = batch_norm.channels_last(x), batch_norm.channels_last(residual), None
+    if found is None:
+        mean, variance = (t.float() for t in running)
+    else:
+        with torch.no_grad():
             mean, variance = found[0], found[1]
+            count = x.numel() // max(x.shape[1], 1)
             if group:
                 mean, variance, count, share = batch_norm.of_all_ranks(mean, variance, count, group)
-            if running_mean is not None:
-                reference.update(running_mean, running_var, mean, variance, count, momentum)
-    else:
-        mean, variance = running_mean.float(), running_var.float()
+            if running[0] is not None:
+                reference.update(*running, mean, variance, count, momentum)
     weight, bias = (t if t is None else t.float() for t in (weight, bias))
     code = ACTIVATIONS.index(activation)
+    of_batch = found is not None
     return _norm(row, x, residual, weight, bias, mean, variance, share, float(eps), code, of_batch, group)

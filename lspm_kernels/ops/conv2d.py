@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, conv2d_checks, conv2d_scratch, dispatch
+from lspm_kernels import compiled, conv2d_checks, conv2d_scratch, dispatch
 from lspm_kernels.conv2d_checks import ACTIVATIONS, FLOATS
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
+from lspm_kernels.ops.batch_norm_act import batch_norm_act
 from lspm_kernels.reference import conv2d as reference
 
 # On a GPU cuda comes first: predicted, not measured.
@@ -27,12 +28,20 @@ def _rows(x):
     return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
 
-def _forward(row, x, weight, scale, shift, residual, size, geometry, activation, saves=True):
+def _forward(
+    row, x, weight, scale, shift, residual, size, geometry, activation, takes_statistics, saves=True
+):
     out = x.new_empty(x.shape[0], *size, weight.shape[0])
+    statistics = None
+    if takes_statistics:
+        new = x.new_empty if row is None or out.numel() else x.new_zeros
+        statistics = new(2, weight.shape[0], dtype=torch.float32)
     if row is not None and out.numel():
         residual = None if residual is None else _rows(residual)
-        row.forward(_rows(x), weight, scale, shift, residual, out, _groups(geometry), activation)
-    return out.permute(0, 3, 1, 2)
+        views = _rows(x), weight, scale, shift, residual, out, statistics
+        row.forward(*views, _groups(geometry), activation)
+    # An operator's outputs are tensors: an empty one stands for what is not wanted.
+    return out.permute(0, 3, 1, 2), x.new_empty(0) if statistics is None else statistics
 
 
 def _groups(geometry):
@@ -47,7 +56,6 @@ def _backward(row, dz, x, weight, geometry, wants_dx, wants_dweight, saves=True)
     if row is not None and dz.numel():
         views = [None if dx is None else dx.permute(0, 2, 3, 1), dweight]
         row.backward(_rows(dz), _rows(x), weight, *views, _groups(geometry))
-    # An operator's outputs are tensors: an empty one stands for what is not wanted.
     return dz.new_empty(0) if dx is None else dx, dz.new_empty(0) if dweight is None else dweight
 
 
@@ -60,12 +68,14 @@ _conv_backward = Operator(
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, _, _, _, ctx.geometry, activation = inputs
+    x, weight, _, _, _, _, ctx.geometry, activation, _ = inputs
+    y, statistics = output
     ctx.activation = ACTIVATIONS[activation]
-    ctx.save_for_backward(x, weight, output if ctx.activation else None)
+    ctx.save_for_backward(x, weight, y if ctx.activation else None)
+    ctx.mark_non_differentiable(statistics)
 
 
-def _gradient(ctx, dy):
+def _gradient(ctx, dy, _):
     x, weight, y = ctx.saved_tensors
     wants_dx, wants_dweight, _, wants_dshift, wants_dresidual = ctx.needs_input_grad[:5]
     dz = dy
@@ -79,13 +89,15 @@ def _gradient(ctx, dy):
     dshift = dz.sum((0, 2, 3), dtype=torch.float32) if wants_dshift else None
     return (
         dx if wants_dx else None, dweight if wants_dweight else None, None, dshift,
-        dz if wants_dresidual else None, None, None, None,
+        dz if wants_dresidual else None, *[None] * 4,
     )  # fmt: skip
 
 
-_conv = Operator(
+# convolve(row, x, weight, scale, shift, residual, (H', W'), geometry, activation, takes_statistics) gives y,
+# and the mean and variance of its channels. Its gradient admits no scale and activations that show in y.
+convolve = Operator(
     "conv2d(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, SymInt[] size,"
-    " SymInt[] geometry, int activation) -> Tensor",
+    " SymInt[] geometry, int activation, bool takes_statistics) -> (Tensor y, Tensor statistics)",
     BACKENDS,
     _forward,
     _save,
@@ -145,61 +157,33 @@ def conv2d(
         )  # fmt: skip
         return y.squeeze(0)
     x, weight, residual = conv2d_checks.autocast(op, x, weight, residual)
-    conv2d_checks.weight(op, x, weight, groups)
-    kernel = tuple(weight.shape[2:])
-    stride, dilation = (
-        conv2d_checks.pair(op, *given, 1) for given in (("stride", stride), ("dilation", dilation))
-    )
-    first, added = conv2d_checks.padding(op, padding, kernel, stride, dilation)
-    size = conv2d_checks.out_size(op, x, kernel, stride, added, dilation)
+    size, geometry = conv2d_checks.geometry(op, x, weight, stride, padding, dilation, groups)
     filters = weight.shape[0]
-    for name, t in (("bias", bias), ("scale", scale), ("shift", shift)):
-        if t is not None:
-            checks.parameter(op, name, t, filters, x.device, (*FLOATS, x.dtype))
-    if residual is not None:
-        _check_residual(op, residual, x, (x.shape[0], filters, *size))
-    if activation not in ACTIVATIONS:
-        names = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"{op}: activation must be one of {names}, got {activation!r}")
+    conv2d_checks.vectors(op, x, filters, bias=bias, scale=scale, shift=shift)
+    conv2d_checks.residual(op, residual, x, (x.shape[0], filters, *size))
+    code = conv2d_checks.activation(op, activation)
     row = dispatch.pick(op, BACKENDS, backend, x)
     if row is None:
         return reference.conv2d(
             x, weight, bias, stride, padding, dilation, groups, activation, residual, scale, shift
         )
-    geometry = (*stride, *first, *dilation, groups)
+    bias, scale, shift = (t if t is None else t.float().contiguous() for t in (bias, scale, shift))
     records = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, residual, scale, shift)
     )
-    if records and (scale is not None or activation in ("silu", "gelu")):
-        z = _conv(row, x, weight, None, _float(bias), None, size, geometry, 0)
-        return _epilogue(z, scale, shift, residual, activation)
-    shift, scale = _float(shift), _float(scale)
+    if records and (scale is not None or activation in ("silu", "gelu")):  # whose gradients need z
+        z = convolve(row, x, weight, None, bias, None, size, geometry, 0, False)[0]
+        return normalise(z, scale, shift, residual, activation, row.name)
     if bias is not None:
-        moved = _float(bias) if scale is None else _float(bias) * scale
+        moved = bias if scale is None else bias * scale
         shift = moved if shift is None else shift + moved
-    return _conv(row, x, weight, scale, shift, residual, size, geometry, ACTIVATIONS.index(activation))
+    return convolve(row, x, weight, scale, shift, residual, size, geometry, code, False)[0]
 
 
-def _epilogue(z, scale, shift, residual, activation):
-    """The epilogue where its gradient needs z."""
-    y = z if scale is None else z * _float(scale).view(-1, 1, 1)
-    if shift is not None:
-        y = y + _float(shift).view(-1, 1, 1)
-    if residual is not None:
-        y = y + residual
-    return reference.ACTIVATIONS[activation](y).to(z.dtype)
-
-
-def _float(t):
-    return None if t is None else t.float().contiguous()
-
-
-def _check_residual(op, residual, x, shape):
-    if not isinstance(residual, Tensor) or tuple(residual.shape) != shape:
-        raise ValueError(
-            f"{op}: residual must be a tensor of y's shape {shape}, got {checks.shape(residual)}"
-        )
-    if residual.dtype != x.dtype:
-        raise ValueError(f"{op}: residual must have x's dtype {x.dtype}, got {residual.dtype}")
-    if residual.device != x.device:
-        raise ValueError(f"{op}: residual must be on x's device {x.device}, got {residual.device}")
+def normalise(z, scale, shift, residual, activation, backend):
+    """The epilogue by itself: batch norm with constants in place of statistics."""
+    zeros = torch.zeros(z.shape[1], dtype=torch.float32, device=z.device)
+    return batch_norm_act(
+        z, scale, shift, zeros, torch.ones_like(zeros), residual=residual, activation=activation, eps=0.0,
+        backend=backend,
+    )  # fmt: skip

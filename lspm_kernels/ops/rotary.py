@@ -101,7 +101,7 @@ def rotary(
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), equation 34.
     """
-    _check(x, cos, sin)
+    check(x, cos, sin)
     last = cos.shape[0] - x.shape[2]
     offset, offsets = _check_offsets(offsets, x, last)
     row = dispatch.pick("rotary", BACKENDS, backend, x)
@@ -113,7 +113,8 @@ def rotary(
     return _rotary(row, x, cos, sin, offsets, offset, bool(interleaved))
 
 
-def _check(x, cos, sin):
+def check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raises ValueError unless x (B, H, T, D) can be rotated by rows of cos and sin."""
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
         got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"rotary: x must be a floating-point tensor (B, H, T, D), got {got}")

@@ -91,7 +91,16 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         ValueError: a tensor is missing, unknown, or of another shape; the message names it.
     """
-    stored, wanted = _read_tensors(Path(path) / "model.safetensors"), model_tensors(model)
+    copy_weights(read_tensors(Path(path) / "model.safetensors"), model, path)
+
+
+def copy_weights(stored: dict[str, Tensor], model: nn.Module, path: Path) -> None:
+    """Copies weights into a model; `path` is where the messages say that they are from.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or of another shape; the message names it.
+    """
+    wanted = model_tensors(model)
     for name in sorted(wanted.keys() | stored.keys()):
         if name not in stored or name not in wanted:
             where = "the checkpoint" if name in wanted else "the model"
@@ -116,7 +125,7 @@ def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         ValueError: the checkpoint does not fit the model or the optimizer.
     """
     load_weights(path, model)
-    state, tensors = read_state(path), _read_tensors(Path(path) / "training.safetensors")
+    state, tensors = read_state(path), read_tensors(Path(path) / "training.safetensors")
     names = _parameter_names(model, optimizer)
     entries: dict[int, dict] = {}
     for index, name in enumerate(names):
@@ -199,7 +208,12 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -27,7 +27,7 @@ class FitConfig:
 
     steps: int | None = _option(None, "optimizer steps", default="1000, or as many as fit into --minutes")
     minutes: float | None = _option(None, "wall clock limit, evaluation included", default="none")
-    batch_size: int = _option(16, "sequences per batch and process")
+    batch_size: int = _option(16, "sequences or images per batch and process")
     accumulation: int = _option(1, "batches per optimizer step")
     learning_rate: float = _option(1e-3, "learning rate after warm-up")
     final_learning_rate: float = _option(0.1, "where the cosine ends, as a share of learning_rate")

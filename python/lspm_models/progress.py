@@ -14,10 +14,11 @@ class Progress:
     Args:
         report: takes a line for the reader, or None.
         done: the share of the run that is done already.
+        unit: what the speed counts.
     """
 
-    def __init__(self, report: Callable[[str], None] | None, done: float = 0.0) -> None:
-        self._report, self._bar = report, None
+    def __init__(self, report: Callable[[str], None] | None, done: float = 0.0, unit: str = "token") -> None:
+        self._report, self._bar, self._unit = report, None, unit
         self._began, self._done = time.monotonic(), done
         if report is not None and sys.stderr.isatty():
             from tqdm import tqdm
@@ -33,7 +34,7 @@ class Progress:
             return
         spent = time.monotonic() - self._began
         left = spent * (1 - done) / (done - self._done) if done > self._done else float("inf")
-        speed = f"{quantity(tokens_per_second)} tokens/s"
+        speed = f"{quantity(tokens_per_second)} {self._unit}s/s"
         self._bar.set_description_str(
             f"step {step}  loss {loss:.3f}  {speed}  {duration(left)} left", refresh=False
         )

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from lspm_models.files import replaced, write_atomically
 
 SECONDS_BETWEEN_PLOTS = 30
-COLUMNS = (
-    "step",
-    "train_loss",
-    "validation_loss",
-    "learning_rate",
-    "gradient_norm",
-    "tokens",
-    "tokens_per_second",
-    "seconds",
-)
+
+
+def columns(unit: str = "token", metrics: Sequence[str] = ()) -> tuple[str, ...]:
+    """Returns the columns of a log: what `unit` counts, and what is measured beside the validation loss."""
+    before = ("step", "train_loss", "validation_loss", *metrics, "learning_rate", "gradient_norm")
+    return (*before, f"{unit}s", f"{unit}s_per_second", "seconds")
 
 
 class RunLog:
@@ -27,16 +24,20 @@ class RunLog:
     Args:
         folder: the run folder.
         step: rows after this step, of a process that was killed behind its last checkpoint, are removed.
+        unit: what is counted: token, image.
+        metrics: names of what is measured beside the validation loss.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(
+        self, folder: Path, step: int = 0, *, unit: str = "token", metrics: Sequence[str] = ()
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / "log.csv"
+        self.path, self._unit, self._columns = self.folder / "log.csv", unit, columns(unit, metrics)
         rows = [row for row in read_log(self.path) if step and int(row["step"]) <= step]
-        lines = [",".join(COLUMNS), *(",".join(row[column] for column in COLUMNS) for row in rows)]
+        lines = [",".join(self._columns), *(",".join(row[name] for name in self._columns) for row in rows)]
         write_atomically(self.path, ("\n".join(lines) + "\n").encode())
         self._file = self.path.open("a")
         self._plotted = time.monotonic()
@@ -44,9 +45,10 @@ class RunLog:
 
     def write(self, **values: float) -> None:
         """Appends a row; a column that is not given stays empty. Numbers read back exactly."""
-        self._file.write(",".join(repr(values[name]) if name in values else "" for name in COLUMNS) + "\n")
+        cells = (repr(values[name]) if name in values else "" for name in self._columns)
+        self._file.write(",".join(cells) + "\n")
         self._file.flush()  # the operating system has the row: killing this process cannot take it back
-        for name in COLUMNS[1:5]:
+        for name in self._columns[1:-3]:
             if name in values:
                 self._events.add_scalar(name, values[name], values["step"])
 
@@ -63,7 +65,7 @@ class RunLog:
 
     def _draw(self) -> None:
         self._events.flush()
-        plot_losses(self.path, self.folder / "loss.png", self.folder.name)
+        plot_losses(self.path, self.folder / "loss.png", self.folder.name, self._unit)
         self._plotted = time.monotonic()
 
 
@@ -75,13 +77,14 @@ def read_log(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
-def plot_losses(log: Path, image: Path, title: str) -> None:
+def plot_losses(log: Path, image: Path, title: str, unit: str = "token") -> None:
     """Draws training and validation loss over the steps.
 
     Args:
         log: a log.csv.
         image: the PNG to write.
         title: stands above the plot.
+        unit: what a loss is the mean over.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -91,7 +94,7 @@ def plot_losses(log: Path, image: Path, title: str) -> None:
     validation = [(int(row["step"]), float(row["validation_loss"])) for row in rows if row["validation_loss"]]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss (nats per {unit})", title=title)
     if training:
         steps, losses = zip(*training, strict=True)
         axes.plot(steps, losses, color="#9ecae1", linewidth=0.8)

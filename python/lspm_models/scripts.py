@@ -10,24 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-import torch
+from torch import nn
 
 from lspm_models.checkpoint import refuse_mismatch
-from lspm_models.data.text import TextConfig, TextData, prepare_text
-from lspm_models.data.tokenizers import Tokenizer
-from lspm_models.data.tokens import Tokens
 from lspm_models.distributed import Processes
 from lspm_models.files import remove
 from lspm_models.fit_config import FREE, FitConfig
-from lspm_models.models.gpt import GPT
 from lspm_models.options import Parser, errors_in_one_line, fail, given, merge, read_config
-from lspm_models.progress import counted, duration, quantity
-from lspm_models.run_folder import ModelConfig, create_run, read_run
-from lspm_models.tasks.language_modelling import LanguageModelling
+from lspm_models.progress import duration, quantity
+from lspm_models.run_folder import create_run, read_run
 from lspm_models.train import fit
-
-SECTIONS = {"model": ModelConfig, "data": TextConfig, "training": FitConfig}
 
 
 @dataclass(frozen=True)
@@ -35,35 +29,58 @@ class Run:
     """A run folder, the configs in force, and where its weights came from."""
 
     folder: Path
-    model: ModelConfig
-    data: TextConfig
+    model: Any
+    data: Any
     training: FitConfig
     init: str | None
     resume: bool
     processes: Processes
     report: Callable[[str], None]
 
-    def text(self) -> tuple[Tokenizer, Tokens]:
-        """Makes or opens the tokenizer and the tokens, the first process before the others."""
-        with self.processes.first_before_others():
-            return prepare_text(self.data, self.folder, self.report)
 
-    def task(self, vocabulary_size: int) -> LanguageModelling:
-        """Makes the model with random weights out of the run's seed."""
-        torch.manual_seed(self.training.seed)
-        return LanguageModelling(GPT(self.model.with_vocabulary(vocabulary_size)))
+class Job(Protocol):
+    """What the scripts need to know of one kind of data and model.
 
-    def blocks(self, tokens: Tokens) -> TextData:
-        """Makes the source of batches."""
-        return TextData(
-            tokens,
-            self.model.context,
-            self.training.batch_size,
-            validation_batches=self.training.evaluation_batches,
-            seed=self.training.seed,
-            process=self.processes.rank,
-            processes=self.processes.count,
-        )
+    Attributes:
+        sections: the config classes of model, data and training.
+        defaults: options by section that differ from those of the classes.
+        pretraining: description and examples of pretrain.py.
+        fine_tuning: description and examples of finetune.py.
+        init_help: what its --init takes.
+    """
+
+    sections: dict[str, type]
+    defaults: dict[str, dict]
+    pretraining: tuple[str, Sequence[str]]
+    fine_tuning: tuple[str, Sequence[str]]
+    init_help: str
+
+    def add_options(self, parser: Parser, *, fine_tuning: bool = False) -> None:
+        """Adds the options of every section that the script has."""
+
+    def prepare(self, run: Run) -> tuple[nn.Module, Any]:
+        """Makes the task, with random weights out of the run's seed, and the source of batches."""
+
+    def find(self, init: str) -> Path:
+        """Returns the weights to begin fine-tuning with."""
+
+    def fine_tuning_defaults(self, init: Path) -> dict[str, dict]:
+        """Returns options that fine-tuning from these weights has, below config file and flags."""
+
+    def adopt(self, run: Run, init: Path) -> None:
+        """Takes over what belongs to the weights; refuses options that do not fit them."""
+
+    def load(self, run: Run, init: Path, task: nn.Module) -> None:
+        """Copies the weights into the task."""
+
+    def settings(self, run: Run, task: nn.Module) -> dict:
+        """Returns what a checkpoint must agree on of the model."""
+
+    def shape(self, task: nn.Module) -> str:
+        """Returns the shape of the model as people say it."""
+
+    def finish(self, run: Run, task: nn.Module, data: Any) -> None:
+        """Reports what the trained model is good for."""
 
 
 def training_parser(description: str, examples: Sequence[str]) -> Parser:
@@ -79,6 +96,7 @@ def training_parser(description: str, examples: Sequence[str]) -> Parser:
 def opened_run(
     arguments: argparse.Namespace,
     report: Callable[[str], None],
+    job: Job,
     *,
     init: str | None = None,
     defaults: dict | None = None,
@@ -86,8 +104,9 @@ def opened_run(
     """Makes the run folder, or opens the one to resume; takes a new one away if the body fails.
 
     Args:
-        arguments: of training_parser with options out of SECTIONS.
+        arguments: of training_parser with the job's options.
         report: takes lines for the reader.
+        job: has the config classes.
         init: checkpoint the weights come from.
         defaults: options by section, below config file and flags.
 
@@ -97,7 +116,7 @@ def opened_run(
     resume, processes = "resume" in arguments, Processes.join()
     if resume and "out" in arguments:
         raise ValueError(f"run: --out must be absent with --resume, got {arguments.out}")
-    asked = [given(arguments, SECTIONS)]
+    asked = [given(arguments, job.sections)]
     if "config" in arguments:
         file = read_config(arguments.config)
         file.pop("init", None)  # config.json of a run may serve as a config file
@@ -106,12 +125,12 @@ def opened_run(
         folder = Path(arguments.resume)
         stored = read_run(folder)
         init = stored.pop("init", None)
-        configs = _configs([stored, *asked])
-        refuse_mismatch(_plain(_configs([stored])), _plain(configs), str(folder), FREE)
+        configs = _configs(job.sections, [stored, *asked])
+        refuse_mismatch(_plain(_configs(job.sections, [stored])), _plain(configs), str(folder), FREE)
     else:
         folder = Path(getattr(arguments, "out", time.strftime("runs/%Y%m%d-%H%M%S")))
         folder = processes.gather(folder)[0]
-        configs = _configs([defaults or {}, *asked])
+        configs = _configs(job.sections, [job.defaults, defaults or {}, *asked])
         processes.device(configs["training"].device)
         with processes.first_before_others():
             if processes.first:
@@ -125,18 +144,15 @@ def opened_run(
         raise
 
 
-def train(program: str, run: Run, task: LanguageModelling, data: TextData) -> int:
+def train(program: str, run: Run, job: Job, task: nn.Module, data: Any) -> int:
     """Trains and says where everything is.
 
     Returns:
         The exit code: 0, 1 where the loss was not finite, or 128 + signal.
     """
     config, device = run.training, run.processes.device(run.training.device)
-    parameters, shape = sum(parameter.numel() for parameter in task.parameters()), task.config
-    run.report(
-        f"model      {quantity(parameters)} parameters: {counted(shape.layers, 'layer')}, "
-        f"{shape.width} wide, {counted(shape.heads, 'head')}, {counted(shape.context, 'token')} of context"
-    )
+    parameters = sum(parameter.numel() for parameter in task.parameters())
+    run.report(f"model      {quantity(parameters)} parameters: {job.shape(task)}")
     run.report(f"training   on {device}, {config.precision}, into {run.folder}\n")
     began = time.monotonic()
     try:
@@ -148,7 +164,7 @@ def train(program: str, run: Run, task: LanguageModelling, data: TextData) -> in
                 run.folder,
                 settings={
                     "init": run.init,
-                    "model": dataclasses.asdict(task.config),
+                    "model": job.settings(run, task),
                     "data": _plain({"": run.data})[""],
                 },
                 resume=run.resume,
@@ -165,12 +181,13 @@ def train(program: str, run: Run, task: LanguageModelling, data: TextData) -> in
     run.report(f"loss       training {result.train_loss:.4f}, validation {result.validation_loss:.4f}")
     run.report(f"logs       {run.folder}/log.csv, loss.png, tensorboard/")
     run.report(f"checkpoint {result.checkpoint}")
-    run.report(f"try it     python python/generate.py {run.folder}")
+    with errors_in_one_line(program):
+        job.finish(run, task, data)
     return 0
 
 
-def _configs(layers: Sequence[dict[str, dict]]) -> dict[str, ModelConfig | TextConfig | FitConfig]:
-    return {name: SECTIONS[name](**options) for name, options in merge(SECTIONS, layers).items()}
+def _configs(sections: dict[str, type], layers: Sequence[dict[str, dict]]) -> dict[str, Any]:
+    return {name: sections[name](**options) for name, options in merge(sections, layers).items()}
 
 
 def _plain(configs: dict) -> dict:

@@ -62,7 +62,9 @@ def fit(
     threads and a limit in steps. A limit in minutes makes the learning rate depend on the clock.
 
     Args:
-        task: has `loss(inputs, targets)`, the mean loss of a batch.
+        task: has `loss(inputs, targets)`, the mean loss of a batch. It may have `unit`, the name of what a
+            batch counts if that is not its tokens, and `evaluate(inputs, targets)`, which gives the mean loss
+            and a tensor; `metrics(sums)` makes of that tensor's sums over all batches the `metric_names`.
         data: has `training` (with next_batch(), state(), restore()), `validation()`, which yields the same
             batches every time, and `fingerprint`.
         config: how to train.
@@ -94,6 +96,7 @@ class _Fit:
         self.config, self.data, self.folder, self.processes = config, data, folder, processes
         self.device = processes.device(config.device)
         self.task = task.to(self.device).train()
+        self.unit, self.metrics = getattr(task, "unit", "token"), getattr(task, "metric_names", ())
         self.loss = processes.wrap(_Loss(self.task), self.device)
         self.settings = {
             **settings,
@@ -121,8 +124,9 @@ class _Fit:
         elif self.processes.rank:
             torch.manual_seed(self.config.seed + self.processes.rank)  # each process drops other values
         self.began = time.monotonic()
-        self.log = RunLog(self.folder, self.step) if self.processes.first else None
-        self.progress = Progress(report, self.done())
+        names = {"unit": self.unit, "metrics": self.metrics}
+        self.log = RunLog(self.folder, self.step, **names) if self.processes.first else None
+        self.progress = Progress(report, self.done(), self.unit)
         try:
             with Interruption() as interruption:
                 received = self.steps(interruption)
@@ -149,14 +153,17 @@ class _Fit:
             recent.append(loss)
             self.train_loss = sum(recent) / len(recent)
             if due := done >= 1 or self.step % config.evaluate_every == 0:
-                values |= self.evaluate()
+                measured = self.evaluate()
+                values |= measured
+                metrics = "".join(f"   {name} {measured[name]:.4f}" for name in self.metrics if measured)
                 self.progress.line(
                     f"step {self.step:>6}   training {self.train_loss:.4f}   validation "
-                    f"{self.validation_loss:.4f}   learning rate {rate:.2e}   {quantity(speed)} tokens/s"
+                    f"{self.validation_loss:.4f}{metrics}   learning rate {rate:.2e}   "
+                    f"{quantity(speed)} {self.unit}s/s"
                 )
                 recent = []
             if due or self.step % config.log_every == 0:
-                self.write_log(**values, tokens_per_second=speed)
+                self.write_log(**values, **{f"{self.unit}s_per_second": speed})
             if done >= 1 or received or self.step % config.checkpoint_every == 0:
                 self.save()
             self.progress.update(done, self.step, loss, speed)
@@ -174,7 +181,7 @@ class _Fit:
                 with self.autocast():
                     loss = self.loss(inputs, targets) / config.accumulation
                 loss.backward()
-            total, count = total + loss.detach(), count + targets.numel()
+            total, count = total + loss.detach(), count + self.size(targets)
         norm = nn.utils.clip_grad_norm_(self.task.parameters(), config.clip or math.inf)
         loss, count, signals = self.processes.sum(
             [float(total), count, interruption.received or 0], self.device
@@ -188,22 +195,32 @@ class _Fit:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Returns the mean loss over the validation batches, or nothing where there are none."""
+        """Returns mean loss and metrics over the validation batches, or nothing where there are none."""
         self.task.eval()
-        total, count = 0.0, 0
+        total, count, sums = 0.0, 0, None
         for index, batch in enumerate(self.data.validation()):
             if index % self.processes.count == self.processes.rank:
                 inputs, targets = self.batch(batch)
                 with self.autocast():
-                    total += float(self.task.loss(inputs, targets)) * targets.numel()
-                count += targets.numel()
+                    if self.metrics:
+                        loss, measured = self.task.evaluate(inputs, targets)
+                        measured = measured.double().cpu()
+                        sums = measured if sums is None else sums + measured
+                    else:
+                        loss = self.task.loss(inputs, targets)
+                total += float(loss) * self.size(targets)
+                count += self.size(targets)
         self.task.train()
         total, count = self.processes.sum([total, count], self.device)
         if not count:
             return {}
         self.validation_loss = total / count
         self.require_finite("validation loss", self.validation_loss, self.step)
-        return {"validation_loss": self.validation_loss}
+        found = {"validation_loss": self.validation_loss}
+        if self.metrics:  # a process beyond the last batch has no sums
+            parts = [part for part in self.processes.gather(sums) if part is not None]
+            found |= self.task.metrics(sum(parts).tolist())
+        return found
 
     def done(self, ahead: int = 0) -> float:
         """Returns the share of the run that is done `ahead` steps from now, by the first process's clock."""
@@ -229,10 +246,14 @@ class _Fit:
             kept = f"the newest checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
             raise FloatingPointError(f"fit: {what} must be finite, got {value} at step {step}; {kept}")
 
+    def size(self, targets: Tensor) -> int:
+        """Returns how many tokens, images or the like a batch has."""
+        return targets.numel() if self.unit == "token" else len(targets)
+
     def write_log(self, **values: float) -> None:
         if self.log is not None:
             seconds = round(self.seconds(), 3)
-            self.log.write(step=self.step, tokens=self.tokens, seconds=seconds, **values)
+            self.log.write(step=self.step, seconds=seconds, **{f"{self.unit}s": self.tokens}, **values)
 
     def save(self) -> None:
         state = {

@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pretrain
 import pytest
+import torch
 
+from lspm_models.image_job import ImageJob
+from lspm_models.models.resnet import ResNet
 from lspm_models.options import merge, read_config
-from lspm_models.scripts import SECTIONS
+from lspm_models.text_job import TextJob
 
 CONFIGS = Path(pretrain.__file__).parent / "configs"
+SECTIONS = TextJob.sections
 
 
 @pytest.mark.parametrize(
@@ -49,3 +53,15 @@ def test_the_bundled_configs_are_valid():
         parameters[path.stem] = table + shape.layers * block + 2 * shape.width
     assert parameters["gpt2_124m"] == 124_439_808  # as published
     assert parameters["gpt_tiny"] < 1e6 < parameters["gpt_demo"] < 1e7
+
+
+def test_the_bundled_configs_for_images_are_valid():
+    parameters = {}
+    for path in sorted(CONFIGS.glob("resnet*.toml")):
+        merged = merge(ImageJob.sections, [ImageJob.defaults, read_config(path)])
+        configs = {name: ImageJob.sections[name](**options) for name, options in merged.items()}
+        with torch.device("meta"):
+            model = ResNet(configs["model"].for_images(3 if path.stem == "resnet50" else 1))
+        parameters[path.stem] = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters["resnet50"] == 25_557_032 - 2_049_000  # as published, without the head for 1000 classes
+    assert parameters["resnet10_digits"] < 4e5 < parameters["resnet18_fashion"] < 1e6

@@ -8,6 +8,12 @@ from mutation_tables.attention_cpu import in_kernel
 in_packed = partial(in_kernel, tests=("tests/ops/test_attention_varlen.py", "-x"))
 in_cache = partial(in_kernel, tests=("tests/ops/test_attention_with_kv_cache.py", "-x"))
 in_errors = partial(in_kernel, tests=("tests/ops/test_attention_varlen_errors.py", "-x"))
+in_append = partial(
+    in_kernel,
+    file="csrc/bindings_attention_with_kv_cache.cpp",
+    tests=("tests/ops/test_attention_with_kv_cache_errors.py", "-x"),
+)
+APPEND = "csrc/cpu/attention_with_kv_cache.cpp"
 
 MUTATIONS = [
     in_packed(
@@ -102,9 +108,37 @@ MUTATIONS = [
     ),
     in_cache(
         name="cache: every query rotated as the first",
+        file=APPEND,
+        old="turn_to(s.steps ? at : first)",
+        new="turn_to(first)",
+    ),
+    in_cache(
+        name="cache: every key rotated as the first of its thread",
+        file=APPEND,
+        old="position == taken",
+        new="taken >= 0",
+    ),
+    in_cache(
+        name="cache: one row of v for all new keys",
+        file=APPEND,
+        old="t.v.at<const T>(b, 0, i)",
+        new="t.v.at<const T>(b, 0, 0)",
+    ),
+    in_cache(
+        name="cache: what is appended leaves no trace for autograd",
         file="lspm_kernels/ops/attention_with_kv_cache.py",
-        old="q if left is not None or right is not None else q.reshape(B, H * T_q, 1, D)",
-        new="q.reshape(B, H * T_q, 1, D)",
+        old="torch.autograd.graph.increment_version(cache)",
+        new="pass",
+    ),
+    in_append(
+        name="binding: keys appended to a page past the last",
+        old="page < 0 || page >= batches",
+        new="page < 0 || page > batches",
+    ),
+    in_append(
+        name="binding: keys appended without an angle",
+        old="s.half && first > last",
+        new="s.half && first > positions",
     ),
     in_errors(
         name="binding: pages past the last admitted",

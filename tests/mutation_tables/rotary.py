@@ -15,7 +15,7 @@ def build(isa):
 
 
 in_cpu = partial(Mutation, file="csrc/cpu/rotary.cpp", tests=TESTS, command=build("base"))
-in_memory = partial(in_cpu, tests=("tests/test_asan.py",), command=())
+in_memory = partial(in_cpu, file="csrc/cpu/rotation.h", tests=("tests/test_asan.py",), command=())
 in_binding = partial(in_cpu, file="csrc/bindings_rotary.cpp")
 in_op = partial(Mutation, file="lspm_kernels/ops/rotary.py", tests=TESTS)
 in_cuda = partial(
@@ -40,11 +40,13 @@ MUTATIONS = [
     ),
     in_cpu(
         name="rotary, cpu: dims passed through are not written",
-        old="std::memcpy(to + 2 * s.half, from + 2 * s.half,",
-        new="std::memcpy(to + 2 * s.half, to + 2 * s.half,",
+        file="csrc/cpu/rotation.h",
+        old="std::memcpy(to + 2 * half, from + 2 * half,",
+        new="std::memcpy(to + 2 * half, to + 2 * half,",
     ),
     in_cpu(
         name="rotary, cpu: float32 angles in the order of memory beside bfloat16",
+        file="csrc/cpu/rotation.h",
         old="lanes.load_ordered(table + i)",
         new="lanes.load(table + i)",
     ),

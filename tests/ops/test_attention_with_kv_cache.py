@@ -1,11 +1,15 @@
 """attention_with_kv_cache: what it appends, where, and the attention to it."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 
 import lspm_kernels as lk
 import oracle
 from lspm_kernels import compiled
+from lspm_kernels.ops import attention_with_kv_cache as table_of_op
 from lspm_kernels.reference import attention as dense
 from lspm_kernels.reference import attention_with_kv_cache as reference
 from lspm_kernels.reference import rotary
@@ -92,6 +96,8 @@ def test_under_every_instruction_set(monkeypatch, isa):
         pytest.skip(str(error))
     for new in (1, 40):
         test_against_the_reference("everything", "pages of 16", new, F16)
+    for dtype in (F32, BF16, F16):
+        test_one_kernel_appends_as_torch_does("pages of 16", dtype)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -120,6 +126,52 @@ def test_rotary_on_the_way(causal, interleaved):
         turned(q, int(causal)), expected, v_cache, [0] * B, counts, causal=causal
     )
     torch.testing.assert_close(out, meant, rtol=1e-5, atol=1e-5)
+
+
+def in_torch(q, *given, at):
+    """What the kernel that appends replaces, which the GPUs and traces have."""
+    return table_of_op._append(q, *given, at, None)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_kernel_appends_as_torch_does(kind, dtype):
+    """Bit by bit: pairs of any number, of either style, at any place, beside as many queries as there are."""
+    k_cache, v_cache, options, *_ = cache(kind, dtype)
+    for half, table_dtype, interleaved, steps, queries, new in itertools.product(
+        (0, 5, D // 2), (F32, dtype), (False, True), (False, True), (1, 6), (1, 3)
+    ):
+        at = 300 if kind != "padded" and half == 5 else torch.tensor(LENGTHS)
+        angles = [f(torch.rand(S, half) * 6).to(table_dtype) for f in (torch.cos, torch.sin)] if half else []
+        turned = dict(zip(("cos", "sin"), angles, strict=False), interleaved=interleaved, causal=steps)
+        qkv = torch.randn(B, max(queries, new), H + 2 * H_KV, D).to(dtype).transpose(1, 2)
+        q, k, v = qkv.split((H, H_KV, H_KV), 1)
+        given = q[:, :, :queries], k[:, :, :new], v[:, :, :new, :DV]
+        results = []
+        for at_once in (True, False):
+            caches = k_cache.clone(), v_cache.transpose(1, 2).contiguous().transpose(1, 2)
+            with pytest.MonkeyPatch.context() as patch:
+                if not at_once:
+                    patch.setattr(table_of_op, "_append_at_once", functools.partial(in_torch, at=at))
+                call = lk.attention_with_kv_cache(
+                    given[0], *caches, *given[1:], cache_seqlens=at, return_lse=True, **options, **turned
+                )
+            results.append((*caches, *call))
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True)), (half, table_dtype, turned)
+
+
+def test_many_keys_are_appended_by_any_number_of_threads():
+    cos, sin, before, caches = torch.rand(S, 32), torch.rand(S, 32), torch.get_num_threads(), []
+    q, k, v = (torch.randn(B, 8, 200, 64) for _ in range(3))
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        caches.append(torch.zeros(2, B, 8, S, 64))
+        lk.attention_with_kv_cache(
+            q, *caches[-1], k, v, cache_seqlens=torch.tensor((0, 7, 400)), cos=cos, sin=sin, causal=True
+        )
+    torch.set_num_threads(before)
+    assert all(torch.equal(caches[0], other) for other in caches[1:])
+    assert torch.equal(caches[0][1, 1, :, 7:207], v[1]) and caches[0][:, 1, :, 207:].count_nonzero() == 0
 
 
 def test_step_by_step_is_the_whole():
@@ -152,6 +204,10 @@ def test_a_cache_lies_as_it_likes():
     new = torch.ones(2, H_KV, 1, D), torch.ones(2, H_KV, 1, DV)
     lk.attention_with_kv_cache(q, *views, *new, cache_seqlens=9)
     assert (k_cache[:, 9] == 1).all() and (v_cache[:, 9] == 1).all() and k_cache._version > version
+    with torch.inference_mode():  # there tensors have no version
+        inside = k_cache.clone().transpose(1, 2), v_cache.clone().transpose(1, 2)
+        lk.attention_with_kv_cache(q, *inside, *new, cache_seqlens=10)
+    assert (inside[0][:, :, 10] == 1).all() and (inside[1][:, :, 10] == 1).all()
 
 
 @pytest.mark.parametrize("queries", [1, 40])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lspm_kernels as lk
+from lspm_kernels import compiled
 
 Q, NEW = torch.ones(2, 4, 3, 16), torch.ones(2, 2, 3, 16)
 CACHE, AT = torch.ones(2, 2, 50, 16), torch.tensor([10, 47])
@@ -100,3 +101,21 @@ def test_the_kernel_checks_what_a_trace_cannot():
     }.items():
         with pytest.raises(ValueError, match=message):
             traced(*given)
+
+
+@pytest.mark.parametrize(
+    ("message", "at", "table"),
+    [
+        ("counts must be at least the new keys and within the cache, got 2", AT - 8, TABLE),
+        ("counts must be at least the new keys and within the cache, got 65", AT + 18, TABLE),
+        ("pages must be at least 0 and below 9, got 9", AT, TABLE + 3),
+        ("rotary: offsets must lie in 0 to S - T = 57, got 58", AT + 14, TABLE),
+    ],
+)
+def test_the_kernel_that_appends_checks_what_it_reads(message, at, table):
+    counts, table = at.int(), table.int()
+    with pytest.raises(ValueError, match=message):
+        compiled.cpu.attention_with_kv_cache_append(
+            Q, NEW * 2, NEW * 2, Q.clone(), PAGES, PAGES, counts, table, COS, COS, False, True, 1
+        )
+    assert (PAGES == 1).all()

@@ -27,8 +27,8 @@ def function(f, training=True, activation=None, running=True, **options):
     """f of x, residual, weight, bias; with running statistics of its own."""
 
     def call(x, residual, weight, bias):
-        generator = torch.Generator().manual_seed(x.shape[1])
-        mean, variance = torch.rand(2, x.shape[1], generator=generator).to(x.dtype) + 0.5
+        mean = torch.linspace(0.5, 1.5, x.shape[1], dtype=x.dtype)
+        variance = mean.flip(0).clone()
         given = (mean, variance) if running else (None, None)
         return f(
             x, weight, bias, *given, residual=residual, activation=activation, training=training, **options

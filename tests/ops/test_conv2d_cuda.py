@@ -10,7 +10,10 @@ from cuda_on_cpu.attention import structure
 from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_under_asan
 
 import oracle
+from lspm_kernels import compiled, conv2d_scratch
 from lspm_kernels.conv2d_checks import ACTIVATIONS
+from lspm_kernels.dispatch import Backend
+from lspm_kernels.ops.conv2d import convolve
 from lspm_kernels.reference import conv2d as reference
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -26,11 +29,13 @@ Shape = structure(
     ), weight_strides=c_int64 * 4, dtype=c_int,
 )  # fmt: skip
 
-library = fixture(*FILES, build.HERE / "entries/conv2d.cpp", ptx_kernels=PTX_KERNELS)
+emulator = fixture(*FILES, build.HERE / "entries/conv2d.cpp", ptx_kernels=PTX_KERNELS)
 
 
-def rows(x):
-    return None if x is None else x.permute(0, 2, 3, 1).contiguous()
+@pytest.fixture
+def library(emulator, monkeypatch):
+    monkeypatch.setattr(compiled, "cuda", None)  # tests put the emulator there
+    return emulator
 
 
 def flat(x):
@@ -39,63 +44,49 @@ def flat(x):
     return x.as_strided((reach,), (1,))
 
 
-def padded(n):
-    return -(-n // 8) * 8
+class Emulated:
+    """The two functions of the CUDA module, on the emulator."""
 
+    def __init__(self, library, misaligned=(), where=(0, None)):
+        self.library, self.misaligned, self.where = library, misaligned, where
 
-class Conv2d(torch.autograd.Function):
-    """The kernels as a function of x, weight, scale, shift and residual; dz is dy where there is no more."""
+    def copy(self, name, tensor):
+        return self.library.copy(tensor, name in self.misaligned)
 
-    @staticmethod
-    def forward(ctx, library, how, geometry, activation, x, weight, scale, shift, residual):
+    def call(self, name, x, weight, y, geometry, *arguments):
+        N, H, W, C = x.shape
         stride, padding, dilation, groups = geometry
-        N, C, H, W = x.shape
-        K, _, *kernel = weight.shape
-        size = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip((H, W), kernel, stride, padding, dilation, strict=True)
-        ]
-        sizes = N, H, W, C, *size, K, *kernel, *stride, *padding, *dilation, groups
-        strides = (c_int64 * 4)(*weight.stride())
-        ctx.shape, ctx.library, ctx.how = Shape(*sizes, strides, DTYPES[x.dtype]), library, how
-        misaligned = how.get("misaligned", ())
-        tensors = {
-            "x": rows(x),
-            "weight": flat(weight),
-            "scale": scale,
-            "shift": shift,
-            "residual": rows(residual),
-        }
-        copies = {name: library.copy(t, name in misaligned) for name, t in tensors.items()}
-        pointers = [c_void_p(c and c.pointer.value) for c in map(copies.get, ("scale", "shift", "residual"))]
-        epilogue = Epilogue(*pointers, ACTIVATIONS.index(activation))
-        y = library.empty((N, *size, K), x.dtype, "y" in misaligned)
-        packed = library.empty((K * padded(weight[0].numel()),), x.dtype)
-        library.call(
-            "conv2d_forward", copies["x"], copies["weight"], ctypes.byref(epilogue), y, packed,
-            ctypes.byref(ctx.shape), *how.get("where", (0, None)),
-        )  # fmt: skip
-        ctx.save_for_backward(x, weight)
-        ctx.copies = copies
-        return y.tensor().permute(0, 3, 1, 2)
+        sizes = N, H, W, C, *y.shape[1:3], weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation
+        shape = Shape(*sizes, groups, (c_int64 * 4)(*weight.stride()), DTYPES[x.dtype])
+        self.library.call(name, *arguments, ctypes.byref(shape), *self.where)
 
-    @staticmethod
-    def backward(ctx, dz):
-        x, weight = ctx.saved_tensors
-        library, how = ctx.library, ctx.how
-        misaligned, partials = how.get("misaligned", ()), how.get("partials", 2)
-        dx = library.empty(rows(x).shape, x.dtype, "dx" in misaligned)
-        dweight = library.copy(flat(weight))
-        packed = library.empty((x.shape[1] * padded(weight[:, 0].numel() // ctx.shape.groups),), x.dtype)
-        partial = library.empty((partials, weight.numel()))
-        inputs = library.copy(rows(dz), "dz" in misaligned), ctx.copies["x"], ctx.copies["weight"]
-        library.call(
-            "conv2d_backward", *inputs, dx, dweight, packed, partial, partials, ctypes.byref(ctx.shape),
-            *how.get("where", (0, None)),
-        )  # fmt: skip
-        dweight = dweight.tensor().as_strided(weight.shape, weight.stride())
-        dresidual = dz if ctx.needs_input_grad[8] else None
-        return None, None, None, None, dx.tensor().permute(0, 3, 1, 2), dweight, None, None, dresidual
+    def conv2d_forward(
+        self, x, weight, scale, shift, residual, y, statistics, geometry, activation, threads, packed
+    ):
+        assert statistics is None
+        given = self.copy("scale", scale), self.copy("shift", shift), self.copy("residual", residual)
+        epilogue = Epilogue(*(t and t.pointer for t in given), activation)
+        out = self.library.empty(y.shape, y.dtype, "y" in self.misaligned)
+        tensors = self.copy("x", x), self.copy("weight", flat(weight)), ctypes.byref(epilogue), out
+        scratch = self.library.empty(packed.shape, packed.dtype)
+        self.call("conv2d_forward", x, weight, y, geometry, *tensors, scratch)
+        y.copy_(out.tensor())
+
+    def conv2d_backward(self, dz, x, weight, dx, dweight, geometry, threads, packed, partial):
+        inputs = self.copy("dz", dz), self.copy("x", x), self.copy("weight", flat(weight))
+        of_x = dx if dx is None else self.library.empty(dx.shape, dx.dtype, "dx" in self.misaligned)
+        of_weight = self.copy("dweight", dweight if dweight is None else flat(dweight))
+        scratch, sums = (t if t is None else self.library.empty(t.shape, t.dtype) for t in (packed, partial))
+        outputs = of_x, of_weight, scratch, sums, 0 if sums is None else len(partial)
+        self.call("conv2d_backward", x, weight, dz, geometry, *inputs, *outputs)
+        if dx is not None:
+            dx.copy_(of_x.tensor())
+        if dweight is not None:
+            dweight.copy_(of_weight.tensor().as_strided(weight.shape, weight.stride()))
+
+
+# As the table's row, but on tensors of the CPU.
+ROW = Backend("emulated", "cpu", (), conv2d_scratch.conv2d_forward, conv2d_scratch.conv2d_backward, None)
 
 
 def pair(value):
@@ -103,14 +94,21 @@ def pair(value):
 
 
 def on(library, **how):
-    """conv2d on the emulator, with the arguments of the reference."""
+    """conv2d on the emulator, with the arguments of the reference; bias and shift are one."""
 
     def conv2d(
         x, w, bias, stride=1, padding=0, dilation=1, groups=1, activation=None, residual=None,
         scale=None, shift=None,
     ):  # fmt: skip
-        geometry = (*map(pair, (stride, padding, dilation)), groups)
-        return Conv2d.apply(library, how, geometry, activation, x, w, scale, shift, residual)
+        stride, padding, dilation = map(pair, (stride, padding, dilation))
+        size = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True)
+        ]
+        geometry = [*stride, *padding, *dilation, groups]
+        given = scale, bias if shift is None else shift, residual
+        compiled.cuda = Emulated(library, **how)
+        return convolve(ROW, x, w, *given, size, geometry, ACTIVATIONS.index(activation), False)[0]
 
     return conv2d
 
@@ -199,8 +197,9 @@ def test_misaligned_pointers(library, name, pointer):
 
 @pytest.mark.parametrize("partials", [1, 3, 40])
 @pytest.mark.parametrize("name", ["3x3", "7x7-stem", "one-pixel"])
-def test_runs_of_pixels(library, name, partials):
-    check(library, name, partials=partials)
+def test_runs_of_pixels(library, name, partials, monkeypatch):
+    monkeypatch.setattr(conv2d_scratch, "partials", lambda *sizes: partials)
+    check(library, name)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -40,8 +40,8 @@ def test_opcheck(dtype):
     geometry = [1, 1, 1, 1, 1, 1, 1]
     bias = bias.detach().float().requires_grad_()
     op = torch.ops.lspm.conv2d.default
-    torch.library.opcheck(op, (x, weight, None, bias, residual, [7, 6], geometry, 1, "cpu"))
-    torch.library.opcheck(op, (x, weight, None, None, None, [7, 6], geometry, 0, "cpu"))
+    torch.library.opcheck(op, (x, weight, None, bias, residual, [7, 6], geometry, 1, False, "cpu"))
+    torch.library.opcheck(op, (x, weight, None, None, None, [7, 6], geometry, 0, True, "cpu"))
     backward = torch.ops.lspm.conv2d_backward.default
     dz, x, weight = residual.detach(), x.detach(), weight.detach()
     for wanted in ((True, True), (True, False), (False, True)):
@@ -60,7 +60,9 @@ def test_only_the_gradients_that_are_wanted():
 
 def test_second_derivative_is_an_error():
     x, weight, bias, _ = (t.requires_grad_() for t in tensors())
-    direct = torch.ops.lspm.conv2d(x, weight, None, bias, None, [5, 4], [1, 1, 0, 0, 1, 1, 1], 0, "cpu")
+    direct = torch.ops.lspm.conv2d(
+        x, weight, None, bias, None, [5, 4], [1, 1, 0, 0, 1, 1, 1], 0, False, "cpu"
+    )[0]
     for y in (lk.conv2d(x, weight, bias), direct):
         (gradient,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
         with pytest.raises(NotImplementedError, match="conv2d_backward: a second derivative is not implem"):

@@ -211,6 +211,12 @@ def rem(i):
     return i.put(f"({i.type})({i.operand(1)} % {i.operand(2)})")
 
 
+@opcode("copysign", operands=3)
+def copysign(i):
+    i.require(i.type in ("f32", "f64"))
+    return i.put(f"std::copysign({i.operand(2)}, {i.operand(1)})")  # the sign comes first
+
+
 # ---- bits, comparisons, moves
 
 

@@ -1,0 +1,119 @@
+"""Bugs in the CPU kernels of conv2d, in its op and in what conv2d_batch_norm makes of it."""
+
+import sys
+from functools import partial
+
+from mutations import Mutation
+
+BUILD = (
+    "env", "LSPM_CUDA=0", "LSPM_ISAS=avx512_bf16,avx2,base", sys.executable, "setup.py", "-q", "build_ext",
+    "--inplace",
+)  # fmt: skip
+TESTS = ("tests/ops/test_conv2d.py", "-x")
+NORM_TESTS = ("tests/ops/test_conv2d_batch_norm.py", "-x")
+in_tiles = partial(Mutation, file="csrc/cpu/conv2d_tiles.h", tests=TESTS, command=BUILD)
+in_kernel = partial(Mutation, file="csrc/cpu/conv2d.cpp", tests=TESTS, command=BUILD)
+in_weights = partial(Mutation, file="csrc/cpu/conv2d_backward_weight.cpp", tests=TESTS, command=BUILD)
+in_op = partial(Mutation, file="lspm_kernels/ops/conv2d.py", tests=TESTS)
+
+MUTATIONS = [
+    in_tiles(
+        name="conv2d cpu: no zeros to the right of the image",
+        old="std::fill_n(to + end * pitch, (width - end) * pitch, O{});",
+        new="",
+    ),
+    in_tiles(
+        name="conv2d cpu: rows above the image read",
+        old="if (row < 0 || row >= c.height) {",
+        new="if (row >= c.height) {",
+    ),
+    in_tiles(
+        name="conv2d cpu: a point is filled up with what was there",
+        old="std::fill(at, to + depth, O{});",
+        new="",
+    ),
+    in_tiles(
+        name="conv2d cpu: taps of another order taken for rows of them",
+        old="c.taps[t].column != c.taps[t / n * n].column + t % n)",
+        new="false)",
+    ),
+    in_tiles(
+        name="conv2d cpu: the last of an odd run dropped", old="if (d < end) step(0, One::load_last);", new=""
+    ),
+    in_tiles(
+        name="conv2d cpu: one long sum",
+        old="std::is_same_v<O, float> ? 64 : 1024",
+        new="1 << 20",
+    ),
+    in_kernel(
+        name="conv2d cpu: the tap's weights are those of the tap before it upside down",
+        old="const T* from = weight + tap.filter;",
+        new="const T* from = weight + c.taps[c.taps.size() - 1 - (&tap - c.taps.data())].filter;",
+    ),
+    in_kernel(
+        name="conv2d cpu: residual dropped", old="if (residual) v += lanes.load(residual + out + i);", new=""
+    ),
+    in_kernel(
+        name="conv2d cpu: scale after shift",
+        old="          if (scale) v *= lanes.load(scale + filter + i);\n"
+        "          if (shift) v += lanes.load(shift + filter + i);\n",
+        new="          if (shift) v += lanes.load(shift + filter + i);\n"
+        "          if (scale) v *= lanes.load(scale + filter + i);\n",
+    ),
+    in_kernel(
+        name="conv2d cpu: the gradient of x takes taps that reach no pixel",
+        old="if (row % s.stride_h == 0 && column % s.stride_w == 0)",
+        new="if (row % s.stride_h == 0)",
+    ),
+    in_kernel(
+        name="conv2d cpu: statistics of what is not rounded",
+        old="const F d = rounded<T>(load(tile + r * kPanel + i)) - first;",
+        new="const F d = load(tile + r * kPanel + i) - first;",
+        tests=NORM_TESTS,
+    ),
+    in_kernel(
+        name="conv2d cpu: statistics around zero",
+        old="if (!count_) store(first_ + i, rounded<T>(load(tile + i)));",
+        new="if (!count_) store(first_ + i, F{});",
+        tests=NORM_TESTS,
+    ),
+    in_weights(
+        name="conv2d cpu: every block of pixels begins the sums anew",
+        old="b > first_block",
+        new="false",
+    ),
+    in_weights(
+        name="conv2d cpu: parts of the sums dropped",
+        old="for (int64_t part = 1; part < parts; ++part)",
+        new="for (int64_t part = 1; part < 1; ++part)",
+    ),
+    in_weights(
+        name="conv2d cpu: phases of the stride mixed up",
+        old="column % w_.c.stride_w) * phase_",
+        new="0) * phase_",
+    ),
+    in_op(
+        name="conv2d: ReLU's slope forgotten",
+        old='if ctx.activation == "relu":',
+        new='if ctx.activation == "":',
+    ),
+    in_op(
+        name="conv2d: the bias is not scaled",
+        old="moved = bias if scale is None else bias * scale",
+        new="moved = bias",
+    ),
+    Mutation(
+        name="conv2d_batch_norm: folded without eps",
+        file="lspm_kernels/ops/conv2d_batch_norm.py",
+        old="torch.rsqrt(running_var.float() + eps)",
+        new="torch.rsqrt(running_var.float())",
+        tests=NORM_TESTS,
+    ),
+    Mutation(
+        name="conv2d_batch_norm: folded with the bias twice",
+        file="lspm_kernels/ops/conv2d_batch_norm.py",
+        old="running_mean.float() - bias",
+        new="running_mean.float() + bias",
+        tests=NORM_TESTS,
+    ),
+]
