@@ -1,5 +1,6 @@
-"""The CUDA kernels of conv2d with the scratch they need: the weight as they read it, and sums over runs of
-pixels, which a second kernel adds up. batch_norm_act's kernel takes the statistics, for which it reads y again.
+"""The CUDA kernels of conv2d with their scratch: the weight as they read it, and sums over runs of pixels.
+
+Statistics of y are taken by the kernel of batch_norm_act, which reads y again.
 """
 
 import torch

@@ -6,8 +6,8 @@ from ctypes import c_int, c_int64, c_void_p
 import pytest
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.attention import structure
-from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_under_asan
+from cuda_on_cpu.attention import FLAVOURS, structure
+from cuda_on_cpu.library import KernelError, fixture, run_under_asan
 
 import oracle
 from lspm_kernels import compiled, conv2d_scratch
@@ -18,7 +18,7 @@ from lspm_kernels.reference import conv2d as reference
 
 BF16, F16 = torch.bfloat16, torch.float16
 DTYPES = {torch.float32: 0, BF16: 1, F16: 2}
-FILES = (*(build.ROOT / f"csrc/cuda/{name}.cu" for name in ("conv2d", "conv2d_backward")),)
+FILES = [build.ROOT / f"csrc/cuda/{name}.cu" for name in ("conv2d", "conv2d_backward")]
 # Of nvcc's PTX, whose translation takes its time: for one type.
 PTX_KERNELS = "13__nv_bfloat16"
 
@@ -29,7 +29,7 @@ Shape = structure(
     ), weight_strides=c_int64 * 4, dtype=c_int,
 )  # fmt: skip
 
-emulator = fixture(*FILES, build.HERE / "entries/conv2d.cpp", ptx_kernels=PTX_KERNELS)
+emulator = fixture(*FILES, build.HERE / "entries/conv2d.cpp", ptx_kernels=PTX_KERNELS, flavours=FLAVOURS)
 
 
 @pytest.fixture
@@ -249,6 +249,21 @@ def test_shared_memory_without_bank_conflicts(library, name):
 def test_an_empty_batch(library):
     x, weight = torch.randn(0, 8, 5, 6).to(BF16), torch.randn(8, 8, 3, 3).to(BF16)
     check(library, "3x3", [x, weight])
+
+
+def test_statistics_are_those_of_y(monkeypatch):
+    class Cuda:
+        batch_norm_act_statistics = staticmethod(
+            lambda *args: compiled.cpu.batch_norm_act_statistics(*args[:-1], 1)
+        )
+        conv2d_forward = staticmethod(lambda *args: args[5].normal_())
+
+    monkeypatch.setattr(compiled, "cuda", Cuda)
+    x, weight = tensors("1x1")
+    geometry = [1, 1, 0, 0, 1, 1, 1]
+    y, statistics = convolve(ROW, x, weight, None, None, None, x.shape[2:], geometry, 0, True)
+    variance, mean = torch.var_mean(y.float(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(statistics, torch.stack((mean, variance)))
 
 
 def test_launches_on_the_given_device_and_stream(library):
