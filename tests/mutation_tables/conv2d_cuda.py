@@ -243,9 +243,9 @@ MUTATIONS = [
         new="outputs * terms",
     ),
     in_scratch(
-        name="conv2d cuda: scratch for one run of pixels",
-        old="sums = x.new_empty(runs, weight.numel()",
-        new="sums = x.new_empty(1, weight.numel()",
-        tests=seen_by("runs"),
+        name="conv2d cuda: runs of few pixels",
+        old="min(_BLOCKS // blocks, pixels // _FEWEST_PIXELS)",
+        new="_BLOCKS // blocks",
+        tests=seen_by("occupy"),
     ),
 ]
