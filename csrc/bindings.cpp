@@ -104,7 +104,5 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   bind_cross_entropy(m);
   bind_pool(m);
   bind_rotary(m);
-#ifndef LSPM_CUDA
   bind_conv2d(m);
-#endif
 }

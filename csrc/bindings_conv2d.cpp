@@ -11,7 +11,6 @@ using lspm::DType;
 using lspm::OptionalView;
 using lspm::TensorView;
 
-#ifndef LSPM_CUDA
 namespace {
 
 using Pair = std::array<int64_t, 2>;
@@ -53,7 +52,7 @@ lspm::Conv2dShape shape_of(const TensorView& x, const TensorView& weight, const 
 void conv2d_forward(const TensorView& x, const TensorView& weight, const OptionalView& scale,
                     const OptionalView& shift, const OptionalView& residual, const TensorView& y,
                     const OptionalView& statistics, const Geometry& geometry, int activation,
-                    [[maybe_unused]] int threads) {
+                    [[maybe_unused]] int threads, const OptionalView& packed) {
   const auto s = shape_of(x, weight, y, geometry);
   void *px = x.contiguous("x", x, s.dtype, x.numel()), *py = y.contiguous("y", x, s.dtype, y.numel());
   void* pw = weight.data("weight", x, s.dtype);
@@ -63,14 +62,22 @@ void conv2d_forward(const TensorView& x, const TensorView& weight, const Optiona
       static_cast<const float*>(optional(scale, "scale", x, DType::f32, s.filters)),
       static_cast<const float*>(optional(shift, "shift", x, DType::f32, s.filters)),
       optional(residual, "residual", x, s.dtype, y.numel()), lspm::Activation(activation)};
-  auto* found = static_cast<float*>(optional(statistics, "statistics", x, DType::f32, 2 * s.filters));
+  [[maybe_unused]] auto* found =
+      static_cast<float*>(optional(statistics, "statistics", x, DType::f32, 2 * s.filters));
+  [[maybe_unused]] void* scratch = optional(packed, "packed", x, s.dtype, s.packed_forward());
   py::gil_scoped_release unlocked;
-  backend::conv2d_forward(px, pw, epilogue, py, found, s, WHERE(x, threads));
+#ifdef LSPM_CUDA
+  if (found) TensorView::refuse("statistics", "be None: batch_norm_act_statistics takes them");
+  if (!scratch) TensorView::refuse("packed", "be there");
+  backend::conv2d_forward(px, pw, epilogue, py, scratch, s, WHERE(x, threads));
+#else
+  backend::conv2d_forward(px, pw, epilogue, py, found, s, threads);
+#endif
 }
 
 void conv2d_backward(const TensorView& dz, const TensorView& x, const TensorView& weight,
                      const OptionalView& dx, const OptionalView& dweight, const Geometry& geometry,
-                     [[maybe_unused]] int threads) {
+                     [[maybe_unused]] int threads, const OptionalView& packed, const OptionalView& partial) {
   const auto s = shape_of(x, weight, dz, geometry);
   void *pdz = dz.contiguous("dz", x, s.dtype, dz.numel()), *px = x.contiguous("x", x, s.dtype, x.numel());
   void *pw = weight.data("weight", x, s.dtype), *pdx = optional(dx, "dx", x, s.dtype, x.numel());
@@ -78,8 +85,17 @@ void conv2d_backward(const TensorView& dz, const TensorView& x, const TensorView
   for (int d = 0; dweight && d < 4; ++d)
     if (dweight->dim() != 4 || dweight->size(d) != weight.size(d) || dweight->stride(d) != weight.stride(d))
       TensorView::refuse("dweight", "lie as weight does");
+  [[maybe_unused]] void* scratch = optional(packed, "packed", x, s.dtype, s.packed_backward());
+  [[maybe_unused]] const int64_t partials = partial ? partial->size(0) : 0;
+  [[maybe_unused]] auto* sums =
+      static_cast<float*>(optional(partial, "partial", x, DType::f32, partials * weight.numel()));
   py::gil_scoped_release unlocked;
-  backend::conv2d_backward(pdz, px, pw, pdx, pdw, s, WHERE(x, threads));
+#ifdef LSPM_CUDA
+  if ((pdx && !scratch) || (pdw && !sums)) TensorView::refuse("packed and partial", "be there");
+  backend::conv2d_backward(pdz, px, pw, pdx, pdw, scratch, sums, partials, s, WHERE(x, threads));
+#else
+  backend::conv2d_backward(pdz, px, pw, pdx, pdw, s, threads);
+#endif
 }
 
 }  // namespace
@@ -87,8 +103,9 @@ void conv2d_backward(const TensorView& dz, const TensorView& x, const TensorView
 void bind_conv2d(py::module_& m) {
   m.def("conv2d_forward", &conv2d_forward, py::arg("x"), py::arg("weight"), py::arg("scale").none(true),
         py::arg("shift").none(true), py::arg("residual").none(true), py::arg("y"),
-        py::arg("statistics").none(true), py::arg("geometry"), py::arg("activation"), py::arg("threads"));
+        py::arg("statistics").none(true), py::arg("geometry"), py::arg("activation"), py::arg("threads"),
+        py::arg("packed").none(true) = py::none());
   m.def("conv2d_backward", &conv2d_backward, py::arg("dz"), py::arg("x"), py::arg("weight"),
-        py::arg("dx").none(true), py::arg("dweight").none(true), py::arg("geometry"), py::arg("threads"));
+        py::arg("dx").none(true), py::arg("dweight").none(true), py::arg("geometry"), py::arg("threads"),
+        py::arg("packed").none(true) = py::none(), py::arg("partial").none(true) = py::none());
 }
-#endif

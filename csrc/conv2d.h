@@ -4,8 +4,7 @@
 //   y = activation(z scale[k] + shift[k] + residual)
 //
 // where c runs over the channels of k's group and what lies outside of x is 0. x, y and residual are
-// contiguous (N, H, W, C), which torch calls channels_last; sums are in float. "Or null" marks what may be
-// absent.
+// contiguous (N, H, W, C), which torch calls channels_last; sums are in float. "Or null": may be absent.
 #pragma once
 #include <cstdint>
 
@@ -27,6 +26,11 @@ struct Conv2dShape {
 
   int64_t group_channels() const { return channels / groups; }
   int64_t group_filters() const { return filters / groups; }
+  int64_t taps() const { return kernel_h * kernel_w; }
+  // Elements of the weight as the CUDA kernels lay it out: what a sum reads side by side, in whole vectors.
+  static int64_t in_vectors(int64_t n) { return (n + 7) / 8 * 8; }
+  int64_t packed_forward() const { return filters * in_vectors(taps() * group_channels()); }
+  int64_t packed_backward() const { return channels * in_vectors(taps() * group_filters()); }
 };
 
 struct Conv2dEpilogue {
@@ -45,5 +49,14 @@ void conv2d_forward(const void* x, const void* weight, const Conv2dEpilogue& epi
 void conv2d_backward(const void* dz, const void* x, const void* weight, void* dx, void* dweight,
                      const Conv2dShape& shape, int threads);
 }  // namespace cpu
+
+namespace cuda {
+// dtype: bf16 or f16. packed: scratch, of packed_forward() or packed_backward() elements. partial: scratch,
+// (partials, K, R, S, C / groups), sums of dweight over runs of pixels: its bits depend on their number only.
+void conv2d_forward(const void* x, const void* weight, const Conv2dEpilogue& epilogue, void* y, void* packed,
+                    const Conv2dShape& shape, int device, void* stream);
+void conv2d_backward(const void* dz, const void* x, const void* weight, void* dx, void* dweight, void* packed,
+                     float* partial, int64_t partials, const Conv2dShape& shape, int device, void* stream);
+}  // namespace cuda
 
 }  // namespace lspm

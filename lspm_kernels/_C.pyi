@@ -113,6 +113,8 @@ def conv2d_backward(
     dweight: Tensor | None,
     geometry: _Geometry,
     threads: int,
+    packed: Tensor | None = None,
+    partial: Tensor | None = None,
 ) -> None: ...
 def conv2d_forward(
     x: Tensor,
@@ -125,6 +127,7 @@ def conv2d_forward(
     geometry: _Geometry,
     activation: int,
     threads: int,
+    packed: Tensor | None = None,
 ) -> None: ...
 def cross_entropy_backward(
     dloss: Tensor,

@@ -4,6 +4,8 @@ from lspm_kernels._C import batch_norm_act_backward as batch_norm_act_backward
 from lspm_kernels._C import batch_norm_act_forward as batch_norm_act_forward
 from lspm_kernels._C import batch_norm_act_statistics as batch_norm_act_statistics
 from lspm_kernels._C import batch_norm_act_sums as batch_norm_act_sums
+from lspm_kernels._C import conv2d_backward as conv2d_backward
+from lspm_kernels._C import conv2d_forward as conv2d_forward
 from lspm_kernels._C import cross_entropy_backward as cross_entropy_backward
 from lspm_kernels._C import cross_entropy_forward as cross_entropy_forward
 from lspm_kernels._C import global_avg_pool_backward as global_avg_pool_backward

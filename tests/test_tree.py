@@ -133,6 +133,8 @@ def test_arrows_point_one_way():
         "attention_checks.py",
         "attention_limits.py",
         "batch_norm.py",
+        "conv2d_checks.py",
+        "conv2d_scratch.py",
         "split_kv.py",
         "triton",
         "reference",

@@ -16,11 +16,7 @@
 namespace lspm::cuda {
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-constexpr int kChunk = 8;      // elements of 16 bytes
 constexpr int kFar = 1 << 30;  // more than there are queries or keys
-
-__device__ __forceinline__ int lane_row() { return threadIdx.x % kWarp / 4; }
-__device__ __forceinline__ int lane_column() { return threadIdx.x % 4 * 2; }
 
 // The rows of one head of one sequence, in global memory.
 template <class T>
@@ -267,19 +263,6 @@ inline AttentionCall attention_call(const AttentionShape& shape, const Attention
           general};
 }
 
-// Calls body(T()) for the call's type.
-template <class Body>
-void with_type(const char* op, DType dtype, Body body) {
-  switch (dtype) {
-    case DType::bf16:
-      return body(bf16());
-    case DType::f16:
-      return body(f16());
-    default:
-      throw std::invalid_argument(std::string(op) + ": dtype must be bf16 or f16, got " +
-                                  std::to_string(int(dtype)));
-  }
-}
 // Calls body(Tile<dim, general>()) for the least padded dim.
 template <template <int, bool> class Tile, class Body>
 void with_tile(const AttentionCall& call, Body body) {

@@ -130,6 +130,12 @@ bool aligned_for_vectors(const T*... pointers) {  // null counts as aligned
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
+// Of an accumulator's fragment of 16 x 8, a lane has element 2 h + e in row lane_row() + 8 h and column
+// lane_column() + e.
+__device__ __forceinline__ int lane_row() { return threadIdx.x % kWarp / 4; }
+__device__ __forceinline__ int lane_column() { return threadIdx.x % 4 * 2; }
+constexpr int kChunk = 8;  // elements of 16 bits in the 16 bytes that copies and ldmatrix move
+
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2)
@@ -176,6 +182,20 @@ void with_types(const char* op, DType dtype, const char* name, DType parameter_d
       return same ? body(Types<f16, f16>()) : body(Types<f16, float>());
     default:
       refuse("dtype must be f32, bf16 or f16", dtype);
+  }
+}
+
+// Calls body(T()) for a dtype that tensor cores multiply.
+template <class Body>
+void with_type(const char* op, DType dtype, Body body) {
+  switch (dtype) {
+    case DType::bf16:
+      return body(bf16());
+    case DType::f16:
+      return body(f16());
+    default:
+      throw std::invalid_argument(std::string(op) + ": dtype must be bf16 or f16, got " +
+                                  std::to_string(int(dtype)));
   }
 }
 

@@ -3,17 +3,22 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import compiled, conv2d_checks, dispatch
+from lspm_kernels import compiled, conv2d_checks, conv2d_scratch, dispatch
 from lspm_kernels.conv2d_checks import ACTIVATIONS, FLOATS
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.ops.batch_norm_act import batch_norm_act
 from lspm_kernels.reference import conv2d as reference
 
+# On a GPU cuda comes first: predicted, not measured.
 BACKENDS = (
     Backend(
         "cpu", "cpu", FLOATS, compiled.cpu_kernel("conv2d_forward"), compiled.cpu_kernel("conv2d_backward"),
         compiled.nothing_missing,
+    ),
+    Backend(
+        "cuda", "cuda", FLOATS[1:], conv2d_scratch.conv2d_forward, conv2d_scratch.conv2d_backward,
+        compiled.cuda_missing,
     ),
 )  # fmt: skip
 
@@ -131,7 +136,7 @@ def conv2d(
         groups: C and K are split into as many; each part of K sees its part of C.
         activation: None, "relu", "relu6", "silu" or "gelu" (with erf).
         residual: y's shape and x's dtype.
-        backend: "cpu" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "cuda" or "reference"; None takes the first that admits the call.
 
     Returns:
         y: (N, K, H', W') or (K, H', W'), x's dtype.

@@ -96,10 +96,10 @@ def load(flavour, *sources, ptx_kernels=""):
     return Library(build.kernels(sources, flavour, ptx_kernels))
 
 
-def fixture(*sources, ptx_kernels=""):
-    """A fixture that is load()'s library in each flavour of LSPM_CUDA_ON_CPU, or of all but asan."""
+def fixture(*sources, ptx_kernels="", flavours=FLAVOURS):
+    """A fixture that is load()'s library in each flavour, by default LSPM_CUDA_ON_CPU's or all but asan."""
 
-    @pytest.fixture(params=FLAVOURS)
+    @pytest.fixture(params=flavours)
     def library(request):
         if request.param == "ptxcheck" and not shutil.which("nvcc"):
             pytest.skip("nvcc is not installed")
