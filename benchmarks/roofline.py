@@ -95,30 +95,51 @@ def machine_code() -> Iterator[dict]:
 
 
 def triton_code() -> Iterator[dict]:
-    """The same of Triton's attention, over its tiles: causal, and with a cap and dropout too."""
+    """The same of Triton's kernels, over their tiles."""
     from cuda_on_cpu import triton_driver
 
+    for arch in sass.SHARED:
+        for op, launch in (("attention", launch_attention), ("conv2d", launch_conv2d)):
+            with triton_driver.activated(int(arch[3:]), execute=False) as driver:
+                launch()
+            kernels = (
+                dataclasses.replace(
+                    kernel, name=f"triton: {op}{r.kernel}", shared=r.shared, most_threads=32 * r.warps
+                )
+                for r in driver.resources
+                for kernel in sass.compiled(r.cubin, arch)
+            )
+            yield from resources(arch, kernels)
+
+
+def launch_attention() -> None:
+    """Every tile, causal, and with a cap and dropout too."""
     from lspm_kernels.triton import attention
 
-    for arch in sass.SHARED:
-        with triton_driver.activated(int(arch[3:]), execute=False) as driver:
-            for dim, dtype in itertools.product((64, 128, 256), (torch.float32, torch.bfloat16)):
-                q, k, v, out = (torch.empty(1, 2, 144, dim, dtype=dtype) for _ in range(4))
-                lse, statistics, nothing = torch.empty(1, 2, 144), torch.empty(2, 1, 2, 144), (None,) * 4
-                for softcap, dropout in ((0.0, 0.0), (2.0, 0.1)):
-                    options = None, (-1, 0, 0, 1), (1.0, softcap, dropout)
-                    attention.forward(q, k, v, *nothing, out, lse, statistics, *options)
-                    attention.backward(
-                        out, None, q, k, v, *nothing, out, statistics, q, k, v, None, statistics, *options
-                    )
-        kernels = (
-            dataclasses.replace(
-                kernel, name=f"triton: attention{r.kernel}", shared=r.shared, most_threads=32 * r.warps
+    for dim, dtype in itertools.product((64, 128, 256), (torch.float32, torch.bfloat16)):
+        q, k, v, out = (torch.empty(1, 2, 144, dim, dtype=dtype) for _ in range(4))
+        lse, statistics, nothing = torch.empty(1, 2, 144), torch.empty(2, 1, 2, 144), (None,) * 4
+        for softcap, dropout in ((0.0, 0.0), (2.0, 0.1)):
+            options = None, (-1, 0, 0, 1), (1.0, softcap, dropout)
+            attention.forward(q, k, v, *nothing, out, lse, statistics, *options)
+            attention.backward(
+                out, None, q, k, v, *nothing, out, statistics, q, k, v, None, statistics, *options
             )
-            for r in driver.resources
-            for kernel in sass.compiled(r.cubin, arch)
-        )
-        yield from resources(arch, kernels)
+
+
+def launch_conv2d() -> None:
+    """Every tile with the epilogue of a model in evaluation; a stem and a depthwise convolution too."""
+    from lspm_kernels.triton import conv2d
+
+    wide = ((width, width, 1) for width in (256, 64, 32, 16))
+    for (channels, filters, groups), dtype in itertools.product(
+        (*wide, (3, 64, 1), (64, 64, 64)), (torch.float32, torch.bfloat16)
+    ):
+        x, y = (torch.empty(1, 130, 130, c, dtype=dtype) for c in (channels, filters))
+        weight, scale = torch.empty(filters, channels // groups, 3, 3, dtype=dtype), torch.empty(filters)
+        geometry = (1, 1), (1, 1), (1, 1), groups
+        conv2d.forward(x, weight, scale, scale, y, y, None, geometry, 1)
+        conv2d.backward(y, x, weight, x, weight, geometry)
 
 
 def resources(arch: str, kernels: Iterable[sass.Kernel]) -> Iterator[dict]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import compiled, conv2d_checks, conv2d_scratch, dispatch
+from lspm_kernels import compiled, conv2d_checks, conv2d_scratch, dispatch, triton
 from lspm_kernels.conv2d_checks import ACTIVATIONS, FLOATS
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
@@ -19,6 +19,10 @@ BACKENDS = (
     Backend(
         "cuda", "cuda", FLOATS[1:], conv2d_scratch.conv2d_forward, conv2d_scratch.conv2d_backward,
         compiled.cuda_missing,
+    ),
+    Backend(
+        "triton", "cuda", FLOATS, triton.kernel("conv2d_forward"), triton.kernel("conv2d_backward"),
+        triton.missing,
     ),
 )  # fmt: skip
 
@@ -136,7 +140,7 @@ def conv2d(
         groups: C and K are split into as many; each part of K sees its part of C.
         activation: None, "relu", "relu6", "silu" or "gelu" (with erf).
         residual: y's shape and x's dtype.
-        backend: "cpu", "cuda" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         y: (N, K, H', W') or (K, H', W'), x's dtype.
