@@ -12,7 +12,6 @@
 #include "dtype.h"
 
 namespace lspm {
-
 struct Conv2dShape {
   int64_t batch, height, width, channels;  // of x
   int64_t out_height, out_width, filters;  // of y
@@ -44,7 +43,6 @@ namespace cpu {
 // them; or null.
 void conv2d_forward(const void* x, const void* weight, const Conv2dEpilogue& epilogue, void* y,
                     float* statistics, const Conv2dShape& shape, int threads);
-
 // Gradients of z: dx of x and dweight of weight, which lies as weight does; either may be null.
 void conv2d_backward(const void* dz, const void* x, const void* weight, void* dx, void* dweight,
                      const Conv2dShape& shape, int threads);
