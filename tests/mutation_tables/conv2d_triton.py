@@ -55,13 +55,16 @@ MUTATIONS = [
         "s for s, d",
     ),
     executed(
-        "dx: pixels of phases that the image does not have",
+        "dx: pixels of one phase alone",
         "reference and phases-without",
         "phases = math.prod(map(min, stride, size))",
-        "phases = math.prod(stride)",
+        "phases = 1",
     ),
     executed(
-        "weight of another group", "reference and grouped", "((group * filters + filter).to", "((filter).to"
+        "weight of another group",
+        "reference and grouped",
+        "((group * filters + filter).to",
+        "((group * 0 + filter).to",
     ),
     executed(
         "direct: channels of the filter, not of its group",
@@ -70,7 +73,7 @@ MUTATIONS = [
         "        channel = filter * depth + step % depth\n",
     ),
     executed(
-        "shift before the scale",
+        "shift on the other side",
         "epilogue and silu and 3x3",
         "sums += tl.load(shift",
         "sums -= tl.load(shift",
@@ -98,10 +101,10 @@ MUTATIONS = [
         "squares.sum(0)",
     ),
     executed(
-        "statistics: sums of fused products",
-        "statistics",
-        '{"enable_fp_fusion": False}',
-        '{"enable_fp_fusion": True}',
+        "statistics: of what is not rounded",
+        "statistics and many-images",
+        "tl.where(inside, out.to(tl.float32), 0.0)",
+        "tl.where(inside, activated(sums, ACTIVATION), 0.0)",
         TILES,
     ),
     executed(
