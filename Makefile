@@ -29,7 +29,7 @@ demo: .venv/installed
 	$(BIN)/python benchmarks/bench_gpt.py --cases '*gpt_demo*'
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m 'not long'
+	$(BIN)/python -m pytest -m 'not long' -n 2 --dist loadfile
 
 test-long: .venv/installed
 	$(BIN)/python -m pytest -m long

@@ -7,6 +7,25 @@
 
 namespace lspm {
 
+// The error function: near 0 by a polynomial, elsewhere by exp() of one (both minimax, by N. Juffa).
+// Within 1.1 ulp with fused multiply-add, 1.3 without.
+inline F erf(F x) {
+  const F size = x < 0.0f ? -x : x, square = x * x;
+  F p = square * -5.96761703e-4f + 4.99119423e-3f;
+  p = p * square - 2.67681349e-2f;
+  p = p * square + 1.12819925e-1f;
+  p = p * square - 3.76125336e-1f;
+  p = p * square + 1.28379166e-1f;
+  const F near = p * x + x;
+  F q = size * -1.72853470e-5f + 3.83197126e-4f;
+  q = q * square + (size * -3.88396438e-3f + 2.42546219e-2f);
+  q = q * size - 1.06777877e-1f;
+  q = q * size - 6.34846687e-1f;
+  q = q * size - 1.28717512e-1f;
+  const F far = 1.0f - exp(q * size - size);
+  return size > 0.927734375f ? (x < 0.0f ? -far : far) : near;
+}
+
 inline F sigmoid(F z) { return 1.0f / (1.0f + exp(-max(broadcast(-100.0f), z))); }  // 0 from there on
 
 template <Activation kActivation>

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lspm_models.models.vision_layers import conv_batch_norm, global_avg_pool, max_pool2d
+from lspm_kernels import global_avg_pool, max_pool2d
+from lspm_models.models.vision_layers import conv_batch_norm
 
 BLOCKS = ("basic", "bottleneck")
 
@@ -224,4 +225,4 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The mean of the last stage's features, (N, C), of images (N, channels, H, W)."""
-        return global_avg_pool(self.pyramid(images)[-1])
+        return global_avg_pool(self.pyramid(images)[-1]).flatten(1)

@@ -2,29 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lspm_kernels import conv2d, conv2d_batch_norm
-
-
-def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int = 0) -> Tensor:
-    """The largest of each window."""
-    return F.max_pool2d(x, kernel_size, stride, padding)
-
-
-def global_avg_pool(x: Tensor) -> Tensor:
-    """(N, C) means over the pixels of x (N, C, H, W)."""
-    return F.adaptive_avg_pool2d(x, 1).flatten(1)
-
-
-def cross_entropy(
-    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100
-) -> Tensor:
-    """The mean cross-entropy of logits (N, C) in nats; targets are classes (N,) or probabilities (N, C)."""
-    if targets.is_floating_point():
-        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-    return F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing)
 
 
 def conv_batch_norm(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lspm_kernels import cross_entropy
 from lspm_models.models.resnet import ResNet, ResNetConfig
-from lspm_models.models.vision_layers import cross_entropy
 
 
 class Classification(nn.Module):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lspm_kernels import cross_entropy
 from lspm_models.models.unet import UNet, UNetConfig
-from lspm_models.models.vision_layers import Conv2d, cross_entropy
+from lspm_models.models.vision_layers import Conv2d
 
 IGNORE_INDEX = -100
 
