@@ -246,6 +246,6 @@ MUTATIONS = [
         name="conv2d cuda: runs of few pixels",
         old="min(_BLOCKS // blocks, pixels // _FEWEST_PIXELS)",
         new="_BLOCKS // blocks",
-        tests=seen_by("occupy"),
+        tests=("tests/ops/test_conv2d_cuda.py", "-k", "occupy"),
     ),
 ]
