@@ -66,7 +66,15 @@ class Pixels {
         const int64_t row = w_.c.taps[run].row - w_.top, column = w_.c.taps[run].column - w_.left;
         at += (row * w_.c.stride_w + column % w_.c.stride_w) * phase_ + column / w_.c.stride_w;
       }
-      multiply_runs<false>(turned_.get() + at, channel_, runs_, depth_, right, c, rows, filters, accumulate);
+      if constexpr (kRunDepth<O> > 2) {  // tile registers store all their rows: here those of other sums
+        alignas(64) float tile[kConvRows<O> * kPanel];
+        multiply_runs<false>(turned_.get() + at, channel_, runs_, depth_, right, tile, rows, filters, false);
+        for (int64_t i = 0; i < rows * kPanel; i += kLanes)
+          store(c + i, accumulate ? load(c + i) + load(tile + i) : load(tile + i));
+      } else {
+        multiply_runs<false>(turned_.get() + at, channel_, runs_, depth_, right, c, rows, filters,
+                             accumulate);
+      }
     } else {
       multiply_runs<true>(window_.get() + w_.runs[run] + channel, w_.pixel_stride(), runs_, depth_, right, c,
                           rows, filters, accumulate);

@@ -18,6 +18,8 @@ import triton.language as tl
 from cuda_on_cpu import triton_driver
 from cuda_on_cpu.triton_driver import uninitialised
 
+pytestmark = pytest.mark.long  # its tiles take minutes to translate from empty caches
+
 from lspm_kernels.triton import conv2d, conv2d_tiles
 from lspm_kernels.triton.conv2d_tiles import Tile
 
