@@ -18,11 +18,10 @@ import triton.language as tl
 from cuda_on_cpu import triton_driver
 from cuda_on_cpu.triton_driver import uninitialised
 
-pytestmark = pytest.mark.long  # its tiles take minutes to translate from empty caches
-
 from lspm_kernels.triton import conv2d, conv2d_tiles
 from lspm_kernels.triton.conv2d_tiles import Tile
 
+pytestmark = pytest.mark.long  # its tiles take minutes to translate from empty caches
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 REGISTERS = 65536  # of a multiprocessor: a block that takes more cannot be launched
 # Tiles that run in seconds here: on sm_80 not square, so that no size stands for another, and on sm_90 as
