@@ -334,7 +334,7 @@ const dim3 kMergeBlock(kMergedChannels, kMergedRuns);
 
 // Calls body(Types<T, float>(), wide) with wide, a constant, saying whether 16 bytes are moved at a time.
 template <class Body>
-void with_kernel(const char* op, const Shape& s, bool aligned, Body body) {
+void with_width(const char* op, const Shape& s, bool aligned, Body body) {
   with_types(op, s.dtype, "dtype", s.dtype, [&](auto types) {
     using T = typename decltype(types)::Data;
     constexpr int kWidth = kVectorBytes / sizeof(T);
@@ -355,7 +355,7 @@ void batch_norm_act_statistics(const void* x, float* partial, float* mean, float
   if (s.channels == 0) return;
   const DeviceGuard guard(device);
   if (x && s.partials)
-    with_kernel("batch_norm_act_statistics", s, aligned_for_vectors(x, partial), [&](auto t, auto width) {
+    with_width("batch_norm_act_statistics", s, aligned_for_vectors(x, partial), [&](auto t, auto width) {
       using T = decltype(t);
       const dim3 block = block_shape(s.channels, width);
       const dim3 grid(unsigned(s.partials), blocks(s.channels, block.x * width));
@@ -371,7 +371,7 @@ void batch_norm_act_forward(const void* x, const void* residual, const BatchNorm
   if (s.rows == 0 || s.channels == 0) return;
   const DeviceGuard guard(device);
   const bool wide = aligned(channels) && aligned_for_vectors(x, residual, y);
-  with_kernel("batch_norm_act_forward", s, wide, [&](auto t, auto width) {
+  with_width("batch_norm_act_forward", s, wide, [&](auto t, auto width) {
     using T = decltype(t);
     const dim3 block = block_shape(s.channels, width);
     const dim3 grid(blocks(s.rows, block.y * kRowsOfThread), blocks(s.channels, block.x * width));
@@ -389,7 +389,7 @@ void batch_norm_act_sums(const BatchNormActGradient& taken, const BatchNormActCh
   const bool wide =
       aligned(channels) && aligned_for_vectors(taken.dy, taken.x, taken.beside, dresidual, partial);
   if (s.partials)
-    with_kernel("batch_norm_act_sums", s, wide, [&](auto t, auto width) {
+    with_width("batch_norm_act_sums", s, wide, [&](auto t, auto width) {
       using T = decltype(t);
       const dim3 block = block_shape(s.channels, width);
       const dim3 grid(unsigned(s.partials), blocks(s.channels, block.x * width));
@@ -407,7 +407,7 @@ void batch_norm_act_backward(const BatchNormActGradient& taken, const BatchNormA
   if (s.rows == 0 || s.channels == 0) return;
   const DeviceGuard guard(device);
   const bool wide = aligned(channels) && aligned_for_vectors(taken.dy, taken.x, taken.beside, sums, dx);
-  with_kernel("batch_norm_act_backward", s, wide, [&](auto t, auto width) {
+  with_width("batch_norm_act_backward", s, wide, [&](auto t, auto width) {
     using T = decltype(t);
     const dim3 block = block_shape(s.channels, width);
     const dim3 grid(blocks(s.rows, block.y * kRowsOfThread), blocks(s.channels, block.x * width));
