@@ -56,6 +56,11 @@ def plain(*tensors: Tensor | None) -> bool:
     return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
 
 
+def pixels(t: Tensor) -> Tensor:
+    """t (N, C, H, W) as contiguous (N, H, W, C): its own memory wherever that is channels_last."""
+    return t.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+
+
 def readable(t: Tensor) -> bool:
     """Whether the values of t can be read here: not while something traces, transforms or captures."""
     return plain(t) and not (t.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from lspm_kernels import checks
+from lspm_kernels.reference import batch_norm_act as reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = (None, "relu", "relu6", "silu", "gelu")  # in the order of csrc/activation.h
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 
 def pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:

@@ -5,8 +5,6 @@
 // the product of each tile of kTileRows channels x kPanel filters to the part's sums. Those are then added in
 // order. The left side is the window that the forward reads; bfloat16, which is multiplied in pairs of
 // pixels, has it turned: pixels of a channel side by side.
-#include <utility>
-
 #include "cpu/conv2d_tiles.h"
 #include "cpu/parallel.h"
 
@@ -28,10 +26,7 @@ template <class T, class O>
 class Pixels {
  public:
   explicit Pixels(const Window<O>& w, int64_t images, int64_t rows)
-      : w_(w),
-        images_(images),
-        rows_(rows),
-        window_(images * image_size(rows) + kConvRows<O> * w.pixel_stride()) {
+      : w_(w), window_(images * image_size(rows) + kConvRows<O> * w.pixel_stride()) {
     const int64_t pixels = images * rows * w.c.columns;
     if constexpr (kTurned) {
       phase_ = (w.width + w.c.stride_w - 1) / w.c.stride_w;
@@ -81,10 +76,6 @@ class Pixels {
     }
   }
 
-  // Pixels from run to run in the right side.
-  int64_t depth() const { return depth_; }
-  const std::vector<int64_t>& runs() const { return runs_; }
-
  private:
   static constexpr bool kTurned = !std::is_same_v<O, float>;
   static constexpr int64_t kLine = 64 / sizeof(O);
@@ -119,7 +110,7 @@ class Pixels {
   }
 
   const Window<O>& w_;
-  int64_t images_, rows_, phase_ = 0, channel_ = 0, depth_ = 0;
+  int64_t phase_ = 0, channel_ = 0, depth_ = 0;
   std::vector<int64_t> runs_;
   Room<O> window_, turned_;
 };

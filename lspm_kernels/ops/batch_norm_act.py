@@ -10,7 +10,7 @@ from lspm_kernels.operator import Operator
 from lspm_kernels.reference import batch_norm_act as reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of csrc/batch_norm_act.h
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 _RELU = ACTIVATIONS.index("relu")
 _RUNS = {"cpu": 256, "cuda": 1024}  # runs of rows, at most; csrc/batch_norm_act.h says what they are for
 _ROWS_A_RUN, _ELEMENTS_A_RUN = 64, 4096  # at least, so that what is kept of a run is little beside its rows

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import compiled, conv2d_checks, conv2d_scratch, dispatch, triton
+from lspm_kernels import checks, compiled, conv2d_checks, conv2d_scratch, dispatch, triton
 from lspm_kernels.conv2d_checks import ACTIVATIONS, FLOATS
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
@@ -27,11 +27,6 @@ BACKENDS = (
 )  # fmt: skip
 
 
-def _rows(x):
-    """(N, C, H, W) as contiguous (N, H, W, C), which a channels_last tensor is already."""
-    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-
-
 def _forward(
     row, x, weight, scale, shift, residual, size, geometry, activation, takes_statistics, saves=True
 ):
@@ -41,8 +36,8 @@ def _forward(
         new = x.new_empty if row is None or out.numel() else x.new_zeros
         statistics = new(2, weight.shape[0], dtype=torch.float32)
     if row is not None and out.numel():
-        residual = None if residual is None else _rows(residual)
-        views = _rows(x), weight, scale, shift, residual, out, statistics
+        residual = None if residual is None else checks.pixels(residual)
+        views = checks.pixels(x), weight, scale, shift, residual, out, statistics
         row.forward(*views, _groups(geometry), activation)
     # An operator's outputs are tensors: an empty one stands for what is not wanted.
     return out.permute(0, 3, 1, 2), x.new_empty(0) if statistics is None else statistics
@@ -59,7 +54,7 @@ def _backward(row, dz, x, weight, geometry, wants_dx, wants_dweight, saves=True)
     dweight = new(weight) if wants_dweight else None
     if row is not None and dz.numel():
         views = [None if dx is None else dx.permute(0, 2, 3, 1), dweight]
-        row.backward(_rows(dz), _rows(x), weight, *views, _groups(geometry))
+        row.backward(checks.pixels(dz), checks.pixels(x), weight, *views, _groups(geometry))
     return dz.new_empty(0) if dx is None else dx, dz.new_empty(0) if dweight is None else dweight
 
 

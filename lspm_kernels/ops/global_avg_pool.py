@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import compiled, dispatch, triton
+from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import global_avg_pool as reference
@@ -28,7 +28,7 @@ BACKENDS = tuple(
 def _forward(row, x, saves=True):
     y = x.new_empty(*x.shape[:2], 1, 1)
     if row is not None and y.numel():
-        row.forward(_rows(x), y)
+        row.forward(checks.pixels(x), y)
     return y
 
 
@@ -36,13 +36,8 @@ def _backward(row, dy, height, width, saves=True):
     size = (*dy.shape[:2], height, width)
     dx = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=_LAST)
     if row is not None and dx.numel():
-        row.backward(dy.contiguous(), _rows(dx))
+        row.backward(dy.contiguous(), checks.pixels(dx))
     return dx
-
-
-def _rows(t):
-    """(N, H, W, C), contiguous: the memory of t itself wherever it can be."""
-    return t.contiguous(memory_format=_LAST).permute(0, 2, 3, 1)
 
 
 _pool_backward = Operator(

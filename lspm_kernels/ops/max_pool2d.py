@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import compiled, dispatch, triton
+from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import max_pool2d as reference
@@ -31,24 +31,24 @@ def _forward(row, x, window, ceil_mode, positioned, saves=True):
         dtype = torch.uint8 if window[0] * window[1] <= 256 else torch.int32
         positions = _empty(x, out, dtype)
     if row is not None and y.numel():
-        row.forward(_rows(x), _rows(y), None if positions is None else _rows(positions), window)
+        row.forward(
+            checks.pixels(x),
+            checks.pixels(y),
+            None if positions is None else checks.pixels(positions),
+            window,
+        )
     return y, positions
 
 
 def _backward(row, dy, positions, size, window, saves=True):
     dx = _empty(dy, [*dy.shape[:2], *size], dy.dtype)
     if row is not None and dx.numel():
-        row.backward(_rows(dy), _rows(positions), _rows(dx), window)
+        row.backward(checks.pixels(dy), checks.pixels(positions), checks.pixels(dx), window)
     return dx
 
 
 def _empty(like, size, dtype):
     return torch.empty(size, dtype=dtype, device=like.device, memory_format=_LAST)
-
-
-def _rows(t):
-    """(N, H, W, C), contiguous: the memory of t itself wherever it can be."""
-    return t.contiguous(memory_format=_LAST).permute(0, 2, 3, 1)
 
 
 def _sizes(size, window, ceil_mode):
