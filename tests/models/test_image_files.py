@@ -60,7 +60,15 @@ def test_labels_that_disagree_with_the_images(tmp_path):
         open_images(str(path))
 
 
-@pytest.mark.parametrize("content", [b"", b"\x1f\x8b", b"no image", gzip.compress(b"\0\0\x0d\3" + bytes(12))])
+NO_IDX = {
+    "empty": b"",
+    "gzip cut short": b"\x1f\x8b",
+    "other bytes": b"no image",
+    "packed floats": gzip.compress(b"\0\0\x0d\3" + bytes(12)),
+}
+
+
+@pytest.mark.parametrize("content", NO_IDX.values(), ids=NO_IDX)
 def test_a_file_that_is_no_idx(tmp_path, content):
     path = write_idx(tmp_path / "d")
     path.write_bytes(content)
