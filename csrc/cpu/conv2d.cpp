@@ -12,6 +12,7 @@
 #include "batch_norm_act.h"
 #include "cpu/activation.h"
 #include "cpu/conv2d_tiles.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace lspm::cpu {
@@ -273,6 +274,7 @@ void conv2d_forward(const void* x, const void* weight, const Conv2dEpilogue& epi
                     float* statistics, const Conv2dShape& s, int threads) {
   with_type(s, [&](auto type) {
     using T = decltype(type);
+    prepare_output(static_cast<T*>(y), s.batch * s.out_height * s.out_width * s.filters);
     forward(static_cast<const T*>(x), static_cast<const T*>(weight), epilogue, static_cast<T*>(y), statistics,
             s, threads);
   });
@@ -283,6 +285,7 @@ void conv2d_backward(const void* dz, const void* x, const void* weight, void* dx
   with_type(s, [&](auto type) {
     using T = decltype(type);
     const auto* from = static_cast<const T*>(dz);
+    prepare_output(static_cast<T*>(dx), s.batch * s.height * s.width * s.channels);
     if (dx) backward_data(from, static_cast<const T*>(weight), static_cast<T*>(dx), s, threads);
     if (dweight) conv2d_backward_weight(from, static_cast<const T*>(x), static_cast<T*>(dweight), s, threads);
   });

@@ -281,8 +281,7 @@ void backward(const void* dloss, const void* logits, const void* target, const f
   job.dloss = static_cast<const T*>(dloss);
   job.statistics = statistics;
   job.dlogits = static_cast<T*>(dlogits);
-  const int64_t bytes = s.rows * s.classes * int64_t(sizeof(T));
-  if (bytes >= kLargeBytes) prefer_huge_pages(dlogits, bytes);
+  prepare_output(job.dlogits, s.rows * s.classes);
   parallel_for(s.rows, s.rows * s.classes, threads,
                [&](int64_t begin, int64_t end) { job.rows(begin, end); });
 }

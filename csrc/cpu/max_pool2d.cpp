@@ -149,8 +149,7 @@ template <class T, class P>
 void backward(const void* dy, const void* positions, void* dx, const MaxPool2dShape& s, int threads) {
   const Backward<T, P> job{static_cast<const T*>(dy), static_cast<const P*>(positions), static_cast<T*>(dx),
                            s};
-  const int64_t bytes = s.inputs() * int64_t(sizeof(T));
-  if (bytes >= kLargeBytes) prefer_huge_pages(dx, bytes);
+  prepare_output(job.dx, s.inputs());
   parallel_for(s.batch * s.rows.in, s.inputs(), threads,
                [&](int64_t begin, int64_t end) { job.rows(begin, end); });
 }

@@ -27,14 +27,20 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
 #endif
 }
 
-// Whether `elements` of `out`, which lie in runs of `run`, are to be streamed; makes them ready for it. out:
-// or null.
+// Makes `elements` of `out`, or null, ready to be written; returns whether they are many.
 template <class T>
-bool streams(T* out, int64_t elements, int64_t run) {
+bool prepare_output(T* out, int64_t elements) {
   const int64_t bytes = elements * int64_t(sizeof(T));
   if (!out || bytes < kLargeBytes) return false;
   prefer_huge_pages(out, bytes);
-  return reinterpret_cast<uintptr_t>(out) % sizeof(F) == 0 && run % (2 * kLanes) == 0;
+  return true;
+}
+
+// Whether `elements` of `out`, or null, which lie in runs of `run`, are to be streamed; makes them ready.
+template <class T>
+bool streams(T* out, int64_t elements, int64_t run) {
+  return prepare_output(out, elements) && reinterpret_cast<uintptr_t>(out) % sizeof(F) == 0 &&
+         run % (2 * kLanes) == 0;
 }
 
 // Stores a vector or a pair, past the cache where kStream.
