@@ -8,6 +8,7 @@ import torchvision
 from torch import Tensor, nn
 
 from lspm_models.models.resnet import NAMED, ResNet
+from lspm_models.models.vision_layers import pack_for_inference
 
 LAST = torch.channels_last
 
@@ -36,6 +37,8 @@ class Run:
             model.fc = nn.Identity()
         model = model.to(self.dtype).to(torch.float64 if exact else self.dtype).to(memory_format=LAST)
         model = model.train(self.mode != "inference")
+        if variant == "lspm" and self.mode == "inference":
+            pack_for_inference(model)
         return torch.compile(model, dynamic=False) if variant == "compile" else model
 
     def step(self, variant: str, exact: bool = False) -> Callable[[], list[Tensor]]:

@@ -64,16 +64,46 @@ void conv2d_forward(const TensorView& x, const TensorView& weight, const Optiona
       optional(residual, "residual", x, s.dtype, y.numel()), lspm::Activation(activation)};
   [[maybe_unused]] auto* found =
       static_cast<float*>(optional(statistics, "statistics", x, DType::f32, 2 * s.filters));
-  [[maybe_unused]] void* scratch = optional(packed, "packed", x, s.dtype, s.packed_forward());
+#ifdef LSPM_CUDA
+  void* scratch = optional(packed, "packed", x, s.dtype, s.packed_forward());
+#else
+  const void* scratch =
+      packed ? packed->contiguous("packed", x, DType::u8, backend::conv2d_packed_bytes(s)) : nullptr;
+#endif
   py::gil_scoped_release unlocked;
 #ifdef LSPM_CUDA
   if (found) TensorView::refuse("statistics", "be None: batch_norm_act_statistics takes them");
   if (!scratch) TensorView::refuse("packed", "be there");
   backend::conv2d_forward(px, pw, epilogue, py, scratch, s, WHERE(x, threads));
 #else
-  backend::conv2d_forward(px, pw, epilogue, py, found, s, threads);
+  backend::conv2d_forward(px, pw, scratch, epilogue, py, found, s, threads);
 #endif
 }
+
+#ifndef LSPM_CUDA
+// How the weight is packed depends on everything but the images' size.
+lspm::Conv2dShape shape_of(const TensorView& weight, const Geometry& geometry) {
+  check_first(weight, "weight");
+  if (weight.dim() != 4) TensorView::refuse("weight", "have 4 dimensions");
+  int64_t sizes[4] = {1, 1, 1, weight.size(1) * std::get<3>(geometry)}, strides[4] = {1, 1, 1, 1};
+  int64_t out_sizes[4] = {1, 1, 1, weight.size(0)};
+  TensorView x = weight, y = weight;
+  x.t.shape = sizes, y.t.shape = out_sizes, x.t.strides = y.t.strides = strides;
+  return shape_of(x, weight, y, geometry);
+}
+
+int64_t conv2d_packed_bytes(const TensorView& weight, const Geometry& geometry) {
+  return backend::conv2d_packed_bytes(shape_of(weight, geometry));
+}
+
+void conv2d_pack(const TensorView& weight, const TensorView& packed, const Geometry& geometry, int threads) {
+  const auto s = shape_of(weight, geometry);
+  void* to = packed.contiguous("packed", weight, DType::u8, backend::conv2d_packed_bytes(s));
+  void* from = weight.data("weight", weight, s.dtype);
+  py::gil_scoped_release unlocked;
+  backend::conv2d_pack(from, to, s, threads);
+}
+#endif
 
 void conv2d_backward(const TensorView& dz, const TensorView& x, const TensorView& weight,
                      const OptionalView& dx, const OptionalView& dweight, const Geometry& geometry,
@@ -105,6 +135,11 @@ void bind_conv2d(py::module_& m) {
         py::arg("shift").none(true), py::arg("residual").none(true), py::arg("y"),
         py::arg("statistics").none(true), py::arg("geometry"), py::arg("activation"), py::arg("threads"),
         py::arg("packed").none(true) = py::none());
+#ifndef LSPM_CUDA
+  m.def("conv2d_packed_bytes", &conv2d_packed_bytes, py::arg("weight"), py::arg("geometry"));
+  m.def("conv2d_pack", &conv2d_pack, py::arg("weight"), py::arg("packed"), py::arg("geometry"),
+        py::arg("threads"));
+#endif
   m.def("conv2d_backward", &conv2d_backward, py::arg("dz"), py::arg("x"), py::arg("weight"),
         py::arg("dx").none(true), py::arg("dweight").none(true), py::arg("geometry"), py::arg("threads"),
         py::arg("packed").none(true) = py::none(), py::arg("partial").none(true) = py::none());

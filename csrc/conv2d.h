@@ -39,10 +39,13 @@ struct Conv2dEpilogue {
 };
 
 namespace cpu {
-// statistics: (2, K), the mean and the biased variance of y over all pixels, as a batch norm behind it takes
-// them; or null.
-void conv2d_forward(const void* x, const void* weight, const Conv2dEpilogue& epilogue, void* y,
-                    float* statistics, const Conv2dShape& shape, int threads);
+// The weight as the forward reads it, whatever the images' size: how many bytes, and the packing itself.
+int64_t conv2d_packed_bytes(const Conv2dShape& shape);
+void conv2d_pack(const void* weight, void* packed, const Conv2dShape& shape, int threads);
+// packed: or null. statistics: (2, K), the mean and the biased variance of y over all pixels, as a batch norm
+// behind it takes them; or null.
+void conv2d_forward(const void* x, const void* weight, const void* packed, const Conv2dEpilogue& epilogue,
+                    void* y, float* statistics, const Conv2dShape& shape, int threads);
 // Gradients of z: dx of x and dweight of weight, which lies as weight does; either may be null.
 void conv2d_backward(const void* dz, const void* x, const void* weight, void* dx, void* dweight,
                      const Conv2dShape& shape, int threads);

@@ -12,9 +12,11 @@ from lspm_kernels.ops.global_avg_pool import global_avg_pool
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from lspm_kernels.ops.max_pool2d import max_pool2d
 from lspm_kernels.ops.rotary import rotary
+from lspm_kernels.packed_conv2d import PackedConv2d
 
 __all__ = [
     "FallbackWarning",
+    "PackedConv2d",
     "add_layer_norm",
     "add_rms_norm",
     "attention",

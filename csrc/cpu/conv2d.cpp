@@ -10,212 +10,170 @@
 #include "conv2d.h"
 
 #include "batch_norm_act.h"
-#include "cpu/activation.h"
+#include "cpu/conv2d_epilogue.h"
 #include "cpu/conv2d_tiles.h"
+#include "cpu/conv2d_winograd.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace lspm::cpu {
 namespace {
 
-template <class O, class T>
-O operand(T v) {
-  if constexpr (std::is_same_v<O, T>)
-    return v;
-  else
-    return to_float(v);
-}
+constexpr int64_t kWindowBytes = 384 << 10;  // of the input's copy: it and a panel fit the second-level cache
+constexpr int64_t kItems = 8;                // at least, where there are so many, for threads to share
 
-// The weights of a panel of filters, [tap][depth][kPanel], as tiles read them.
-template <class T, class O>
-void pack_panel(const Window<O>& w, const T* weight, int64_t filters, O* to) {
-  const Correlation& c = w.c;
-  constexpr int64_t kPairs = Step<O>::kDepth;
-  for (const Tap& tap : c.taps) {
-    const T* from = weight + tap.filter;
-    const int64_t at = (&tap - c.taps.data()) * w.tap_depth;
-    if (at % kPairs == 0 && c.filter_stride == 1) {
-      pack_right(from, c.depth_stride, to + at * kPanel, 0, c.depth, filters);
-    } else if (at % kPairs == 0 && c.depth_stride == 1) {
-      pack_right_transposed(from, c.filter_stride, to + at * kPanel, 0, c.depth, filters);
-    } else {
-      for (int64_t d = 0; d < c.depth; ++d) {
-        O* row = to + (at + d) / kPairs * kPairs * kPanel + (at + d) % kPairs;
-        for (int64_t n = 0; n < filters; ++n)
-          row[n * kPairs] = operand<O>(from[d * c.depth_stride + n * c.filter_stride]);
+// The definition, by implicit GEMM; as Winograd, which is the other way, it works on blocks of the output.
+template <class T>
+class ImplicitGemm {
+  using O = OperandOf<T>;
+
+ public:
+  explicit ImplicitGemm(const Correlation& correlation) : c(correlation), w_(c) {
+    // Rows are counted through all images; only where points are gathered may a block hold several images'.
+    span_ = w_.kind == Window<O>::gathered ? c.batch * c.rows : c.rows;
+    const int64_t fits = kWindowBytes / int64_t(sizeof(O)) / std::max<int64_t>(1, w_.size(1));
+    rows_ = std::clamp<int64_t>(fits, 1, std::max<int64_t>(1, span_));
+    in_span_ = (span_ + rows_ - 1) / rows_;
+    // Without a window the images' pixels are read where they lie; unless they are a multiple of so many
+    // bytes apart that rows of a tile share one set of the cache.
+    const bool one_to_one = c.taps.size() == 1 && c.taps[0].row == 0 && c.taps[0].column == 0 &&
+                            c.stride_h == 1 && c.stride_w == 1 && c.rows == c.height && c.columns == c.width;
+    direct_ = std::is_same_v<T, O> && kRunDepth<O> <= 2 && one_to_one && c.depth % kRunDepth<O> == 0 &&
+              c.channels * int64_t(sizeof(T)) % 4096 != 0;
+    pixel_ = direct_ ? c.channels : w_.pixel_stride();
+    row_ = direct_ ? c.columns * c.channels : w_.row_stride();
+  }
+
+  int64_t blocks() const { return span_ ? in_span_ * (c.batch * c.rows / span_) : 0; }
+  int64_t panels() const { return w_.panels(); }
+  int64_t panel() const { return w_.panel(); }
+  int64_t room() const { return w_.size(rows_); }
+
+  void pack(const T* weight, int64_t filters, O* to) const {
+    std::fill_n(to, panel(), O{});
+    pack_panel(w_, weight, filters, to);
+  }
+
+  // What the block reads, which may be written to `room`.
+  const O* operands(const T* x, int64_t group, int64_t block, O* room) const {
+    if constexpr (std::is_same_v<T, O>)
+      if (direct_) return x + group * c.depth + begin(block) * row_;
+    w_.fill(x, group, begin(block), end(block) - begin(block), room);
+    return room;
+  }
+
+  bool panel_of_block(const O* operands, O*, const O* right, int64_t block, int64_t filter, int64_t filters,
+                      const Epilogue<T>& epilogue, T* y, Moments<T>* moments) const {
+    const int64_t first = begin(block), rows = end(block) - first;
+    const bool flat = w_.kind == Window<O>::gathered && c.dense();
+    const int64_t segments = flat ? 1 : rows, pixels = flat ? rows * c.columns : c.columns;
+    const int64_t tiles = (pixels + kConvRows<O> - 1) / kConvRows<O>;
+    alignas(64) float tile[kConvRows<O> * kPanel];
+    for (int64_t s = 0; s < segments; ++s) {
+      const int64_t row = first + s;
+      const int64_t out = c.out_offset + row / c.rows * c.out_image + row % c.rows * c.out_row + filter;
+      for (int64_t t = 0; t < tiles; ++t) {  // of pixels that differ by one at most
+        const int64_t from = pixels * t / tiles, count = pixels * (t + 1) / tiles - from;
+        epilogue.prefetch(count, filters, y, out + from * c.out_pixel, c.out_pixel);
+        multiply_runs<false>(operands + s * row_ + from * pixel_, pixel_, w_.runs, w_.depth, right, tile,
+                             count, filters, false);
+        epilogue.write(tile, count, filters, filter, y, out + from * c.out_pixel, c.out_pixel);
+        if (moments) moments->add(tile, count, filters);
       }
     }
+    return true;
   }
-}
 
-template <class T, class O>
-void pack_weight(const Window<O>& w, const T* weight, O* packed, int threads) {
-  const Correlation& c = w.c;
-  const int64_t panels = c.groups * w.panels();
-  parallel_for(panels, panels * w.panel(), threads, [&](int64_t begin, int64_t end) {
+  const Correlation& c;
+
+ private:
+  int64_t begin(int64_t block) const { return block / in_span_ * span_ + block % in_span_ * rows_; }
+  int64_t end(int64_t block) const { return std::min(begin(block) + rows_, (block / in_span_ + 1) * span_); }
+
+  Window<O> w_;
+  int64_t rows_, in_span_, span_;  // rows in a block; blocks in `span` rows
+  bool direct_;
+  int64_t pixel_, row_;  // elements of the operands from pixel to pixel and from row to row
+};
+
+template <class Way, class T, class O>
+void pack_weight(const Way& way, const T* weight, O* packed, int threads) {
+  const Correlation& c = way.c;
+  const int64_t panels = c.groups * way.panels();
+  parallel_for(panels, panels * way.panel(), threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % w.panels() * kPanel;
-      std::fill_n(packed + i * w.panel(), w.panel(), O{});
-      pack_panel(w, weight + i / w.panels() * c.group_stride + first * c.filter_stride,
-                 std::min(kPanel, c.filters - first), packed + i * w.panel());
+      const int64_t first = i % way.panels() * kPanel;
+      way.pack(weight + i / way.panels() * c.group_stride + first * c.filter_stride,
+               std::min(kPanel, c.filters - first), packed + i * way.panel());
     }
   });
 }
 
-// The mean and the squared deviations of what a block of pixels gave for a panel of filters: sums of
-// deviations from its first pixel, which cancel nothing where the mean is large. Those of a tile are added to
-// what there is with their rounding errors kept (Kahan 1965).
-template <class T>
-class Moments {
- public:
-  void add(const float* tile, int64_t rows, int64_t filters) {
-    for (int64_t i = 0; i < filters; i += kLanes) {
-      if (!count_) store(first_ + i, rounded<T>(load(tile + i)));
-      const F first = load(first_ + i);
-      F sum{}, squares{};
-      for (int64_t r = 0; r < rows; ++r) {
-        const F d = rounded<T>(load(tile + r * kPanel + i)) - first;
-        sum += d;
-        squares += d * d;
-      }
-      add(sum_ + i, sum);
-      add(squares_ + i, squares);
-    }
-    count_ += rows;
-  }
-
-  // As batch_norm_act.h has a run: their number, mean and squared deviations, `apart` floats apart.
-  void write(int64_t filters, float* run, int64_t apart) {
-    const float count = float(count_);
-    for_each_vector(filters, [&](int64_t i, auto lanes) {
-      const F mean = load(sum_ + i) / count;
-      lanes.store(run + i, broadcast(count));
-      lanes.store(run + apart + i, load(first_ + i) + mean);
-      lanes.store(run + 2 * apart + i, max(F{}, load(squares_ + i) - mean * load(sum_ + i)));
-    });
-    count_ = 0;
-  }
-
- private:
-  void add(float* sum, F v) const {
-    const F before = count_ ? load(sum) : F{}, missing = count_ ? v - load(sum + kPanel) : v;
-    const F after = before + missing;
-    store(sum + kPanel, (after - before) - missing);
-    store(sum, after);
-  }
-
-  alignas(64) float first_[kPanel], sum_[2 * kPanel], squares_[2 * kPanel];
-  int64_t count_ = 0;
-};
-
-template <class T>
-struct Epilogue {
-  const float *scale, *shift;
-  const T* residual;
-  Activation activation;
-
-  // Rows of a tile, which begin with filter `filter`, into pixels from `out` on of y. The tile is left as
-  // what y has.
-  void write(float* tile, int64_t rows, int64_t filters, int64_t filter, T* y, int64_t out,
-             int64_t pixel) const {
-    with_activation(activation, [&](auto kind) {
-      for (int64_t r = 0; r < rows; ++r, tile += kPanel, out += pixel)
-        for_each_vector(filters, [&](int64_t i, auto lanes) {
-          F v = load(tile + i);
-          if (scale) v *= lanes.load(scale + filter + i);
-          if (shift) v += lanes.load(shift + filter + i);
-          if (residual) v += lanes.load(residual + out + i);
-          v = activated<kind.value>(v);
-          store(tile + i, v);
-          lanes.store(y + out + i, v);
-        });
-    });
-  }
-};
-
-constexpr int64_t kWindowBytes = 384 << 10;  // of the input's copy: it and a panel fit the second-level cache
-constexpr int64_t kItems = 8;                // at least, where there are so many, for threads to share
-
-// Blocks of rows, counted through all images. Only where points are gathered may one hold several images'.
-struct Blocks {
-  int64_t rows, per, span, count;  // rows in a block; blocks in `span` rows, and in all
-
-  template <class O>
-  explicit Blocks(const Window<O>& w) {
-    const Correlation& c = w.c;
-    span = w.kind == Window<O>::gathered ? c.batch * c.rows : c.rows;
-    const int64_t fits = kWindowBytes / int64_t(sizeof(O)) / std::max<int64_t>(1, w.size(1));
-    rows = std::clamp<int64_t>(fits, 1, span);
-    per = (span + rows - 1) / rows;
-    count = per * (c.batch * c.rows / span);
-  }
-  int64_t begin(int64_t block) const { return block / per * span + block % per * rows; }
-  int64_t end(int64_t block) const { return std::min(begin(block) + rows, (block / per + 1) * span); }
-};
-
-// The output of one block of a group: a panel of filters.
-template <class T, class O>
-void panel_of_block(const Window<O>& w, const O* window, const O* right, int64_t first, int64_t rows,
-                    int64_t filter, int64_t filters, const Epilogue<T>& epilogue, T* y, Moments<T>* moments) {
-  const Correlation& c = w.c;
-  const bool flat = w.kind == Window<O>::gathered && c.dense();
-  const int64_t segments = flat ? 1 : rows, pixels = flat ? rows * c.columns : c.columns;
-  const int64_t tiles = (pixels + kConvRows<O> - 1) / kConvRows<O>;
-  alignas(64) float tile[kConvRows<O> * kPanel];
-  for (int64_t s = 0; s < segments; ++s) {
-    const int64_t row = first + s;
-    const int64_t out = c.out_offset + row / c.rows * c.out_image + row % c.rows * c.out_row + filter;
-    for (int64_t t = 0; t < tiles; ++t) {  // of pixels that differ by one at most
-      const int64_t from = pixels * t / tiles, count = pixels * (t + 1) / tiles - from;
-      multiply_runs<false>(window + s * w.row_stride() + from * w.pixel_stride(), w.pixel_stride(), w.runs,
-                           w.depth, right, tile, count, filters, false);
-      epilogue.write(tile, count, filters, filter, y, out + from * c.out_pixel, c.out_pixel);
-      if (moments) moments->add(tile, count, filters);
-    }
-  }
-}
-
-// statistics: (2, filters), the mean and variance of each filter over all pixels, or null.
-template <class T>
-void correlate(const Correlation& c, const T* x, const T* weight, const Epilogue<T>& epilogue, T* y,
-               float* statistics, int threads) {
-  using O = OperandOf<T>;
-  const Window<O> w(c);
-  const Blocks blocks(w);
-  const Room<O> packed(c.groups * w.panels() * w.panel());
-  pack_weight(w, weight, packed.get(), threads);
-  const int64_t chunks = std::clamp<int64_t>(kItems / (blocks.count * c.groups), 1, w.panels());
-  const int64_t items = blocks.count * c.groups * chunks, room = w.size(blocks.rows);
-  const int64_t all = c.groups * c.filters;
-  const Room<O> windows(threads * room);
-  const Room<float> runs(statistics ? blocks.count * 3 * all : 0);
+// As correlate(); whether all sums that the way forms are finite.
+template <class Way, class T, class O = OperandOf<T>>
+bool correlate_by(const Way& way, const T* x, const T* weight, const O* packed, const Epilogue<T>& epilogue,
+                  T* y, float* statistics, int threads) {
+  const Correlation& c = way.c;
+  const Room<O> packed_here(packed ? 0 : c.groups * way.panels() * way.panel());
+  if (!packed) pack_weight(way, weight, packed_here.get(), threads);
+  const O* right = packed ? packed : packed_here.get();
+  const int64_t blocks = way.blocks();
+  const int64_t chunks = std::clamp<int64_t>(kItems / (blocks * c.groups), 1, way.panels());
+  const int64_t items = blocks * c.groups * chunks, all = c.groups * c.filters;
+  const Room<O> rooms(threads * way.room());
+  const Room<float> runs(statistics ? blocks * 3 * all : 0);
   const int64_t work = c.grid() * all * std::max<int64_t>(1, c.taps.size() * c.depth);
+  std::atomic<bool> finite{true};
   parallel_claim(items, work, threads, [&](auto next, int thread) {
     const TileRegisters tiles;
     Moments<T> moments;
-    O* window = windows.get() + thread * room;
+    O* room = rooms.get() + thread * way.room();
     for (int64_t item; (item = next()) < items;) {
       const int64_t chunk = item % chunks, group = item / chunks % c.groups, block = item / chunks / c.groups;
-      const int64_t first = blocks.begin(block), rows = blocks.end(block) - first;
-      w.fill(x, group, first, rows, window);
-      for (int64_t p = w.panels() * chunk / chunks; p < w.panels() * (chunk + 1) / chunks; ++p) {
+      const O* operands = way.operands(x, group, block, room);
+      for (int64_t p = way.panels() * chunk / chunks; p < way.panels() * (chunk + 1) / chunks; ++p) {
         const int64_t filters = std::min(kPanel, c.filters - p * kPanel);
         const int64_t filter = group * c.filters + p * kPanel;
-        panel_of_block(w, window, packed.get() + (group * w.panels() + p) * w.panel(), first, rows, filter,
-                       filters, epilogue, y, statistics ? &moments : nullptr);
+        if (!way.panel_of_block(operands, room, right + (group * way.panels() + p) * way.panel(), block,
+                                filter, filters, epilogue, y, statistics ? &moments : nullptr))
+          finite.store(false, std::memory_order_relaxed);
         if (statistics) moments.write(filters, runs.get() + block * 3 * all + filter, all);
       }
     }
   });
   if (statistics)
     batch_norm_act_statistics(nullptr, runs.get(), statistics, statistics + all,
-                              {c.grid(), all, blocks.count, DType::f32, Activation::none, 0.0f}, threads);
+                              {c.grid(), all, blocks, DType::f32, Activation::none, 0.0f}, threads);
+  return finite;
+}
+
+// packed: the weights as the way that is taken packs them, or null. statistics: (2, filters), the mean and
+// variance of each filter over all pixels, or null.
+template <class T>
+void correlate(const Correlation& c, const T* x, const T* weight, const void* packed,
+               const Epilogue<T>& epilogue, T* y, float* statistics, int threads) {
+  const auto* panels = static_cast<const OperandOf<T>*>(packed);
+  if constexpr (std::is_same_v<OperandOf<T>, float>) {
+    if (Winograd<T>::admits(c)) {
+      if (correlate_by(Winograd<T>(c), x, weight, panels, epilogue, y, statistics, threads)) return;
+      panels = nullptr;
+    }
+  }
+  correlate_by(ImplicitGemm<T>(c), x, weight, panels, epilogue, y, statistics, threads);
+}
+
+// Calls f(way) with the way that correlate() tries first.
+template <class T, class Call>
+auto with_way(const Correlation& c, Call f) {
+  if constexpr (std::is_same_v<OperandOf<T>, float>)
+    if (Winograd<T>::admits(c)) return f(Winograd<T>(c));
+  return f(ImplicitGemm<T>(c));
 }
 
 template <class T>
-void forward(const T* x, const T* weight, const Conv2dEpilogue& e, T* y, float* statistics,
-             const Conv2dShape& s, int threads) {
-  correlate(sums_over_x(s), x, weight,
+void forward(const T* x, const T* weight, const void* packed, const Conv2dEpilogue& e, T* y,
+             float* statistics, const Conv2dShape& s, int threads) {
+  correlate(sums_over_x(s), x, weight, packed,
             Epilogue<T>{e.scale, e.shift, static_cast<const T*>(e.residual), e.activation}, y, statistics,
             threads);
 }
@@ -251,7 +209,8 @@ void backward_phase(const T* dz, const T* weight, T* dx, const Conv2dShape& s, i
             {row / s.stride_h, column / s.stride_w, r * s.weight_strides[2] + q * s.weight_strides[3]});
     }
   if (c.grid())
-    correlate(c, dz, weight, Epilogue<T>{nullptr, nullptr, nullptr, Activation::none}, dx, nullptr, threads);
+    correlate(c, dz, weight, nullptr, Epilogue<T>{nullptr, nullptr, nullptr, Activation::none}, dx, nullptr,
+              threads);
 }
 
 template <class T>
@@ -270,13 +229,35 @@ void with_type(const Conv2dShape& s, Call f) {
 
 }  // namespace
 
-void conv2d_forward(const void* x, const void* weight, const Conv2dEpilogue& epilogue, void* y,
-                    float* statistics, const Conv2dShape& s, int threads) {
+int64_t conv2d_packed_bytes(const Conv2dShape& s) {
+  int64_t bytes = 0;
+  with_type(s, [&](auto type) {
+    using T = decltype(type);
+    const Correlation c = sums_over_x(s);
+    with_way<T>(c, [&](const auto& way) {
+      bytes = s.groups * way.panels() * way.panel() * int64_t(sizeof(OperandOf<T>));
+    });
+  });
+  return bytes;
+}
+
+void conv2d_pack(const void* weight, void* packed, const Conv2dShape& s, int threads) {
+  with_type(s, [&](auto type) {
+    using T = decltype(type);
+    const Correlation c = sums_over_x(s);
+    with_way<T>(c, [&](const auto& way) {
+      pack_weight(way, static_cast<const T*>(weight), static_cast<OperandOf<T>*>(packed), threads);
+    });
+  });
+}
+
+void conv2d_forward(const void* x, const void* weight, const void* packed, const Conv2dEpilogue& epilogue,
+                    void* y, float* statistics, const Conv2dShape& s, int threads) {
   with_type(s, [&](auto type) {
     using T = decltype(type);
     prepare_output(static_cast<T*>(y), s.batch * s.out_height * s.out_width * s.filters);
-    forward(static_cast<const T*>(x), static_cast<const T*>(weight), epilogue, static_cast<T*>(y), statistics,
-            s, threads);
+    forward(static_cast<const T*>(x), static_cast<const T*>(weight), packed, epilogue, static_cast<T*>(y),
+            statistics, s, threads);
   });
 }
 

@@ -219,6 +219,36 @@ struct Window {
   }
 };
 
+template <class O, class T>
+O operand(T v) {
+  if constexpr (std::is_same_v<O, T>)
+    return v;
+  else
+    return to_float(v);
+}
+
+// The weights of a panel of filters, [tap][depth][kPanel], as tiles read them.
+template <class T, class O>
+void pack_panel(const Window<O>& w, const T* weight, int64_t filters, O* to) {
+  const Correlation& c = w.c;
+  constexpr int64_t kPairs = Step<O>::kDepth;
+  for (const Tap& tap : c.taps) {
+    const T* from = weight + tap.filter;
+    const int64_t at = (&tap - c.taps.data()) * w.tap_depth;
+    if (at % kPairs == 0 && c.filter_stride == 1) {
+      pack_right(from, c.depth_stride, to + at * kPanel, 0, c.depth, filters);
+    } else if (at % kPairs == 0 && c.depth_stride == 1) {
+      pack_right_transposed(from, c.filter_stride, to + at * kPanel, 0, c.depth, filters);
+    } else {
+      for (int64_t d = 0; d < c.depth; ++d) {
+        O* row = to + (at + d) / kPairs * kPairs * kPanel + (at + d) % kPairs;
+        for (int64_t n = 0; n < filters; ++n)
+          row[n * kPairs] = operand<O>(from[d * c.depth_stride + n * c.filter_stride]);
+      }
+    }
+  }
+}
+
 // Rows of the left side times a panel of the right one, along all runs.
 template <bool kTransposed, int kRows, int kVectors, class O>
 void runs_tile(const O* left, int64_t stride, const int64_t* runs, int64_t count, int64_t depth,
