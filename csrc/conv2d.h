@@ -6,8 +6,6 @@
 // where c runs over the channels of k's group and what lies outside of x is 0. x, y and residual are
 // contiguous (N, H, W, C), which torch calls channels_last; sums are in float. "Or null": may be absent.
 #pragma once
-#include <cstdint>
-
 #include "activation.h"
 #include "dtype.h"
 
@@ -39,11 +37,10 @@ struct Conv2dEpilogue {
 };
 
 namespace cpu {
-// The weight as the forward reads it, whatever the images' size: how many bytes, and the packing itself.
+// The weight as the forward reads it, whatever the images' size.
 int64_t conv2d_packed_bytes(const Conv2dShape& shape);
 void conv2d_pack(const void* weight, void* packed, const Conv2dShape& shape, int threads);
-// packed: or null. statistics: (2, K), the mean and the biased variance of y over all pixels, as a batch norm
-// behind it takes them; or null.
+// packed: or null. statistics: (2, K), the mean and biased variance of y over all pixels; or null.
 void conv2d_forward(const void* x, const void* weight, const void* packed, const Conv2dEpilogue& epilogue,
                     void* y, float* statistics, const Conv2dShape& shape, int threads);
 // Gradients of z: dx of x and dweight of weight, which lies as weight does; either may be null.
@@ -59,5 +56,4 @@ void conv2d_forward(const void* x, const void* weight, const Conv2dEpilogue& epi
 void conv2d_backward(const void* dz, const void* x, const void* weight, void* dx, void* dweight, void* packed,
                      float* partial, int64_t partials, const Conv2dShape& shape, int device, void* stream);
 }  // namespace cuda
-
 }  // namespace lspm

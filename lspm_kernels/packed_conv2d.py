@@ -95,11 +95,11 @@ class PackedConv2d:
         self.window = (stride, padding, dilation, groups)
         self.activation, self.eps = activation, eps
         self._code = conv2d_checks.activation(_OP, activation)
-        self._versions = self._packed = self._epilogue = None
+        self._versions = self._packed = self._epilogue = self._last = self._sizes = None
 
     def __getstate__(self) -> dict:
         # Another machine's kernels may read another layout.
-        return self.__dict__ | {"_versions": None, "_packed": None, "_epilogue": None}
+        return self.__dict__ | dict.fromkeys(("_versions", "_packed", "_epilogue", "_last"))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y (N, K, H', W'), channels last in memory, of x (N, C, H, W) and a residual of y's shape."""
@@ -115,10 +115,15 @@ class PackedConv2d:
             or any(map(Tensor.is_inference, tensors))
         ):
             return self._unpacked(x, residual)
-        size, geometry = conv2d_checks.geometry(_OP, x, weight, *self.window)
-        conv2d_checks.residual(_OP, residual, x, (x.shape[0], weight.shape[0], *size))
-        versions = [(id(t), t._version, t.data_ptr()) for t in tensors]
-        if versions != self._versions:
+        versions = [(id(t), t._version, t.data_ptr(), t.dtype) for t in tensors]
+        stale = versions != self._versions
+        if stale or (x.shape, x.dtype) != self._last:
+            self._sizes = conv2d_checks.geometry(_OP, x, weight, *self.window)
+            self._last = x.shape, x.dtype
+        size, geometry = self._sizes
+        if residual is not None:
+            conv2d_checks.residual(_OP, residual, x, (x.shape[0], weight.shape[0], *size))
+        if stale:
             self._pack(geometry)
             self._versions = versions
         row = dispatch.pick(_OP, BACKENDS, None, x)

@@ -83,6 +83,7 @@ def test_names_and_shapes_are_torchvisions(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 def test_a_training_step_is_torchvisions(name):
+    torch.manual_seed(1)  # no ReLU's input lies within rounding of 0, where the gradient is anyone's
     ours, theirs = pair(name)
     wide = copy.deepcopy(theirs).double()
     images, targets = torch.randn(4, 3, 64, 48), torch.tensor([0, 3, 6, 3])
