@@ -115,29 +115,42 @@ class Pixels {
   Room<O> window_, turned_;
 };
 
-// Where the sums of a part begin, [group][panel][tap][channel][kPanel], and how they become the gradient.
+// The sums of parts, which lie as [group][panel][tap][channel][kPanel], added up and as the gradient. Where
+// its channels lie side by side, blocks are turned first: filters lie far apart, often in one set of the
+// cache, and their lines had better be written whole.
 template <class T>
 void finish(const float* sums, int64_t parts, int64_t part_size, const Correlation& c, int64_t panels,
             T* dweight, int threads) {
   const int64_t taps = c.taps.size();
+  const auto total = [&](const float* from) {
+    F sum = load(from);
+    for (int64_t part = 1; part < parts; ++part) sum += load(from + part * part_size);
+    return sum;
+  };
   parallel_for(c.groups * panels, parts * part_size, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t first = p % panels * kPanel, filters = std::min(kPanel, c.filters - first);
-      T* to = dweight + p / panels * c.group_stride + first * c.filter_stride;
-      for (int64_t t = 0; t < taps; ++t)
-        for (int64_t d = 0; d < c.depth; ++d) {
-          const float* from = sums + ((p * taps + t) * c.depth + d) * kPanel;
-          float total[kPanel];
-          for (int64_t v = 0; v < kPanel; v += kLanes) {
-            F sum = load(from + v);
-            for (int64_t part = 1; part < parts; ++part) sum += load(from + part * part_size + v);
-            store(total + v, sum);
+    for (int64_t i = begin * taps; i < end * taps; ++i) {
+      const int64_t panel = i / taps, first = panel % panels * kPanel;
+      T* to = dweight + panel / panels * c.group_stride + first * c.filter_stride + c.taps[i % taps].filter;
+      const float* from = sums + i * c.depth * kPanel;
+      for (int64_t v = 0; v < std::min(kPanel, c.filters - first); v += kLanes) {
+        const int64_t filters = std::min<int64_t>(kLanes, c.filters - first - v);
+        T* const at = to + v * c.filter_stride;
+        if (c.depth_stride == 1) {
+          for_each_vector(c.depth, [&](int64_t d, auto lanes) {
+            F block[kLanes];
+            for (int64_t j = 0; j < kLanes; ++j)
+              block[j] = d + j < c.depth ? total(from + (d + j) * kPanel + v) : F{};
+            transpose(block);
+            for (int64_t n = 0; n < filters; ++n) lanes.store(at + n * c.filter_stride + d, block[n]);
+          });
+        } else {
+          for (int64_t d = 0; d < c.depth; ++d) {
+            T row[kLanes];
+            store(row, total(from + d * kPanel + v));
+            for (int64_t n = 0; n < filters; ++n) at[n * c.filter_stride + d * c.depth_stride] = row[n];
           }
-          T row[kPanel];
-          for (int64_t v = 0; v < kPanel; v += kLanes) store(row + v, load(total + v));
-          T* at = to + c.taps[t].filter + d * c.depth_stride;
-          for (int64_t n = 0; n < filters; ++n) at[n * c.filter_stride] = row[n];
         }
+      }
     }
   });
 }
