@@ -184,7 +184,7 @@ void conv2d_backward_weight(const T* dz, const T* x, T* dweight, const Conv2dSha
     const TileRegisters tiles;
     Pixels<T, O> left(w, block_images, block_rows);
     const int64_t right_size = (block_images * block_rows * round_up(c.columns, 2) + 64) * kPanel;
-    const Room<O> right(right_size * ((panels + chunks - 1) / chunks + 1));
+    const Room<O> right(right_size);
     for (int64_t item; (item = next()) < items;) {
       const int64_t chunk = item % chunks, group = item / chunks % c.groups, part = item / chunks / c.groups;
       const int64_t first_panel = panels * chunk / chunks, last_panel = panels * (chunk + 1) / chunks;
@@ -196,7 +196,7 @@ void conv2d_backward_weight(const T* dz, const T* x, T* dweight, const Conv2dSha
         left.fill(x, group, image, count, row, rows);
         for (int64_t p = first_panel; p < last_panel; ++p) {
           const int64_t filters = std::min(kPanel, c.filters - p * kPanel);
-          O* panel = right.get() + (p - first_panel) * right_size;
+          O* panel = right.get();
           const T* from =
               dz + (image * per_image + row * c.columns) * s.filters + group * c.filters + p * kPanel;
           // Where runs are rows, an odd one ends in half a pair.
