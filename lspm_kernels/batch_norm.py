@@ -7,6 +7,9 @@ from torch import Tensor
 from lspm_kernels import checks
 from lspm_kernels.reference.batch_norm_act import ACTIVATIONS
 
+_RUNS = {"cpu": 256, "cuda": 1024}  # runs of rows, at most; csrc/batch_norm_act.h says what they are for
+_ROWS_A_RUN, _ELEMENTS_A_RUN = 64, 4096  # at least, so that what is kept of a run is little beside its rows
+
 
 def channels_last(t):
     """t itself where it lies so, else a copy."""
@@ -79,3 +82,10 @@ def running_statistics(op, mean, variance):
         if bad.any():
             c = int(bad.nonzero()[0])
             raise ValueError(f"{op}: {name} must be {rule}, got {t[c]:.6f} in channel {c}")
+
+
+def partials(x, row):
+    """How many runs the rows of x fall into: a number that depends on the shape alone."""
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    return min(_RUNS[row.device], -(-rows // max(_ROWS_A_RUN, _ELEMENTS_A_RUN // channels)))

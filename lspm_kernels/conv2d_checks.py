@@ -74,6 +74,12 @@ def out_size(op: str, x: Tensor, kernel, stride, added, dilation) -> tuple[int, 
     return sizes
 
 
+def empty_image(x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    """(N, channels, H', W') beside x, channels last; not a view, for those may not be changed in place."""
+    shape = x.shape[0], channels, *size
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """x and others in autocast's dtype where that is on, as torch's own convolutions take them."""
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):

@@ -25,12 +25,12 @@ BACKENDS = (Backend("cpu", "cpu", FLOATS, _kernel, _no_gradient, compiled.nothin
 
 
 def _forward(row, x, weight, packed, scale, shift, residual, size, geometry, activation, saves=True):
-    out = x.new_empty(x.shape[0], *size, weight.shape[0])
+    out = conv2d_checks.empty_image(x, weight.shape[0], size)
     if row is not None and out.numel():
         residual = None if residual is None else checks.pixels(residual)
-        views = checks.pixels(x), weight, packed, scale, shift, residual, out, None
+        views = checks.pixels(x), weight, packed, scale, shift, residual, checks.pixels(out), None
         row.forward(*views, _grouped(geometry), activation)
-    return out.permute(0, 3, 1, 2)
+    return out
 
 
 def _grouped(geometry):

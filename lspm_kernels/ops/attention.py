@@ -27,7 +27,8 @@ BACKENDS = (
 def empty_rows(x, dim):
     """(B, H, T, dim) beside x (B, H, T, D), laid out so that transpose(1, 2) is contiguous."""
     B, H, T, _ = x.shape
-    return x.new_empty(B, T, H, dim).transpose(1, 2)
+    # Not a view of a tensor: an output that is one may not be changed in place.
+    return torch.empty_permuted((B, H, T, dim), (0, 2, 1, 3), dtype=x.dtype, device=x.device)
 
 
 def _window(q, k, left, right, top_left, seed):

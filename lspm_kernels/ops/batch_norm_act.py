@@ -1,10 +1,12 @@
 """Batch norm, a residual addition and an activation in one pass, over the batch of one process or of many."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lspm_kernels import batch_norm, checks, compiled, dispatch, triton
+from lspm_kernels import batch_norm, checks, compiled, dispatch, recomputation, triton
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import batch_norm_act as reference
@@ -12,8 +14,6 @@ from lspm_kernels.reference import batch_norm_act as reference
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 _RELU = ACTIVATIONS.index("relu")
-_RUNS = {"cpu": 256, "cuda": 1024}  # runs of rows, at most; csrc/batch_norm_act.h says what they are for
-_ROWS_A_RUN, _ELEMENTS_A_RUN = 64, 4096  # at least, so that what is kept of a run is little beside its rows
 
 
 # On a GPU both move the same bytes; cuda comes first because its launch costs less. Predicted, not measured.
@@ -41,19 +41,12 @@ def _vectors(*vectors):
     return (None if t is None else t.contiguous() for t in vectors)
 
 
-def _partials(x, row):
-    """How many runs the rows of x fall into: a number that depends on the shape alone."""
-    channels = x.shape[-1]
-    rows = x.numel() // channels
-    return min(_RUNS[row.device], -(-rows // max(_ROWS_A_RUN, _ELEMENTS_A_RUN // channels)))
-
-
 def _statistics(row, x, saves=True):
     x = _rows(x)
     new = x.new_zeros if row is None or not x.numel() else x.new_empty
     found = new(2, x.shape[-1], dtype=torch.float32)
     if row is not None and x.numel():
-        partial = found.new_empty(_partials(x, row), 3, x.shape[-1])
+        partial = found.new_empty(batch_norm.partials(x, row), 3, x.shape[-1])
         _REDUCTIONS[row.name].forward(x, partial, found[0], found[1])
     return found
 
@@ -61,12 +54,12 @@ def _statistics(row, x, saves=True):
 def _forward(
     row, x, residual, weight, bias, mean, variance, share, eps, activation, training, group, saves=True
 ):
-    x = _rows(x)
-    y = torch.empty_like(x)
+    x = batch_norm.channels_last(x)
+    y = torch.empty_like(x)  # as x lies, and no view: those may not be changed in place
     if row is not None and x.numel():
         known = _vectors(weight, bias, mean, variance)
-        row.forward(x, _rows(residual), *known, y, eps, activation, not training)
-    return y.movedim(-1, 1)
+        row.forward(_rows(x), _rows(residual), *known, _rows(y), eps, activation, not training)
+    return y
 
 
 def _sums(row, dy, x, beside, weight, bias, mean, variance, eps, activation, wants_dresidual, saves=True):
@@ -75,7 +68,7 @@ def _sums(row, dy, x, beside, weight, bias, mean, variance, eps, activation, wan
     new = dy.new_zeros if row is None or not dy.numel() else dy.new_empty
     sums = new(2, dy.shape[-1], dtype=torch.float32)
     if row is not None and dy.numel():
-        partial = sums.new_empty(_partials(dy, row), 2, dy.shape[-1])
+        partial = sums.new_empty(batch_norm.partials(dy, row), 2, dy.shape[-1])
         _REDUCTIONS[row.name].backward(
             dy, _rows(x), _rows(beside), *_vectors(weight, bias, mean, variance),
             dresidual if wants_dresidual else None, partial, sums, eps, activation,
@@ -109,16 +102,27 @@ _norm_backward = Operator(
 
 def _save(ctx, inputs, output):
     x, residual, weight, bias, mean, variance, share, *ctx.options = inputs
+    relu_of_sum = residual is not None and ctx.options[1] == _RELU
+    # A residual that is kept as another norm's output costs nothing to keep, and gives y again.
+    kept = relu_of_sum and recomputation.admits(residual) and getattr(residual.grad_fn, "keeps_output", False)
     # ReLU's slope shows in y, which the next layer keeps anyway. That of ReLU6 does not: y rounds up to 6.
-    beside = output if residual is not None and ctx.options[1] == _RELU else residual
-    if ctx.options[1] == 0:
-        beside = None
+    ctx.keeps_output = relu_of_sum and not kept
+    beside = output if ctx.keeps_output else residual if ctx.options[1] else None
     ctx.save_for_backward(x, beside, weight, bias, mean, variance, share)
+    ctx.remake = partial(_remake, ctx.row, *ctx.options) if kept or residual is None else None
+    ctx.takes_remade, ctx.remade = kept, None
+
+
+def _remake(row, eps, activation, training, group, x, residual, *known):
+    """The output of a call, of what it saved."""
+    return _forward(row, x, residual, *known, eps, activation, training, group)
 
 
 def _gradient(ctx, dy):
     x, beside, weight, bias, mean, variance, share = ctx.saved_tensors
     eps, activation, training, group = ctx.options
+    if ctx.takes_remade:
+        beside, ctx.remade = recomputation.remake(ctx, *ctx.saved_tensors), None
     wants_dx, wants_dresidual, wants_dweight, wants_dbias = ctx.needs_input_grad[:4]
     known = weight, bias, mean, variance
     dx = dweight = dbias = sums = None

@@ -8,6 +8,7 @@ from lspm_kernels.conv2d_checks import ACTIVATIONS, FLOATS
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.ops.batch_norm_act import batch_norm_act
+from lspm_kernels.recomputation import remade
 from lspm_kernels.reference import conv2d as reference
 
 # On a GPU cuda comes first: predicted, not measured.
@@ -30,17 +31,17 @@ BACKENDS = (
 def _forward(
     row, x, weight, scale, shift, residual, size, geometry, activation, takes_statistics, saves=True
 ):
-    out = x.new_empty(x.shape[0], *size, weight.shape[0])
+    out = conv2d_checks.empty_image(x, weight.shape[0], size)
     statistics = None
     if takes_statistics:
         new = x.new_empty if row is None or out.numel() else x.new_zeros
         statistics = new(2, weight.shape[0], dtype=torch.float32)
     if row is not None and out.numel():
         residual = None if residual is None else checks.pixels(residual)
-        views = checks.pixels(x), weight, scale, shift, residual, out, statistics
+        views = checks.pixels(x), weight, scale, shift, residual, checks.pixels(out), statistics
         row.forward(*views, _groups(geometry), activation)
     # An operator's outputs are tensors: an empty one stands for what is not wanted.
-    return out.permute(0, 3, 1, 2), x.new_empty(0) if statistics is None else statistics
+    return out, x.new_empty(0) if statistics is None else statistics
 
 
 def _groups(geometry):
@@ -70,12 +71,14 @@ def _save(ctx, inputs, output):
     x, weight, _, _, _, _, ctx.geometry, activation, _ = inputs
     y, statistics = output
     ctx.activation = ACTIVATIONS[activation]
-    ctx.save_for_backward(x, weight, y if ctx.activation else None)
+    # What a batch norm gave is computed again of what that has saved, rather than kept.
+    ctx.remake, kept = remade(x)
+    ctx.save_for_backward(weight, y if ctx.activation else None, *kept)
     ctx.mark_non_differentiable(statistics)
 
 
 def _gradient(ctx, dy, _):
-    x, weight, y = ctx.saved_tensors
+    weight, y, *kept = ctx.saved_tensors
     wants_dx, wants_dweight, _, wants_dshift, wants_dresidual = ctx.needs_input_grad[:5]
     dz = dy
     if ctx.activation == "relu":
@@ -84,6 +87,7 @@ def _gradient(ctx, dy, _):
         dz = torch.ops.aten.hardtanh_backward(dy, y, 0, 6)
     dx = dweight = None
     if wants_dx or wants_dweight:
+        x = ctx.remake(*kept) if wants_dweight else kept[0]
         dx, dweight = _conv_backward(ctx.row, dz, x, weight, ctx.geometry, wants_dx, wants_dweight)
     dshift = dz.sum((0, 2, 3), dtype=torch.float32) if wants_dshift else None
     return (

@@ -24,12 +24,11 @@ BACKENDS = tuple(
 
 def _rotate(kernel, x, cos, sin, offsets, offset, interleaved):
     """What kernel(x, cos, sin, offsets, out, offset, interleaved) fills; kernel None leaves it empty."""
-    B, H, T, D = x.shape
-    out = x.new_empty(B, T, H, D)
+    out = torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype, device=x.device)
     if kernel is not None and out.numel():
-        offsets = None if offsets is None else offsets.contiguous()
-        kernel(checks.rows(x), cos.contiguous(), sin.contiguous(), offsets, out, offset, interleaved)
-    return out.transpose(1, 2)
+        cos, sin, offsets = (t if t is None else t.contiguous() for t in (cos, sin, offsets))
+        kernel(checks.rows(x), cos, sin, offsets, out.transpose(1, 2), offset, interleaved)
+    return out
 
 
 def _forward(row, *args, saves=True):

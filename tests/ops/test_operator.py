@@ -116,3 +116,33 @@ def test_export_checkpoint_fake_and_meta():
     with FakeTensorMode() as mode:
         assert lk.add_layer_norm(*[mode.from_tensor(t) for t in arguments])[0].shape == (6, 40)
     assert lk.add_layer_norm(*[t.to("meta") for t in arguments])[0].is_meta
+
+
+CALLS = {
+    "conv2d": lambda x: lk.conv2d(x, torch.ones(8, 8, 3, 3)),
+    "conv2d_batch_norm": lambda x: lk.conv2d_batch_norm(x, torch.ones(8, 8, 3, 3), training=True),
+    "batch_norm_act": lambda x: lk.batch_norm_act(x, training=True),
+    "max_pool2d": lambda x: lk.max_pool2d(x, 2),
+    "global_avg_pool": lk.global_avg_pool,
+    "layer_norm": lk.layer_norm,
+    "rms_norm": lk.rms_norm,
+    "rotary": lambda x: lk.rotary(x, torch.ones(6, 3), torch.ones(6, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_output_may_be_changed_in_place(name):
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    (expected,) = torch.autograd.grad((CALLS[name](x) * 3).sin().sum(), x)
+    y = CALLS[name](x)
+    y.mul_(3)
+    assert torch.equal(torch.autograd.grad(y.sin().sum(), x)[0], expected)
+
+
+def test_attentions_output_may_be_changed_in_place_where_no_backward_reads_it():
+    q = torch.randn(2, 3, 5, 8)
+    assert torch.equal(lk.attention(q, q, q).mul_(3), lk.attention(q, q, q) * 3)
+    y = lk.attention(q.requires_grad_(), q, q)
+    y.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
