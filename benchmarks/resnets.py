@@ -1,8 +1,11 @@
 """A ResNet on our kernels and torchvision's of the same weights, in evaluation and in training."""
 
+import importlib.util
+import multiprocessing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import machine
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from lspm_models.models.resnet import NAMED, ResNet
 from lspm_models.models.vision_layers import pack_for_inference
 
 LAST = torch.channels_last
+SMALL = 64  # images below this many pixels on a side have a stem for them: 3x3, stride 1, no pool
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,13 @@ class Run:
 
     def model(self, variant: str, exact: bool = False) -> nn.Module:
         torch.manual_seed(0)
-        ours = ResNet(NAMED[self.name])
+        stem = {"stem": 3, "stem_stride": 1, "stem_pool": False} if self.size < SMALL else {}
+        ours = ResNet(replace(NAMED[self.name], **stem))
         model = ours
         if variant != "lspm":
             model = torchvision.models.get_model(self.name)
+            if stem:
+                model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
             model.load_state_dict(ours.state_dict(), strict=False)
             model.fc = nn.Identity()
         model = model.to(self.dtype).to(torch.float64 if exact else self.dtype).to(memory_format=LAST)
@@ -41,7 +48,33 @@ class Run:
             pack_for_inference(model)
         return torch.compile(model, dynamic=False) if variant == "compile" else model
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Who is timed: OpenVINO too, which only infers, where it is installed."""
+        peer = self.mode == "inference" and importlib.util.find_spec("openvino")
+        return ("lspm", "torch", "compile", *(("openvino",) if peer else ()))
+
+    def openvino(self) -> Callable[[], list[Tensor]]:
+        """Torchvision's model of float32 weights in OpenVINO, which takes the dtype as a hint."""
+        import openvino
+
+        images = torch.randn(self.batch, 3, self.size, self.size, generator=torch.Generator().manual_seed(1))
+        model = replace(self, dtype=torch.float32).model("torch").eval()
+        converted = openvino.convert_model(model, example_input=images, input=list(images.shape))
+        hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+        hints["INFERENCE_PRECISION_HINT"] = "bf16" if self.dtype == torch.bfloat16 else "f32"
+        request = openvino.Core().compile_model(converted, "CPU", hints).create_infer_request()
+        given = images.to(self.dtype).float().numpy()
+        return lambda: [torch.from_numpy(request.infer([given])[0])]
+
+    def peak_bytes(self, variant: str) -> int | None:
+        """The most memory of a step at once, in a process of its own: here what was freed would serve again."""
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(_second_peak, (self, variant))
+
     def step(self, variant: str, exact: bool = False) -> Callable[[], list[Tensor]]:
+        if variant == "openvino":
+            return self.openvino()
         model = self.model(variant, exact)
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(self.batch, 3, self.size, self.size, generator=generator)
@@ -58,3 +91,9 @@ class Run:
             return [features.detach(), *torch.autograd.grad(features.square().mean(), parameters)]
 
         return run
+
+
+def _second_peak(run: Run, variant: str) -> int | None:
+    step = run.step(variant)
+    machine.peak_bytes(step)  # with what only a first step does
+    return machine.peak_bytes(step)

@@ -2,7 +2,13 @@
 
 from results import PREDICTED, Rows
 
-GOALS = {"speedup": "x torch >= {:.2f}", "roof": "roof >= {:.0f} %", "extra_us": "more <= {:.0f} us"}
+GOALS = {
+    "speedup": "x torch >= {:.2f}",
+    "roof": "roof >= {:.0f} %",
+    "extra_us": "more <= {:.0f} us",
+    "openvino": "x OpenVINO {1:.2f} >= {0:.2f}",
+    "memory": "memory {1:.0f} <= {0:.0f} % of torch's",
+}
 
 
 BRIEF = ("case", "us", "torch, us", "x torch")
@@ -60,7 +66,7 @@ def _line(row: dict, torch: dict | None) -> dict[str, str]:
 
 
 def _goal(goal: dict) -> str:
-    return f"{GOALS[goal['what']].format(goal['bound'])} {'pass' if goal['met'] else 'MISS'}"
+    return f"{GOALS[goal['what']].format(goal['bound'], goal['got'])} {'pass' if goal['met'] else 'MISS'}"
 
 
 def number(value: float) -> str:
