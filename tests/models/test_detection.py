@@ -23,6 +23,7 @@ from lspm_models.tasks.detection import (
     focal,
     generalised_iou,
     matched,
+    within,
 )
 from lspm_models.train import fit
 
@@ -124,7 +125,38 @@ def test_average_precision_by_hand():
     counts[1, 1500] = 4
     expected = 1 / 3 * 1 + 1 / 3 * 2 / 3
     assert task.metrics(counts.flatten().tolist())["ap50"] == pytest.approx(expected)
+    assert task.average_precisions(counts.flatten().tolist())[0].item() == pytest.approx(expected)
+    assert task.average_precisions(counts.flatten().tolist())[1].isnan()
     assert task.metrics([0.0] * 4002) == {"ap50": 0.0}
+
+
+def test_what_lies_in_a_crowd_is_neither_right_nor_wrong():
+    task = make_task().eval()
+    boxes = torch.tensor(
+        [
+            [0.0, 0, 10, 10],
+            [20, 20, 30, 30],
+            [34, 20, 44, 30],
+            [20, 20, 30, 30],
+            [35, 20, 45, 30],
+            [1, 0, 11, 10],
+        ]
+    )
+    labels = torch.tensor(
+        [0, 0, 0, 1, 0, 0]
+    )  # right, in the crowd, mostly, another class, half, found before
+    found = Found(boxes, torch.linspace(0.9, 0.4, 6), labels)
+    targets = torch.tensor([[[0.0, 0, 10, 10, 0], [20, 20, 40, 40, -2], [-1, -1, -1, -1, -1]]])
+    assert within(found, targets[0, 1:2]).tolist() == [False, True, True, False, False, False]
+    answers = answers_for(task, targets)
+    task.model.forward = lambda images: answers
+    task._found = lambda answers, shape: [found]
+    counts = task.evaluate(torch.zeros(1, 3, 64, 64), targets)[1].view(2, -1)
+    assert counts[:, :1000].sum(1).tolist() == [1, 0]
+    assert counts[:, 1000:2000].sum(1).tolist() == [2, 1]
+    assert counts[:, -1].tolist() == [1, 0]
+    points, strides = answers.points, answers.strides
+    assert (assign(points, strides, targets[0, 1:])[0] == -1).all()
 
 
 @pytest.mark.parametrize(
