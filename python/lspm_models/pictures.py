@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from lspm_models.tasks.detection import Found
 
 CELL = 288  # pixels of the longer side of an image on a page
 STRIP = 22  # pixels above each for its caption
+LETTERS = 40  # that fit above an image
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue; ITU-R BT.601
 
 
 def colour(label: int) -> tuple[int, int, int]:
@@ -61,7 +64,8 @@ def boxed(
         y = box[1] - lower - 2 * width
         y = y if y >= 0 else min(box[3] + width, photo.height - lower)  # below, where there is no room above
         draw.rectangle((x, y + upper - 1, x + right, y + lower + 1), fill=colour(label))
-        draw.text((x, y), text, "black", font)
+        bright = np.dot(colour(label), LUMINANCE) > 110
+        draw.text((x, y), text, "black" if bright else "white", font)
     return photo
 
 
@@ -83,7 +87,7 @@ def page(cells: Sequence[tuple[Image.Image, str]], columns: int, image: Path) ->
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for place, (photo, caption) in enumerate(cells):
         x, y = place % columns * (CELL + 8) + 4, place // columns * (CELL + STRIP + 8) + 4
-        draw.text((x, y), caption, "black", font)
+        draw.text((x, y), textwrap.shorten(caption, LETTERS, placeholder=" ..."), "black", font)
         sheet.paste(photo, (x, y + STRIP))
     save(sheet, image)
 

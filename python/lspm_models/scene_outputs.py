@@ -61,7 +61,7 @@ def report_scenes(
     else:
         name, values = "ap50", task.average_precisions(sums)
         report(f"AP50       {metrics['ap50']:.4f} of {count:,} images set aside")
-    rows = [(label, value) for label, value in zip(classes, values.tolist(), strict=True)]
+    rows = list(zip(classes, values.tolist(), strict=True))
     words = [f"{label} {value:.3f}".replace(" ", FIXED) for label, value in rows]
     for line in textwrap.wrap("  ".join(words), 98):
         report(" " * 11 + line.replace(FIXED, " "))

@@ -25,7 +25,8 @@ In brackets stands what holds without the option. Images: --model resnet18 (or u
 
 FINE_TUNING = """\
 Fine-tune a GPT on another text: the same loop as pretrain.py, beginning with the weights and the tokenizer
-of a checkpoint. In brackets stands what holds without the option. Images: --model resnet18 (or unet, or detector) --help."""
+of a checkpoint. In brackets stands what holds without the option.
+Images: --model resnet18 (or unet, or detector) --help."""
 
 TOKENIZER = ("tokenizer", "vocabulary_size", "tokenizer_sample")
 FINE_TUNING_RATE = {"learning_rate": 1e-4}
