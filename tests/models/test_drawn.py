@@ -57,6 +57,10 @@ def test_an_image_keeps_its_shape_and_what_is_beside_it_does_not_count(tmp_path)
     assert (mask[:10] > 0).sum() == 30
     assert pixels[:, 5, 7].tolist() == [255, 0, 0]
     assert DrawnScenes([image], 20, 2, masks=False).scene(0)[1] is None
+    scenes = DrawnScenes([image], 20, 2, masks=True)
+    ((_, targets),) = SceneData(scenes, scenes, "mask", 1, set_aside=1).all_held_out()
+    assert (targets[0, 10:] == -100).all()
+    assert torch.equal(targets[0, :10], torch.from_numpy(mask[:10]).long())
 
 
 def test_what_nobody_must_find_has_a_label_below_minus_one(tmp_path):

@@ -21,10 +21,12 @@ from tiny_images import write_idx
 from tiny_scenes import NAMES, write_coco, write_voc
 
 from lspm_models.checkpoint import checkpoints
+from lspm_models.data.image_config import ImageFormat
 from lspm_models.image_job import load_image_model
 from lspm_models.pictures import boxed, colour, tinted
 from lspm_models.run_log import read_log
-from lspm_models.scene_job import load_scene_model
+from lspm_models.scene_job import UNetOptions, load_scene_model
+from lspm_models.scene_outputs import look_at
 from lspm_models.tasks.detection import Found
 
 SMALL = "--backbone resnet10 --width 8 --stem 3x3/2 --features 8 --size 48 --device cpu".split()
@@ -140,6 +142,20 @@ def test_it_says_and_draws_what_is_on_an_image(run, trained, tmp_path, model):  
     refused(
         run(predict, path, "x", "--score", 2), r"predict\.py: output: score must be between 0 and 1, got 2\.0"
     )
+
+
+def test_a_mask_covers_the_image_and_not_its_padding(tmp_path):
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, :20] = 255
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    task = UNetOptions(width=8, features=8).task(1).eval()
+    task.forward = lambda images: torch.cat((torch.full_like(images[:, :1], 0.8), images[:, :1]), 1)
+    look = ImageFormat(("white",), 3, 40, (0.0,) * 3, (1.0,) * 3)
+    words, picture = look_at(task, look, tmp_path / "x.png")
+    assert words == "background 75.0%  white 25.0%"
+    changed = (np.asarray(picture) != pixels).any(2)
+    assert changed[:, :20].all()
+    assert not changed[:, 20:].any()
 
 
 def test_pictures_have_the_colours_of_the_classes():
