@@ -1,7 +1,6 @@
 """Say what a model that pretrain.py or finetune.py made sees in image files."""
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from lspm_models.options import Parser, errors_in_one_line, given
@@ -9,24 +8,19 @@ from lspm_models.options import Parser, errors_in_one_line, given
 with errors_in_one_line("predict.py"):  # what comes in with these may not be installed
     import torch
 
-    from lspm_models.data.image_files import decode
-    from lspm_models.image_job import load_image_model
-    from lspm_models.image_outputs import most_probable
+    from lspm_models.predictors import Output, load_predictor
 
 DESCRIPTION = """\
-Say what is on images: the most probable classes, each with its probability. In brackets stands what holds
-without the option."""
+Say what is on images. A ResNet: the most probable classes, each with its probability. A U-Net: the share of
+each class, and a picture with its pixels in colour. A detector: each object with its score and its box, left,
+upper, right and lower side in pixels, and a picture with the boxes. In brackets stands what holds without the
+option."""
 
-EXAMPLES = ["predict.py runs/fashion shoe.png", "predict.py runs/photos *.jpg --top 1"]
-
-
-@dataclass(frozen=True)
-class Output:
-    top: int = field(default=5, metadata={"help": "classes per image at most"})
-
-    def __post_init__(self) -> None:
-        if self.top < 1:
-            raise ValueError(f"output: top must be at least 1, got {self.top}")
+EXAMPLES = [
+    "predict.py runs/fashion shoe.png",
+    "predict.py runs/photos *.jpg --top 1",
+    "predict.py runs/detector street.jpg --score 0.6 --pictures found/",
+]
 
 
 def main() -> int:
@@ -38,20 +32,17 @@ def main() -> int:
     arguments = parser.parse_args()
     unread = 0
     with errors_in_one_line(parser.prog):
-        top = Output(**given(arguments, {"output": Output})["output"]).top
+        output = Output(**given(arguments, {"output": Output})["output"])
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        task, look = load_image_model(arguments.folder, device)
+        predictor = load_predictor(arguments.folder, device, output)
         for name in arguments.images:
             try:
-                pixels = torch.from_numpy(decode(Path(name), look.channels, look.size).copy())
+                found = predictor(Path(name))
             except ValueError as error:
                 sys.stderr.write(f"{parser.prog}: {name}: {error}\n")
                 unread += 1
                 continue
-            with torch.no_grad():
-                logits = task(look.normalised(pixels[None]).to(device))
-            found = most_probable(logits, look.classes, top)[0]
-            print(name, "  ".join(f"{label} {probability:.1%}" for label, probability in found), sep="   ")
+            print(name, found, sep="   ")
     return 1 if unread else 0
 
 

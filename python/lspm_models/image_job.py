@@ -20,7 +20,12 @@ from lspm_models.scripts import Run
 from lspm_models.tasks.classification import Classification, from_torchvision
 
 MODELS = tuple(NAMED)
-STEMS = {"7x7": {}, "3x3": {"stem": 3, "stem_stride": 1, "stem_pool": False}}
+STEMS = {
+    "7x7": {},
+    "3x3": {"stem": 3, "stem_stride": 1, "stem_pool": False},
+    "3x3/2": {"stem": 3, "stem_stride": 2, "stem_pool": False},
+}
+STEM_HELP = "7x7 with a pool, for photos; 3x3 for small images; 3x3/2, of stride 2, for those between"
 # The means and deviations that every ResNet trained on ImageNet for torchvision has seen.
 IMAGENET = ImageFormat((), 3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -45,7 +50,7 @@ class ModelConfig:
 
     model: str = _option("resnet18", ", ".join(MODELS))
     width: int = _option(64, "features of the first stage")
-    stem: str = _option("7x7", "7x7 with a pool, for photos, or 3x3 for small images", choices=tuple(STEMS))
+    stem: str = _option("7x7", STEM_HELP, choices=tuple(STEMS))
     zero_init_residual: bool = _option(False, "every block begins as the identity")
     freeze: int = _option(0, "keep the stem and so many stages less one as they are: 0 none, 5 all")
 
@@ -109,7 +114,7 @@ class ImageJob:
     def prepare(self, run: Run) -> tuple[Classification, ImageData]:
         with run.processes.first_before_others():
             begun = run.init is None or (run.folder / "images.json").exists()
-            like = None if begun else _format_of(Path(run.init))
+            like = None if begun else format_of(Path(run.init))
             training, held_out, look = prepare_images(run.data, run.folder, run.report, like)
         torch.manual_seed(run.training.seed)
         task = make_task(run.model, look, label_smoothing=run.data.label_smoothing)
@@ -138,7 +143,7 @@ class ImageJob:
         if not init.is_file():
             free = {"model.freeze", "model.zero_init_residual"}
             refuse_mismatch({"model": _shape_of(init)}, {"model": asdict(run.model)}, str(init), free)
-        channels = _format_of(init).channels
+        channels = format_of(init).channels
         if run.data.channels not in (None, channels):
             raise ValueError(f"data: channels must be {channels} as in {init}, got {run.data.channels}")
 
@@ -147,7 +152,7 @@ class ImageJob:
             stored = from_torchvision(read_tensors(init))
         else:
             stored = read_tensors(init / "model.safetensors")
-        if _format_of(init).classes != load_format(run.folder / "images.json").classes:
+        if format_of(init).classes != load_format(run.folder / "images.json").classes:
             stored |= {f"fc.{name}": tensor for name, tensor in task.fc.state_dict().items()}
             run.report(f"head       a new one, for {task.fc.out_features} classes")
         copy_weights(stored, task, init)
@@ -190,13 +195,13 @@ def load_image_model(
         ValueError: there is no checkpoint, or its parts do not fit each other.
     """
     path = find_checkpoint(folder)
-    look = _format_of(path.resolve())
+    look = format_of(path.resolve())
     task = make_task(ModelConfig(**_shape_of(path)), look)
     copy_weights(read_tensors(path / "model.safetensors"), task, path)
     return task.to(device).eval(), look
 
 
-def _format_of(init: Path) -> ImageFormat:
+def format_of(init: Path) -> ImageFormat:
     """Returns the format of the images that weights were trained on: a file's are ImageNet's."""
     return IMAGENET if init.is_file() else load_format(init.parents[1] / "images.json")
 

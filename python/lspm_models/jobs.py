@@ -9,6 +9,7 @@ from pathlib import Path
 from lspm_models.image_job import MODELS, ImageJob
 from lspm_models.options import read_config
 from lspm_models.run_folder import find_checkpoint, read_run
+from lspm_models.scene_job import JOBS
 from lspm_models.scripts import Job
 from lspm_models.text_job import TextJob
 
@@ -31,8 +32,10 @@ def job_of(arguments: Sequence[str]) -> Job:
             name = _model_in(Path(source))
     if name in (None, "gpt"):
         return TextJob()
+    if name in JOBS:
+        return JOBS[name]
     if name not in MODELS:
-        raise ValueError(f"model: name must be one of gpt, {', '.join(MODELS)}, got {name!r}")
+        raise ValueError(f"model: name must be one of gpt, {', '.join((*MODELS, *JOBS))}, got {name!r}")
     return ImageJob()
 
 

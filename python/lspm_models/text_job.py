@@ -21,11 +21,12 @@ from lspm_models.tasks.language_modelling import LanguageModelling
 PRETRAINING = """\
 Pretrain a GPT on text. Without any option it learns from the source text of Python's standard library.
 The run folder gets the tokenizer, checkpoints, log.csv, loss.png and TensorBoard events; Ctrl-C saves first.
-In brackets stands what holds without the option. Images: --model resnet18 --help."""
+In brackets stands what holds without the option. Images: --model resnet18 (or unet, or detector) --help."""
 
 FINE_TUNING = """\
 Fine-tune a GPT on another text: the same loop as pretrain.py, beginning with the weights and the tokenizer
-of a checkpoint. In brackets stands what holds without the option. Images: --model resnet18 --help."""
+of a checkpoint. In brackets stands what holds without the option.
+Images: --model resnet18 (or unet, or detector) --help."""
 
 TOKENIZER = ("tokenizer", "vocabulary_size", "tokenizer_sample")
 FINE_TUNING_RATE = {"learning_rate": 1e-4}

@@ -23,6 +23,7 @@ from lspm_models.tasks.detection import (
     focal,
     generalised_iou,
     matched,
+    within,
 )
 from lspm_models.train import fit
 
@@ -124,7 +125,50 @@ def test_average_precision_by_hand():
     counts[1, 1500] = 4
     expected = 1 / 3 * 1 + 1 / 3 * 2 / 3
     assert task.metrics(counts.flatten().tolist())["ap50"] == pytest.approx(expected)
+    assert task.average_precisions(counts.flatten().tolist())[0].item() == pytest.approx(expected)
+    assert task.average_precisions(counts.flatten().tolist())[1].isnan()
+    # Wrong at 0.95, right at 0.9 and 0.8, of two: who takes half of them may as well take all, at 2 / 3.
+    counts[1] = 0
+    counts[1, 1950] = counts[1, 900] = counts[1, 800] = 1
+    counts[1, -1] = 2
+    assert task.average_precisions(counts.flatten().tolist())[1].item() == pytest.approx(2 / 3)
+    assert task.metrics(counts.flatten().tolist())["ap50"] == pytest.approx((expected + 2 / 3) / 2)
     assert task.metrics([0.0] * 4002) == {"ap50": 0.0}
+
+
+def test_half_an_overlap_is_enough():
+    present, score, label = torch.tensor([[0.0, 0, 10, 10, 0]]), torch.ones(1), torch.zeros(1, dtype=int)
+    for height, right in ((5.0, True), (4.9, False)):
+        box = torch.tensor([[0.0, 0, 10, height]])
+        assert matched(Found(box, score, label), present).tolist() == [right]
+
+
+def test_what_lies_in_a_crowd_is_neither_right_nor_wrong():
+    task = make_task().eval()
+    boxes = torch.tensor(
+        [
+            [0.0, 0, 10, 10],  # right
+            [20, 20, 30, 30],  # in the crowd
+            [34, 20, 44, 30],  # more than half of it
+            [20, 20, 30, 30],  # of another class
+            [35, 20, 45, 30],  # half of it
+            [1, 0, 11, 10],  # found before
+            [24, 32, 28, 36],  # right, in the crowd
+        ]
+    )
+    labels = torch.tensor([0, 0, 0, 1, 0, 0, 0])
+    found = Found(boxes, torch.linspace(0.9, 0.4, 7), labels)
+    targets = torch.tensor([[[0.0, 0, 10, 10, 0], [20, 20, 40, 40, -2], [24, 32, 28, 36, 0]]])
+    assert within(found, targets[0, 1:2]).tolist() == [False, True, True, False, False, False, True]
+    answers = answers_for(task, targets)
+    task.model.forward = lambda images: answers
+    task._found = lambda answers, shape: [found]
+    counts = task.evaluate(torch.zeros(1, 3, 64, 64), targets)[1].view(2, -1)
+    assert counts[:, :1000].sum(1).tolist() == [2, 0]
+    assert counts[:, 1000:2000].sum(1).tolist() == [2, 1]
+    assert counts[:, -1].tolist() == [2, 0]
+    points, strides = answers.points, answers.strides
+    assert (assign(points, strides, targets[0, 1:2])[0] == -1).all()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from lspm_models.image_job import ImageJob
 from lspm_models.models.resnet import ResNet
 from lspm_models.options import merge, read_config
+from lspm_models.scene_job import JOBS
 from lspm_models.text_job import TextJob
 
 CONFIGS = Path(pretrain.__file__).parent / "configs"
@@ -65,3 +66,16 @@ def test_the_bundled_configs_for_images_are_valid():
         parameters[path.stem] = sum(parameter.numel() for parameter in model.parameters())
     assert parameters["resnet50"] == 25_557_032 - 2_049_000  # as published, without the head for 1000 classes
     assert parameters["resnet10_digits"] < 4e5 < parameters["resnet18_fashion"] < 1e6
+
+
+def test_the_bundled_configs_for_scenes_are_valid():
+    parameters = {}
+    for name, job in JOBS.items():
+        for path in sorted(CONFIGS.glob(f"{name}*.toml")):
+            merged = merge(job.sections, [job.defaults, read_config(path)])
+            configs = {name: job.sections[name](**options) for name, options in merged.items()}
+            assert (configs["model"].model, configs["data"].data) == (name, "mnist_5k")
+            with torch.device("meta"):
+                task = configs["model"].task(10)
+            parameters[path.stem] = sum(parameter.numel() for parameter in task.parameters())
+    assert 4e5 < parameters["unet_digits"] < 6e5 < parameters["detector_digits"] < 2e6

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from tiny_scenes import BACKBONE, bars, scene_data
 
 from lspm_models.data.image_formats import Images
-from lspm_models.data.synthetic import SceneData, Scenes, padded
+from lspm_models.data.scenes import SceneData, padded
+from lspm_models.data.synthetic import Scenes
 from lspm_models.fit_config import FitConfig
 from lspm_models.models.resnet import ResNetConfig
 from lspm_models.models.unet import UNet, UNetConfig
@@ -133,6 +134,16 @@ def test_mean_iou_is_what_it_says():
     found = task.metrics(task.evaluate(images, targets)[1].tolist())
     assert found["mean_iou"] == pytest.approx(sum(ious) / len(ious), rel=1e-6)
     assert found["pixel_accuracy"] == pytest.approx((predicted == targets).double().mean().item())
+
+
+def test_mean_iou_by_hand():
+    task = make_task(classes=4)
+    # Rows are true, columns predicted: 6 of 6 + 2 + 1 are right, 3 of 3 + 2, 0 of 1; class 3 is nowhere.
+    counts = [[6, 2, 0, 0], [0, 3, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    sums = [float(count) for row in counts for count in row]
+    assert task.ious(sums)[:3].tolist() == pytest.approx([6 / 9, 3 / 5, 0])
+    assert task.ious(sums)[3].isnan()
+    assert task.metrics(sums) == pytest.approx({"mean_iou": (6 / 9 + 3 / 5) / 3, "pixel_accuracy": 9 / 12})
 
 
 def test_it_learns_to_find_bars(tmp_path):

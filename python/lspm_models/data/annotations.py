@@ -27,6 +27,7 @@ class Annotated:
             has a box only.
         crowd: (N,) bool, whether a box holds many objects or one too hard to find, which no detector must
             answer for.
+        mask: a file with the class of every pixel, as VOC has it, which goes before the outlines.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Annotated:
     boxes: np.ndarray
     outlines: list[list[np.ndarray] | dict]
     crowd: np.ndarray
+    mask: Path | None = None
 
 
 @dataclass
@@ -49,7 +51,8 @@ def read_voc(folder: str | Path, classes: tuple[str, ...] | None = None) -> Anno
     """Reads Pascal VOC annotations.
 
     Args:
-        folder: has Annotations/*.xml and JPEGImages/, or XML files beside their images.
+        folder: has Annotations/*.xml, JPEGImages/ and perhaps masks in SegmentationClass/*.png, or XML files
+            beside their images.
         classes: their names in the order of the labels; without them all that occur, sorted. Objects of other
             classes are left out.
 
@@ -67,17 +70,18 @@ def read_voc(folder: str | Path, classes: tuple[str, ...] | None = None) -> Anno
             found.append(_voc_image(file, skipped))
         except (ElementTree.ParseError, ValueError, OSError) as error:
             skipped[str(file)] = str(error)
-    names = classes or tuple(sorted({name for _, _, objects in found for name, _, _ in objects}))
+    names = classes or tuple(sorted({name for *_, objects in found for name, _, _ in objects}))
     images = []
-    for path, size, objects in found:
+    for path, mask, size, objects in found:
         kept = [item for item in objects if item[0] in names]
         boxes = [(*box, names.index(name)) for name, box, _ in kept]
         crowd = [hard for _, _, hard in kept]
         images.append(_annotated(path, size, boxes, [[] for _ in kept], crowd))
+        images[-1].mask = mask if mask.is_file() else None
     return Annotations(images, names, skipped)
 
 
-def _voc_image(file: Path, skipped: dict[str, str]) -> tuple[Path, tuple[int, int], list]:
+def _voc_image(file: Path, skipped: dict[str, str]) -> tuple[Path, Path, tuple[int, int], list]:
     content = file.read_bytes()
     if b"<!ENTITY" in content:
         raise ValueError("defines entities")
@@ -95,7 +99,8 @@ def _voc_image(file: Path, skipped: dict[str, str]) -> tuple[Path, tuple[int, in
             objects.append((str(item.findtext("name")).strip(), box, hard))
         except ValueError as error:
             skipped[f"{file}: object {index + 1}"] = str(error)
-    return folder / Path(name).name, (int(width), int(height)), objects
+    mask = file.parent.parent / "SegmentationClass" / f"{file.stem}.png"
+    return folder / Path(name).name, mask, (int(width), int(height)), objects
 
 
 def _number(element: ElementTree.Element, path: str) -> float:

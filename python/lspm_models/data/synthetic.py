@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lspm_models.data.image_formats import Images
 
@@ -118,71 +115,3 @@ def _contrast(generator: np.random.Generator, under: np.ndarray) -> np.ndarray:
     mean = under.mean((1, 2))
     colour = np.where(mean > 127, generator.uniform(0, 60, 3), generator.uniform(195, 255, 3))
     return np.where(np.abs(colour - mean) < 80, 255 - colour, colour)
-
-
-class SceneData:
-    """Scenes for fit(): fresh ones to train on, made of some images, and the same ones to validate on.
-
-    Args:
-        training: scenes to train on.
-        held_out: scenes to validate on, of other images.
-        target: "mask", (B, size, size) int64 classes of pixels with 0 for the background, or "boxes",
-            (B, N, 5) float32 of x0, y0, x1, y1 and label, -1 where a scene has fewer.
-        batch_size: scenes per batch and process.
-        validation_batches: batches per evaluation.
-        process: which share this process trains on, of `processes`.
-    """
-
-    def __init__(
-        self,
-        training: Scenes,
-        held_out: Scenes,
-        target: str,
-        batch_size: int,
-        *,
-        validation_batches: int = 4,
-        process: int = 0,
-        processes: int = 1,
-    ) -> None:
-        if target not in ("mask", "boxes"):
-            raise ValueError(f"scenes: target must be one of mask, boxes, got {target!r}")
-        self._scenes, self._held_out, self._target = training, held_out, target
-        self._batch_size, self._batches = batch_size, validation_batches
-        self._process, self._processes = process, processes
-        self._drawn = 0
-        self.training = self
-        self.fingerprint = training.fingerprint() + held_out.fingerprint()
-
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Returns images (B, 3, size, size) float32, -1 to 1, and targets."""
-        first = self._drawn + self._process * self._batch_size
-        self._drawn += self._processes * self._batch_size
-        return self._batch(self._scenes.scene, first)
-
-    def state(self) -> dict:
-        """Returns how many scenes were drawn."""
-        return {"drawn": self._drawn}
-
-    def restore(self, state: dict) -> None:
-        """Continues exactly where state() was taken."""
-        self._drawn = state["drawn"]
-
-    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the same scenes every time."""
-        for index in range(self._batches):
-            yield self._batch(self._held_out.scene, index * self._batch_size)
-
-    def _batch(self, scene: Callable, first: int) -> tuple[Tensor, Tensor]:
-        pixels, masks, boxes = zip(*(scene(first + i) for i in range(self._batch_size)), strict=True)
-        images = torch.from_numpy(np.stack(pixels)).float() / 127.5 - 1
-        if self._target == "mask":
-            return images, torch.from_numpy(np.stack(masks).astype(np.int64))
-        return images, padded(boxes)
-
-
-def padded(boxes: list[np.ndarray]) -> Tensor:
-    """Returns boxes of several images (N, 5) as one tensor (B, most, 5), with -1 where an image has fewer."""
-    found = torch.full((len(boxes), max(map(len, boxes)), 5), -1.0)
-    for row, part in zip(found, boxes, strict=True):
-        row[: len(part)] = torch.from_numpy(np.asarray(part, np.float32))
-    return found

@@ -67,7 +67,7 @@ class Detection(nn.Module):
 
         Args:
             images: (N, channels, H, W).
-            targets: (N, M, 5) x0, y0, x1, y1 and label in pixels; a label of -1 stands for no object.
+            targets: (N, M, 5) x0, y0, x1, y1 and label in pixels; a label below 0 stands for no object.
         """
         return self._loss(self.model(images), targets)
 
@@ -106,13 +106,16 @@ class Detection(nn.Module):
         """The loss, and the counts that metrics() wants summed.
 
         For each class these are right and wrong detections by score, in bins, and how many objects there are.
+        A label of -2 - label stands for a box that nobody must find: what lies in it is neither.
         """
         answers = self.model(images)
         counts = torch.zeros(self.config.classes, 2 * BINS + 1)
-        for found, boxes in zip(self._found(answers, images.shape[-2:]), targets, strict=True):
+        for all_found, boxes in zip(self._found(answers, images.shape[-2:]), targets, strict=True):
             present = boxes[boxes[:, 4] >= 0]
             counts[:, -1] += torch.bincount(present[:, 4].long(), minlength=self.config.classes).cpu()
-            right = matched(found, present)
+            right = matched(all_found, present)
+            judged = right | ~within(all_found, boxes[boxes[:, 4] < -1])
+            found, right = Found(*(part[judged] for part in all_found)), right[judged]
             bins = (found.scores * BINS).long().clamp(max=BINS - 1)
             places = (found.labels, bins + BINS * (~right).long())
             counts.index_put_(tuple(p.cpu() for p in places), torch.ones(len(right)), accumulate=True)
@@ -123,6 +126,12 @@ class Detection(nn.Module):
 
         Scores count as equal where they are in the same thousandth.
         """
+        average = self.average_precisions(sums)
+        seen = ~average.isnan()
+        return {"ap50": average[seen].mean().item() if seen.any() else 0.0}
+
+    def average_precisions(self, sums: list[float]) -> Tensor:
+        """Returns the average precision of each class, NaN where there is no object of it."""
         counts = torch.tensor(sums, dtype=torch.float64).view(self.config.classes, -1)
         right, wrong = (counts[:, i * BINS : (i + 1) * BINS].flip(1).cumsum(1) for i in range(2))
         objects = counts[:, -1]
@@ -130,8 +139,7 @@ class Detection(nn.Module):
         precision = right / (right + wrong).clamp(min=1)
         best = precision.flip(1).cummax(1).values.flip(1)  # of all thresholds that find as much
         steps = recall.diff(dim=1, prepend=torch.zeros(len(recall), 1, dtype=recall.dtype))
-        average = (best * steps).sum(1)[objects > 0]
-        return {"ap50": average.mean().item() if len(average) else 0.0}
+        return (best * steps).sum(1).where(objects > 0, torch.nan)
 
 
 def assign(points: Tensor, strides: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +151,7 @@ def assign(points: Tensor, strides: Tensor, boxes: Tensor) -> tuple[Tensor, Tens
     Args:
         points: (P, 2).
         strides: (P,).
-        boxes: (M, 5); a label of -1 stands for no object.
+        boxes: (M, 5); a label below 0 stands for no object.
 
     Returns:
         Labels (P,) int64, -1 for none, and distances (P, 4) to the sides.
@@ -212,3 +220,15 @@ def matched(found: Found, present: Tensor, threshold: float = 0.5) -> Tensor:
             right[place] = True
             overlaps[:, chosen] = -1.0
     return right
+
+
+def within(found: Found, crowds: Tensor) -> Tensor:
+    """Tells of which detections more than half lies in one of boxes (M, 5) with labels -2 - label: (N,)."""
+    corners = (
+        torch.maximum(found.boxes[:, None, :2], crowds[:, :2]),
+        torch.minimum(found.boxes[:, None, 2:], crowds[:, 2:4]),
+    )
+    shared = (corners[1] - corners[0]).clamp(min=0).prod(-1)
+    areas = (found.boxes[:, 2:] - found.boxes[:, :2]).prod(-1)
+    inside = shared > areas[:, None] / 2
+    return (inside & (found.labels[:, None] == -2 - crowds[:, 4].long())).any(1)

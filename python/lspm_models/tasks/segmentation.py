@@ -71,10 +71,13 @@ class Segmentation(nn.Module):
         A class that is neither there nor predicted does not count.
         """
         counts = torch.tensor(sums, dtype=torch.float64).view(self.classes, self.classes)
-        right = counts.diagonal()
-        union = counts.sum(0) + counts.sum(1) - right
-        seen = union > 0
         return {
-            "mean_iou": (right[seen] / union[seen]).mean().item(),
-            "pixel_accuracy": (right.sum() / counts.sum()).item(),
+            "mean_iou": self.ious(sums).nanmean().item(),
+            "pixel_accuracy": (counts.trace() / counts.sum()).item(),
         }
+
+    def ious(self, sums: list[float]) -> Tensor:
+        """Returns intersection over union of each class, NaN where it is neither there nor predicted."""
+        counts = torch.tensor(sums, dtype=torch.float64).view(self.classes, self.classes)
+        right = counts.diagonal()
+        return right / (counts.sum(0) + counts.sum(1) - right)

@@ -1,0 +1,93 @@
+"""From a trained run to what it says of an image file, whatever its task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lspm_models.data.image_files import decode
+from lspm_models.image_job import load_image_model
+from lspm_models.image_outputs import most_probable
+from lspm_models.run_folder import find_checkpoint
+from lspm_models.scene_job import JOBS, load_scene_model, model_of
+
+
+@dataclass(frozen=True)
+class Output:
+    """What shall be said and drawn."""
+
+    top: int = field(default=5, metadata={"help": "classes per image at most, of a ResNet"})
+    score: float = field(default=0.4, metadata={"help": "the least of a box, of a detector"})
+    pictures: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder for what a U-Net or a detector draws",
+            "default": "predictions in the run folder",
+            "metavar": "FOLDER",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise ValueError(f"output: top must be at least 1, got {self.top}")
+        if not 0 <= self.score <= 1:
+            raise ValueError(f"output: score must be between 0 and 1, got {self.score}")
+
+
+def load_predictor(folder: str | Path, device: str | torch.device, output: Output) -> Callable[[Path], str]:
+    """Loads a run's model.
+
+    Args:
+        folder: a run folder, whose newest checkpoint is taken, or one checkpoint in it.
+        device: where the model shall be.
+        output: what shall be said.
+
+    Returns:
+        A function that says what is on an image file; that of a U-Net or a detector writes a picture besides,
+        and says where. It raises ValueError where the file cannot be read.
+
+    Raises:
+        ValueError: there is no checkpoint, or its parts do not fit each other.
+    """
+    path = find_checkpoint(folder)
+    if model_of(path).get("model") in JOBS:
+        pictures = Path(output.pictures or path.resolve().parents[1] / "predictions")
+        return _of_scenes(path, device, output.score, pictures)
+    task, look = load_image_model(path, device)
+
+    @torch.no_grad()
+    def classes(file: Path) -> str:
+        pixels = torch.from_numpy(decode(file, look.channels, look.size).copy())
+        logits = task(look.normalised(pixels[None]).to(device))
+        found = most_probable(logits, look.classes, output.top)[0]
+        return "  ".join(f"{label} {probability:.1%}" for label, probability in found)
+
+    return classes
+
+
+def _of_scenes(path: Path, device: str | torch.device, score: float, pictures: Path) -> Callable[[Path], str]:
+    from lspm_models.data.drawn import BROKEN, reason
+    from lspm_models.pictures import save
+    from lspm_models.scene_outputs import look_at
+
+    task, look = load_scene_model(path, device)
+    written: set[Path] = set()
+
+    def scene(file: Path) -> str:
+        try:
+            words, picture = look_at(task, look, file, score)
+        except BROKEN as error:
+            raise ValueError(reason(error, file)) from error
+        pictures.mkdir(parents=True, exist_ok=True)
+        target, more = pictures / f"{file.stem}.png", 1
+        while target in written:  # images of two folders may have one name
+            more += 1
+            target = pictures / f"{file.stem}-{more}.png"
+        written.add(target)
+        save(picture, target)
+        return f"{words}   {target}"
+
+    return scene
