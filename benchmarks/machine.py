@@ -26,12 +26,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def processor(device: str = "cpu") -> str:
-    """The model name of the CPU or GPU."""
+    """The model name of the CPU or GPU; with the family where several generations share the name."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    found = dict(re.findall(r"^(model name|cpu family)\s*:\s*(.+)$", cpuinfo.read_text(), re.M))
+    name = found.get("model name") or platform.processor() or platform.machine()
+    return f"{name} family {found['cpu family']}" if name == "AMD EPYC" else name
 
 
 def slug(device: str = "cpu") -> str:
