@@ -68,7 +68,7 @@ class Run:
         return lambda: [torch.from_numpy(request.infer([given])[0])]
 
     def peak_bytes(self, variant: str) -> int | None:
-        """The most memory of a step at once, in a process of its own: here what was freed would serve again."""
+        """The most memory of a step at once, in a process of its own: what was freed here would serve."""
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             return pool.apply(_second_peak, (self, variant))
 

@@ -26,8 +26,9 @@ def _rotate(kernel, x, cos, sin, offsets, offset, interleaved):
     """What kernel(x, cos, sin, offsets, out, offset, interleaved) fills; kernel None leaves it empty."""
     out = torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype, device=x.device)
     if kernel is not None and out.numel():
-        cos, sin, offsets = (t if t is None else t.contiguous() for t in (cos, sin, offsets))
-        kernel(checks.rows(x), cos, sin, offsets, out.transpose(1, 2), offset, interleaved)
+        offsets = None if offsets is None else offsets.contiguous()
+        known = cos.contiguous(), sin.contiguous(), offsets
+        kernel(checks.rows(x), *known, out.transpose(1, 2), offset, interleaved)
     return out
 
 

@@ -13,6 +13,14 @@ TESTS = ("tests/ops/test_conv2d.py", "-x")
 NORM_TESTS = ("tests/ops/test_conv2d_batch_norm.py", "-x")
 in_tiles = partial(Mutation, file="csrc/cpu/conv2d_tiles.h", tests=TESTS, command=BUILD)
 in_kernel = partial(Mutation, file="csrc/cpu/conv2d.cpp", tests=TESTS, command=BUILD)
+in_epilogue = partial(Mutation, file="csrc/cpu/conv2d_epilogue.h", tests=TESTS, command=BUILD)
+in_winograd = partial(Mutation, file="csrc/cpu/conv2d_winograd.h", tests=TESTS, command=BUILD)
+in_packed = partial(
+    Mutation, file="lspm_kernels/packed_conv2d.py", tests=("tests/ops/test_packed_conv2d.py", "-x")
+)
+in_recomputation = partial(
+    Mutation, file="lspm_kernels/recomputation.py", tests=("tests/ops/test_recomputation.py", "-x")
+)
 in_weights = partial(Mutation, file="csrc/cpu/conv2d_backward_weight.cpp", tests=TESTS, command=BUILD)
 in_op = partial(Mutation, file="lspm_kernels/ops/conv2d.py", tests=TESTS)
 
@@ -45,15 +53,15 @@ MUTATIONS = [
         old="std::is_same_v<O, float> ? 64 : 1024",
         new="1 << 20",
     ),
-    in_kernel(
+    in_tiles(
         name="conv2d cpu: the tap's weights are those of the tap before it upside down",
         old="const T* from = weight + tap.filter;",
         new="const T* from = weight + c.taps[c.taps.size() - 1 - (&tap - c.taps.data())].filter;",
     ),
-    in_kernel(
+    in_epilogue(
         name="conv2d cpu: residual dropped", old="if (residual) v += lanes.load(residual + out + i);", new=""
     ),
-    in_kernel(
+    in_epilogue(
         name="conv2d cpu: scale after shift",
         old="          if (scale) v *= lanes.load(scale + filter + i);\n"
         "          if (shift) v += lanes.load(shift + filter + i);\n",
@@ -65,13 +73,13 @@ MUTATIONS = [
         old="if (row % s.stride_h == 0 && column % s.stride_w == 0)",
         new="if (row % s.stride_h == 0)",
     ),
-    in_kernel(
+    in_epilogue(
         name="conv2d cpu: statistics of what is not rounded",
         old="const F d = rounded<T>(load(tile + r * kPanel + i)) - first;",
         new="const F d = load(tile + r * kPanel + i) - first;",
         tests=NORM_TESTS,
     ),
-    in_kernel(
+    in_epilogue(
         name="conv2d cpu: statistics around zero",
         old="if (!count_) store(first_ + i, rounded<T>(load(tile + i)));",
         new="if (!count_) store(first_ + i, F{});",
@@ -91,6 +99,39 @@ MUTATIONS = [
         name="conv2d cpu: phases of the stride mixed up",
         old="column % w_.c.stride_w) * phase_",
         new="0) * phase_",
+    ),
+    in_winograd(
+        name="conv2d cpu: a tile's inner rows change sides",
+        old="const F sum = b + d, difference = d - b;",
+        new="const F sum = b + d, difference = b - d;",
+    ),
+    in_winograd(
+        name="conv2d cpu: an infinity reaches a whole tile",
+        old="return sum(zero_if_finite) == 0.0f;",
+        new="return true;",
+    ),
+    in_winograd(
+        name="conv2d cpu: tiles beyond the last column are written",
+        old="std::min(2 * here, c.columns - 2 * column)",
+        new="2 * here",
+    ),
+    in_packed(
+        name="PackedConv2d: weights that change are not packed again",
+        old="stale = versions != self._versions",
+        new="stale = self._versions is None",
+    ),
+    in_packed(
+        name="PackedConv2d: a copy keeps what was packed",
+        old='dict.fromkeys(("_versions", "_packed", "_epilogue", "_last"))',
+        new="{}",
+    ),
+    in_recomputation(
+        name="recomputation: checkpoints see other tensors in the second run",
+        old="return checks.plain(x) and _hooks is not None and _hooks(False) is None",
+        new="return checks.plain(x)",
+    ),
+    in_recomputation(
+        name="recomputation: an output made for nobody is kept", old="if node.takes_remade:", new="if True:"
     ),
     in_op(
         name="conv2d: ReLU's slope forgotten",

@@ -90,8 +90,8 @@ MUTATIONS = [
     Mutation(
         "images: the union counts what is shared twice",
         f"{MODELS}/tasks/segmentation.py",
-        "union = counts.sum(0) + counts.sum(1) - right",
-        "union = counts.sum(0) + counts.sum(1)",
+        "counts.sum(1) - right)",
+        "counts.sum(1))",
         tests("segmentation", "mean_iou"),
     ),
     Mutation(
