@@ -72,7 +72,7 @@ def _save(ctx, inputs, output):
     y, statistics = output
     ctx.activation = ACTIVATIONS[activation]
     # What a batch norm gave is computed again of what that has saved, rather than kept.
-    ctx.remake, kept = remade(x)
+    ctx.make_x, kept = remade(x)
     ctx.save_for_backward(weight, y if ctx.activation else None, *kept)
     ctx.mark_non_differentiable(statistics)
 
@@ -87,7 +87,7 @@ def _gradient(ctx, dy, _):
         dz = torch.ops.aten.hardtanh_backward(dy, y, 0, 6)
     dx = dweight = None
     if wants_dx or wants_dweight:
-        x = ctx.remake(*kept) if wants_dweight else kept[0]
+        x = ctx.make_x(*kept) if wants_dweight else kept[0]
         dx, dweight = _conv_backward(ctx.row, dz, x, weight, ctx.geometry, wants_dx, wants_dweight)
     dshift = dz.sum((0, 2, 3), dtype=torch.float32) if wants_dshift else None
     return (

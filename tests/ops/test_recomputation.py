@@ -120,6 +120,18 @@ def test_an_output_dies_once_its_convolution_has_run():
     assert w.grad.isfinite().all()
 
 
+def test_a_convolution_of_a_convolution():
+    x, w = torch.randn(2, 8, 5, 5), torch.randn(8, 8, 1, 1, requires_grad=True)
+
+    def run():
+        y = lk.conv2d_batch_norm(x, w, training=True)
+        for activation in (None, "relu", "gelu", None):
+            y = lk.conv2d(y, w, activation=activation)
+        return torch.autograd.grad(y.sin().sum(), w)
+
+    assert same(run(), kept(run))
+
+
 def test_what_was_changed_in_place_is_kept():
     x, w = torch.randn(2, 8, 5, 5), torch.randn(8, 8, 1, 1, requires_grad=True)
 
