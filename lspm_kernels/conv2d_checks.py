@@ -98,6 +98,11 @@ def geometry(op: str, x: Tensor, w: Tensor, stride, padding_, dilation, groups: 
     return size, (*stride, *first, *dilation, groups)
 
 
+def grouped(geometry):
+    """geometry()'s seven numbers as stride, padding, dilation and groups, as the kernels take them."""
+    return (geometry[:2], geometry[2:4], geometry[4:6], geometry[6])
+
+
 def vectors(op: str, x: Tensor, filters: int, **given: Tensor | None) -> None:
     """Raises ValueError unless each is None or holds a value for each filter."""
     for name, t in given.items():

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lspm_kernels import batch_norm, checks, compiled, conv2d_checks, dispatch
-from lspm_kernels.conv2d_checks import FLOATS
+from lspm_kernels.conv2d_checks import FLOATS, grouped
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.ops.conv2d import conv2d
@@ -29,13 +29,8 @@ def _forward(row, x, weight, packed, scale, shift, residual, size, geometry, act
     if row is not None and out.numel():
         residual = None if residual is None else checks.pixels(residual)
         views = checks.pixels(x), weight, packed, scale, shift, residual, checks.pixels(out), None
-        row.forward(*views, _grouped(geometry), activation)
+        row.forward(*views, grouped(geometry), activation)
     return out
-
-
-def _grouped(geometry):
-    """Stride, padding, dilation and groups, as the kernels take them."""
-    return (geometry[:2], geometry[2:4], geometry[4:6], geometry[6])
 
 
 _convolve = Operator(
@@ -142,9 +137,9 @@ class PackedConv2d:
             if norm[2] is not None:
                 batch_norm.running_statistics(_OP, *norm[2:])
                 self._epilogue = folded(*norm, bias, self.eps)
-            size = compiled.cpu.conv2d_packed_bytes(weight, _grouped(geometry))
+            size = compiled.cpu.conv2d_packed_bytes(weight, grouped(geometry))
             self._packed = torch.empty(size, dtype=torch.uint8)
-            compiled.cpu.conv2d_pack(weight, self._packed, _grouped(geometry), torch.get_num_threads())
+            compiled.cpu.conv2d_pack(weight, self._packed, grouped(geometry), torch.get_num_threads())
 
     def _unpacked(self, x, residual):
         weight, bias, *norm = self.tensors

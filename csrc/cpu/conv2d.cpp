@@ -4,6 +4,7 @@
 // scratch, once for all panels, and computes a tile of kTileRows pixels x kPanel filters in registers over
 // the whole depth, taps and channels; the epilogue is applied while the tile lies in the first-level cache.
 // So memory sees the input, the weight, the output and a residual once each.
+// 1x1 windows need no copy, and 3x3 ones in float go by conv2d_winograd.h where that admits them.
 //
 // The gradient of x is the same sum over dz: for a stride of s, pixels of x whose place is alike modulo s
 // share the taps that reach them, so that it is s^2 correlations of stride 1, each with its part of the taps.

@@ -39,14 +39,9 @@ def _forward(
     if row is not None and out.numel():
         residual = None if residual is None else checks.pixels(residual)
         views = checks.pixels(x), weight, scale, shift, residual, checks.pixels(out), statistics
-        row.forward(*views, _groups(geometry), activation)
+        row.forward(*views, conv2d_checks.grouped(geometry), activation)
     # An operator's outputs are tensors: an empty one stands for what is not wanted.
     return out, x.new_empty(0) if statistics is None else statistics
-
-
-def _groups(geometry):
-    """Stride, padding, dilation and groups, as the kernels take them."""
-    return (geometry[:2], geometry[2:4], geometry[4:6], geometry[6])
 
 
 def _backward(row, dz, x, weight, geometry, wants_dx, wants_dweight, saves=True):
@@ -55,7 +50,7 @@ def _backward(row, dz, x, weight, geometry, wants_dx, wants_dweight, saves=True)
     dweight = new(weight) if wants_dweight else None
     if row is not None and dz.numel():
         views = [None if dx is None else dx.permute(0, 2, 3, 1), dweight]
-        row.backward(checks.pixels(dz), checks.pixels(x), weight, *views, _groups(geometry))
+        row.backward(checks.pixels(dz), checks.pixels(x), weight, *views, conv2d_checks.grouped(geometry))
     return dz.new_empty(0) if dx is None else dx, dz.new_empty(0) if dweight is None else dweight
 
 
