@@ -135,3 +135,40 @@ class Operator:
             return torch.stack(samples), 0
         outputs = tuple(torch.stack(o) for o in zip(*samples, strict=True))
         return outputs, (0,) * len(outputs)
+
+
+class InPlaceOperator:
+    """torch.ops.lspm.<name>(*args, backend), which changes some of its tensors and has no gradient.
+
+    Args:
+        schema: "name(Tensor(a!) first, ...) -> ()", without the name of the backend; an ! marks what changes.
+        backends: the op's table.
+        update: update(row, *args) has the row's kernel change the tensors.
+    """
+
+    def __init__(self, schema: str, backends: tuple[Backend, ...], update: Callable):
+        self._name = schema.split("(", maxsplit=1)[0]
+        rows = {row.name: row for row in backends}
+
+        def run(*args):
+            update(rows[args[-1]], *args[:-1])
+
+        _library.define(schema.replace(") ->", ", str backend) ->", 1))
+        op = getattr(torch.ops.lspm, self._name).default
+        _library.impl(self._name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(op, lambda *args: None, lib=_library)
+        aliases = [argument.alias_info for argument in op._schema.arguments]
+        self._written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
+        self._op, self._update = op, update
+
+    def __call__(self, row: Backend, *args) -> None:
+        written = [args[i] for i in self._written if args[i] is not None]
+        if _is_grad_enabled() and any(t.requires_grad for t in written):
+            rule = "not require a gradient while gradients are recorded: call it under torch.no_grad()"
+            raise ValueError(f"{self._name}_: what it changes must {rule}")
+        tensors = (a for a in args if isinstance(a, Tensor))
+        if _is_compiling() or _dispatch_modes() or any(type(t) not in (Tensor, Parameter) for t in tensors):
+            return self._op(*args, row.name)
+        self._update(row, *args)
+        torch.autograd.graph.increment_version(written)
+        return None

@@ -8,7 +8,7 @@ import torch
 
 
 def kernel(name: str) -> Callable[..., None]:
-    """The launcher of the kernel <op>_forward or <op>_backward, in the file <op>.py."""
+    """The launcher of the kernel <op>_forward, <op>_backward or <op>_update, in the file <op>.py."""
     op, direction = name.rsplit("_", 1)
 
     def launch(*args):
