@@ -188,6 +188,39 @@ def max_pool2d_backward(
 def max_pool2d_forward(
     x: Tensor, y: Tensor, positions: Tensor | None, window: Sequence[int], threads: int
 ) -> None: ...
+def mf_sgd_blocks(
+    users: Tensor,
+    items: Tensor,
+    ratings: Tensor,
+    weight: Tensor | None,
+    user_part: Tensor,
+    item_part: Tensor,
+    users_out: Tensor,
+    items_out: Tensor,
+    ratings_out: Tensor,
+    weight_out: Tensor | None,
+    offsets: Tensor,
+    threads: int,
+) -> None: ...
+def mf_sgd_update(
+    user_factors: Tensor,
+    item_factors: Tensor,
+    user_bias: Tensor | None,
+    item_bias: Tensor | None,
+    user_squares: Tensor | None,
+    item_squares: Tensor | None,
+    users: Tensor,
+    items: Tensor,
+    ratings: Tensor,
+    weight: Tensor | None,
+    offsets: Tensor,
+    loss: Tensor,
+    step: Sequence[float],
+    nonnegative: bool,
+    logistic: bool,
+    seed: int,
+    threads: int,
+) -> None: ...
 def rotary_backward(
     dout: Tensor,
     cos: Tensor,

@@ -11,12 +11,15 @@ from lspm_kernels.ops.cross_entropy import cross_entropy
 from lspm_kernels.ops.global_avg_pool import global_avg_pool
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from lspm_kernels.ops.max_pool2d import max_pool2d
+from lspm_kernels.ops.mf_sgd import mf_sgd_
 from lspm_kernels.ops.rotary import rotary
 from lspm_kernels.packed_conv2d import PackedConv2d
+from lspm_kernels.rating_blocks import RatingBlocks, rating_blocks
 
 __all__ = [
     "FallbackWarning",
     "PackedConv2d",
+    "RatingBlocks",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -30,6 +33,8 @@ __all__ = [
     "global_avg_pool",
     "layer_norm",
     "max_pool2d",
+    "mf_sgd_",
+    "rating_blocks",
     "rms_norm",
     "rotary",
     "use_backend",

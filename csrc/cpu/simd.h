@@ -473,6 +473,10 @@ struct FirstLanes {
     lspm::store(lanes, v);
     std::memcpy(p, lanes, n * sizeof(T));
   }
+#if defined(__AVX512F__)  // in a register, where a copy by way of memory would wait for itself
+  F load(const float* p) const { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+  void store(float* p, F v) const { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
+#endif
   template <class T>
   void store_unchanged(T* p, F v) const {
     T lanes[kLanes];

@@ -1,0 +1,98 @@
+"""Passes of stochastic gradient descent over ratings: in PyTorch, and by LIBMF's program."""
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lspm_kernels
+from lspm_kernels import RatingBlocks
+
+SHAPES = {"ml-1m": (6040, 3706, 1_000_000), "ml-20m": (138_493, 26_744, 20_000_000)}  # MovieLens' sizes
+SKEW = 1.5  # gives the most popular item of 3,706 some 0.4 % of all ratings, as in MovieLens-1M
+FEW, MORE = 2, 20  # passes of LIBMF: reading the file and setting up cost as much in either
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over generated ratings, whose users and items are about as unequal as MovieLens'."""
+
+    name: str
+    users: int
+    items: int
+    ratings: int
+    factors: int
+    threads: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"mf_sgd/pass/{dtype}/{self.name}-K{self.factors}-threads{self.threads}"
+
+    def tables(self) -> list[Tensor]:
+        factors = [0.1 * torch.randn(n, self.factors) for n in (self.users, self.items)]
+        return [*(f.to(self.dtype) for f in factors), torch.zeros(self.users), torch.zeros(self.items)]
+
+
+def drawn(users: int, items: int, count: int) -> RatingBlocks:
+    """Ratings from 1 to 5 of users and items at random, a few of which have many."""
+    ids = [
+        torch.randperm(n)[(n * torch.rand(count, dtype=torch.float64) ** SKEW).long()] for n in (users, items)
+    ]
+    return lspm_kernels.rating_blocks(*ids, 1 + 4 * torch.rand(count), num_users=users, num_items=items)
+
+
+def waves(blocks: RatingBlocks) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Users, items and ratings in groups that share no row: done group by group, they give what they give one
+    by one."""
+    last_user, last_item = [0] * blocks.num_users, [0] * blocks.num_items
+    wave = np.empty(len(blocks), dtype=np.int32)
+    for j, (u, i) in enumerate(zip(blocks.users.tolist(), blocks.items.tolist(), strict=True)):
+        wave[j] = last_user[u] = last_item[i] = max(last_user[u], last_item[i]) + 1
+    order = torch.from_numpy(np.argsort(wave, kind="stable"))
+    sizes = np.bincount(wave)[1:].tolist()
+    columns = (t[order].split(sizes) for t in (blocks.users, blocks.items, blocks.ratings))
+    return list(zip(*columns, strict=True))
+
+
+def torch_pass(
+    user_factors: Tensor, item_factors: Tensor, user_bias: Tensor, item_bias: Tensor, groups: list, *,
+    mean: float, lr: float, reg: float,
+) -> None:  # fmt: skip
+    """The updates of mf_sgd_, one group after the other."""
+    for users, items, ratings in groups:
+        p, q, b, c = user_factors[users], item_factors[items], user_bias[users], item_bias[items]
+        e = ratings.to(b.dtype) - (mean + b + c + (p * q).sum(1))
+        user_factors[users] = p + lr * (e[:, None] * q - reg * p).to(p.dtype)
+        item_factors[items] = q + lr * (e[:, None] * p - reg * q).to(q.dtype)
+        user_bias[users] = b + lr * (e - reg * b)
+        item_bias[items] = c + lr * (e - reg * c)
+
+
+def has_libmf() -> bool:
+    return shutil.which("mf-train") is not None
+
+
+def libmf(blocks: RatingBlocks, factors: int, threads: int) -> Callable[[int], float]:
+    """A function of a number of calls that gives the seconds of as many passes of LIBMF."""
+    folder = tempfile.TemporaryDirectory()
+    ratings = Path(folder.name) / "ratings.txt"
+    columns = (blocks.users, blocks.items, blocks.ratings)
+    np.savetxt(ratings, np.stack([t.numpy() for t in columns], 1), fmt=["%d", "%d", "%.4f"])
+
+    def seconds(passes: int) -> float:
+        options = f"-k {factors} -t {passes} -s {threads} -l2 0.02 -r 0.05 --quiet".split()
+        start = time.perf_counter()
+        subprocess.run(
+            ["mf-train", *options, ratings, f"{folder.name}/model"], check=True, capture_output=True
+        )
+        return time.perf_counter() - start
+
+    return lambda calls: (seconds(FEW + MORE) - seconds(FEW)) / MORE * calls

@@ -1,0 +1,155 @@
+"""Ratings in the order in which stochastic gradient descent goes through them."""
+
+import dataclasses
+import heapq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lspm_kernels import compiled
+
+_ROWS_OF_A_BLOCK = 2048  # of 64 float32 factors they fill half a megabyte, part of a second-level cache
+_SMALLEST, _LARGEST = 8, 64  # parts of a side: as many threads can work at once
+
+
+@dataclass(frozen=True)
+class RatingBlocks:
+    """Ratings sorted into the blocks of a Latin square, as rating_blocks() makes them.
+
+    Block s * grid + i has ratings of users of part i and items of part (i + s) % grid: the blocks of one s
+    have no row in common. mf_sgd_ gives, on any number of threads, what one thread gives that takes the
+    ratings in the order in which they lie here.
+
+    Attributes:
+        users, items: (n,) int32.
+        ratings: (n,) float32.
+        weight: (n,) float32, or None.
+        offsets: (grid ** 2 + 1,) int64: where the blocks begin.
+        num_users, num_items: how many rows the tables must have at least.
+    """
+
+    users: Tensor
+    items: Tensor
+    ratings: Tensor
+    weight: Tensor | None
+    offsets: Tensor
+    num_users: int
+    num_items: int
+
+    def __len__(self) -> int:
+        return self.ratings.numel()
+
+    def to(self, device: torch.device | str) -> "RatingBlocks":
+        """The same on another device."""
+        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+
+def rating_blocks(
+    users: Tensor,
+    items: Tensor,
+    ratings: Tensor,
+    weight: Tensor | None = None,
+    *,
+    num_users: int | None = None,
+    num_items: int | None = None,
+    grid: int | None = None,
+    out: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
+) -> RatingBlocks:
+    """Sorts ratings for mf_sgd_, which then need not sort them at every pass.
+
+    Users and items are dealt to parts by how many ratings they have, so that blocks are about as large.
+    Within a block, ratings are sorted by user and then dealt like cards from eight hands, so that a user's
+    row stays near while no rating waits for the one before it. Pairs that come twice are kept: they are two
+    ratings.
+
+    Args:
+        users, items: (n,) int32 or int64 on the CPU: ids from 0 on.
+        ratings: (n,) float32: finite.
+        weight: (n,) float32, at least 0, or None for 1 each.
+        num_users, num_items: rows of the tables; None: the largest id and 1.
+        grid: parts of either side, from 1 to 256; as many threads can work at once. None: from the number
+            of users and items alone.
+        out: users, items, ratings and weight (or None) to write to, as memory-mapped files are.
+
+    Returns:
+        The blocks. Their order depends on the arguments alone.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, an id is outside its table, or a rating
+            or weight is not finite.
+    """
+    ids = {"users": users, "items": items}
+    values = {"ratings": ratings} if weight is None else {"ratings": ratings, "weight": weight}
+    for name, t in (ids | values).items():
+        _check_vector(name, t, ratings, (torch.int32, torch.int64) if name in ids else (torch.float32,))
+    sizes = [_size(name, t, n) for (name, t), n in zip(ids.items(), (num_users, num_items), strict=True)]
+    for name, t in values.items():
+        if t.numel() and not all(torch.isfinite(bound) for bound in t.aminmax()):
+            raise ValueError(f"rating_blocks: {name} must be finite, got {_first(t, ~torch.isfinite(t))}")
+    if weight is not None and weight.numel() and weight.min() < 0:
+        raise ValueError(f"rating_blocks: weight must be at least 0, got {_first(weight, weight < 0)}")
+    if grid is None:
+        grid = min(max(sum(sizes) // _ROWS_OF_A_BLOCK, _SMALLEST), _LARGEST)
+    if not isinstance(grid, int) or not 1 <= grid <= 256:
+        raise ValueError(f"rating_blocks: grid must be an integer from 1 to 256, got {grid!r}")
+    users, items, ratings = users.to(torch.int32), items.to(torch.int32), ratings.contiguous()
+    given = users.contiguous(), items.contiguous(), ratings, None if weight is None else weight.contiguous()
+    out = (
+        tuple(None if t is None else torch.empty_like(t) for t in given)
+        if out is None
+        else _check_out(out, given)
+    )
+    parts = [_parts(t, size, grid) for t, size in zip(given, sizes, strict=False)]
+    offsets = torch.empty(grid * grid + 1, dtype=torch.int64)
+    compiled.cpu.mf_sgd_blocks(*given, *parts, *out, offsets, torch.get_num_threads())
+    return RatingBlocks(*out, offsets, *sizes)
+
+
+def _parts(ids: Tensor, size: int, grid: int) -> Tensor:
+    """The part of each row: those with the most ratings first, each to the part with the fewest so far."""
+    counts = torch.bincount(ids, minlength=size)
+    order = counts.argsort(descending=True, stable=True)
+    loads = [(0, part) for part in range(grid)]
+    chosen = []
+    for count in counts[order].tolist():
+        load, part = loads[0]
+        chosen.append(part)
+        heapq.heapreplace(loads, (load + count, part))
+    parts = torch.empty(size, dtype=torch.uint8)
+    parts[order] = torch.tensor(chosen, dtype=torch.uint8)
+    return parts
+
+
+def _check_vector(name, t, ratings, dtypes):
+    if not isinstance(t, Tensor) or t.dim() != 1 or t.dtype not in dtypes or t.device.type != "cpu":
+        got = f"{tuple(t.shape)} {t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"rating_blocks: {name} must be a vector of {kinds} on the CPU, got {got}")
+    if t.numel() != ratings.numel():
+        raise ValueError(f"rating_blocks: {name} must have {ratings.numel()} elements, got {t.numel()}")
+
+
+def _size(name, ids, size):
+    low, high = (int(v) for v in ids.aminmax()) if ids.numel() else (0, -1)
+    limit = 2**31 - 1 if size is None else size
+    if low < 0 or high >= limit:
+        got = low if low < 0 else high
+        raise ValueError(f"rating_blocks: {name} must be from 0 to {limit - 1}, got {got}")
+    return high + 1 if size is None else size
+
+
+def _check_out(out, given):
+    for t, like in zip(out, given, strict=True):
+        if (t is None) != (like is None) or (
+            t is not None and (t.shape != like.shape or t.dtype != like.dtype or not t.is_contiguous())
+        ):
+            got = "None" if t is None else f"{tuple(t.shape)} {t.dtype}"
+            rule = "be contiguous, int32 and float32 as users and items, ratings and weight are, and as long"
+            raise ValueError(f"rating_blocks: out must {rule}, got {got}")
+    return out
+
+
+def _first(t, where):
+    return t[where][0].item()
