@@ -22,7 +22,7 @@ def measure(run: sgd_passes.Pass, device: str, smoke: bool) -> list[dict]:
     """Checks one pass, then times passes in turn."""
     torch.manual_seed(0)
     blocks = sgd_passes.drawn(run.users, run.items, run.ratings)
-    waves, tables = sgd_passes.waves(blocks), run.tables()
+    waves, tables = sgd_passes.groups_of(blocks), run.tables()
     if run.dtype == torch.float32:  # bfloat16 is rounded at random
         results = {d: [t.to(d, copy=True) for t in tables] for d in (torch.float64, torch.float32)}
         for copies in results.values():

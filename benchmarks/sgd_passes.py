@@ -31,10 +31,11 @@ class Pass:
     factors: int
     threads: int
     dtype: torch.dtype = torch.float32
+    op: str = "mf_sgd"
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"mf_sgd/pass/{dtype}/{self.name}-K{self.factors}-threads{self.threads}"
+        return f"{self.op}/pass/{dtype}/{self.name}-K{self.factors}-threads{self.threads}"
 
     def tables(self) -> list[Tensor]:
         factors = [0.1 * torch.randn(n, self.factors) for n in (self.users, self.items)]
@@ -49,15 +50,23 @@ def drawn(users: int, items: int, count: int) -> RatingBlocks:
     return lspm_kernels.rating_blocks(*ids, 1 + 4 * torch.rand(count), num_users=users, num_items=items)
 
 
-def waves(blocks: RatingBlocks) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Users, items and ratings in groups that share no row: done group by group, they give what they give one
-    by one."""
-    last_user, last_item = [0] * blocks.num_users, [0] * blocks.num_items
-    wave = np.empty(len(blocks), dtype=np.int32)
-    for j, (u, i) in enumerate(zip(blocks.users.tolist(), blocks.items.tolist(), strict=True)):
-        wave[j] = last_user[u] = last_item[i] = max(last_user[u], last_item[i]) + 1
-    order = torch.from_numpy(np.argsort(wave, kind="stable"))
-    sizes = np.bincount(wave)[1:].tolist()
+def waves(*ids: Tensor) -> tuple[Tensor, list[int]]:
+    """An order of pairs or triples of rows and the sizes of its groups, in each of which no row comes twice:
+    done group by group, updates give what they give one by one. Columns whose ids may be the same row share
+    a table: give them ids apart."""
+    last = [0] * (1 + int(torch.stack(ids).max()))
+    wave = np.empty(ids[0].numel(), dtype=np.int32)
+    for n, rows in enumerate(zip(*(t.tolist() for t in ids), strict=True)):
+        group = 1 + max(last[row] for row in rows)
+        for row in rows:
+            last[row] = group
+        wave[n] = group
+    return torch.from_numpy(np.argsort(wave, kind="stable")), np.bincount(wave)[1:].tolist()
+
+
+def groups_of(blocks: RatingBlocks) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Users, items and ratings in groups that share no row."""
+    order, sizes = waves(blocks.users, blocks.items + blocks.num_users)
     columns = (t[order].split(sizes) for t in (blocks.users, blocks.items, blocks.ratings))
     return list(zip(*columns, strict=True))
 

@@ -1,11 +1,12 @@
 #ifndef LSPM_CUDA
-// mf_sgd: tables as (rows, factors), contiguous; ratings in the order of their blocks.
+// mf_sgd and bpr: tables as (rows, factors), contiguous; ratings in the order of their blocks.
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cmath>
 
 #include "bindings.h"
+#include "bpr.h"
 #include "mf_sgd.h"
 
 namespace py = pybind11;
@@ -41,6 +42,21 @@ int64_t grid_of(const TensorView& offsets) {
   return grid;
 }
 
+const int64_t* starts_of(const TensorView& view, const char* name, const TensorView& beside, int64_t n,
+                         int64_t end) {
+  const auto* starts = data<int64_t>(view, name, beside, DType::i64, n + 1);
+  for (int64_t i = 0; i < n; ++i)
+    if (starts[i] > starts[i + 1]) TensorView::refuse(name, "not decrease");
+  if (starts[0] != 0 || starts[n] != end)
+    TensorView::refuse(name, "run from 0 to the number of what it parts");
+  return starts;
+}
+
+[[noreturn]] void refuse_stray(int32_t user, int32_t item) {
+  throw std::invalid_argument("users and items must be ids of rows of the tables, got " +
+                              std::to_string(user) + " and " + std::to_string(item));
+}
+
 void mf_sgd_update(const TensorView& user_factors, const TensorView& item_factors,
                    const OptionalView& user_bias, const OptionalView& item_bias,
                    const OptionalView& user_squares, const OptionalView& item_squares,
@@ -61,11 +77,7 @@ void mf_sgd_update(const TensorView& user_factors, const TensorView& item_factor
       floats(user_squares, "user_squares", user_factors, s.users),
       floats(item_squares, "item_squares", user_factors, s.items)};
   MfSgdRatings of = ratings_of(users, items, ratings, weight, user_factors);
-  of.offsets = data<int64_t>(offsets, "offsets", user_factors, DType::i64, s.grid * s.grid + 1);
-  for (int64_t b = 0; b < s.grid * s.grid; ++b)
-    if (of.offsets[b] > of.offsets[b + 1]) TensorView::refuse("offsets", "not decrease");
-  if (of.offsets[0] != 0 || of.offsets[s.grid * s.grid] != s.ratings)
-    TensorView::refuse("offsets", "run from 0 to the number of ratings");
+  of.offsets = starts_of(offsets, "offsets", user_factors, s.grid * s.grid, s.ratings);
   auto* sums = data<float>(loss, "loss", user_factors, DType::f32, s.grid * s.grid);
   const lspm::MfSgdStep by{step[0], step[1], step[2], step[3],     step[4],  step[5],
                            step[6], step[7], step[8], nonnegative, logistic, seed};
@@ -74,9 +86,44 @@ void mf_sgd_update(const TensorView& user_factors, const TensorView& item_factor
     py::gil_scoped_release unlocked;
     stray = lspm::cpu::mf_sgd_update(tables, of, sums, s, by, threads);
   }
-  if (stray >= 0)
-    throw std::invalid_argument("users and items must be ids of rows of the tables, got " +
-                                std::to_string(of.users[stray]) + " and " + std::to_string(of.items[stray]));
+  if (stray >= 0) refuse_stray(of.users[stray], of.items[stray]);
+}
+
+void bpr_update(const TensorView& user_factors, const TensorView& item_factors, const OptionalView& item_bias,
+                const TensorView& users, const TensorView& items, const TensorView& offsets,
+                const TensorView& part_items, const TensorView& part_offsets, const OptionalView& seen_indptr,
+                const OptionalView& seen, const TensorView& loss, const TensorView& skipped,
+                const std::array<float, 4>& step, int64_t seed, int threads) {
+  check_first(user_factors, "user_factors");
+  const TensorView& first = user_factors;
+  const int64_t grid = grid_of(offsets), n = users.numel();
+  const lspm::BprShape s{first.size(0), item_factors.size(0), first.size(1), n, grid};
+  auto* up = data<float>(first, "user_factors", first, DType::f32, s.users * s.factors);
+  auto* ip = data<float>(item_factors, "item_factors", first, DType::f32, s.items * s.factors);
+  float* bias = floats(item_bias, "item_bias", first, s.items);
+  lspm::BprPairs of{};
+  of.users = data<int32_t>(users, "users", first, DType::i32, n);
+  of.items = data<int32_t>(items, "items", first, DType::i32, n);
+  of.offsets = starts_of(offsets, "offsets", first, grid * grid, n);
+  of.part_items = data<int32_t>(part_items, "part_items", first, DType::i32, part_items.numel());
+  of.part_offsets = starts_of(part_offsets, "part_offsets", first, grid, part_items.numel());
+  for (int64_t i = 0; i < part_items.numel(); ++i)
+    if (uint32_t(of.part_items[i]) >= uint64_t(s.items))
+      TensorView::refuse("part_items", "be below the items");
+  if (!seen_indptr != !seen) TensorView::refuse("seen", "be there where seen_indptr is");
+  if (seen) {
+    of.seen = data<int32_t>(*seen, "seen", first, DType::i32, seen->numel());
+    of.seen_indptr = starts_of(*seen_indptr, "seen_indptr", first, s.users, seen->numel());
+  }
+  auto* sums = data<float>(loss, "loss", first, DType::f32, grid * grid);
+  auto* without = data<int32_t>(skipped, "skipped", first, DType::i32, grid * grid);
+  const lspm::BprStep by{step[0], step[1], step[2], step[3], seed};
+  int64_t stray;
+  {
+    py::gil_scoped_release unlocked;
+    stray = lspm::cpu::bpr_update(up, ip, bias, of, sums, without, s, by, threads);
+  }
+  if (stray >= 0) refuse_stray(of.users[stray], of.items[stray]);
 }
 
 void mf_sgd_blocks(const TensorView& users, const TensorView& items, const TensorView& ratings,
@@ -112,6 +159,11 @@ void bind_mf_sgd(py::module_& m) {
         py::arg("item_squares").none(true), py::arg("users"), py::arg("items"), py::arg("ratings"),
         py::arg("weight").none(true), py::arg("offsets"), py::arg("loss"), py::arg("step"),
         py::arg("nonnegative"), py::arg("logistic"), py::arg("seed"), py::arg("threads"));
+  m.def("bpr_update", &bpr_update, py::arg("user_factors"), py::arg("item_factors"),
+        py::arg("item_bias").none(true), py::arg("users"), py::arg("items"), py::arg("offsets"),
+        py::arg("part_items"), py::arg("part_offsets"), py::arg("seen_indptr").none(true),
+        py::arg("seen").none(true), py::arg("loss"), py::arg("skipped"), py::arg("step"), py::arg("seed"),
+        py::arg("threads"));
   m.def("mf_sgd_blocks", &mf_sgd_blocks, py::arg("users"), py::arg("items"), py::arg("ratings"),
         py::arg("weight").none(true), py::arg("user_part"), py::arg("item_part"), py::arg("users_out"),
         py::arg("items_out"), py::arg("ratings_out"), py::arg("weight_out").none(true), py::arg("offsets"),

@@ -105,6 +105,23 @@ def batch_norm_act_sums(
     activation: int,
     threads: int,
 ) -> None: ...
+def bpr_update(
+    user_factors: Tensor,
+    item_factors: Tensor,
+    item_bias: Tensor | None,
+    users: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    part_items: Tensor,
+    part_offsets: Tensor,
+    seen_indptr: Tensor | None,
+    seen: Tensor | None,
+    loss: Tensor,
+    skipped: Tensor,
+    step: Sequence[float],
+    seed: int,
+    threads: int,
+) -> None: ...
 def conv2d_backward(
     dz: Tensor,
     x: Tensor,

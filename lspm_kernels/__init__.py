@@ -5,6 +5,7 @@ from lspm_kernels.ops.attention import attention
 from lspm_kernels.ops.attention_varlen import attention_varlen
 from lspm_kernels.ops.attention_with_kv_cache import attention_with_kv_cache
 from lspm_kernels.ops.batch_norm_act import batch_norm_act
+from lspm_kernels.ops.bpr import bpr_
 from lspm_kernels.ops.conv2d import conv2d
 from lspm_kernels.ops.conv2d_batch_norm import conv2d_batch_norm, fold_batch_norm
 from lspm_kernels.ops.cross_entropy import cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_kv_cache",
     "batch_norm_act",
+    "bpr_",
     "conv2d",
     "conv2d_batch_norm",
     "cross_entropy",

@@ -26,6 +26,7 @@ class RatingBlocks:
         ratings: (n,) float32.
         weight: (n,) float32, or None.
         offsets: (grid ** 2 + 1,) int64: where the blocks begin.
+        part_items, part_offsets: the items by parts, int32, and where the parts begin, (grid + 1,) int64.
         num_users, num_items: how many rows the tables must have at least.
     """
 
@@ -34,6 +35,8 @@ class RatingBlocks:
     ratings: Tensor
     weight: Tensor | None
     offsets: Tensor
+    part_items: Tensor
+    part_offsets: Tensor
     num_users: int
     num_items: int
 
@@ -55,6 +58,7 @@ def rating_blocks(
     num_users: int | None = None,
     num_items: int | None = None,
     grid: int | None = None,
+    seed: int | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
 ) -> RatingBlocks:
     """Sorts ratings for mf_sgd_, which then need not sort them at every pass.
@@ -71,6 +75,7 @@ def rating_blocks(
         num_users, num_items: rows of the tables; None: the largest id and 1.
         grid: parts of either side, from 1 to 256; as many threads can work at once. None: from the number
             of users and items alone.
+        seed: of other parts, by which users and items are dealt as evenly; None: the most even ones.
         out: users, items, ratings and weight (or None) to write to, as memory-mapped files are.
 
     Returns:
@@ -101,22 +106,33 @@ def rating_blocks(
         if out is None
         else _check_out(out, given)
     )
-    parts = [_parts(t, size, grid) for t, size in zip(given, sizes, strict=False)]
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise ValueError(f"rating_blocks: seed must be an integer from 0 to 2 ** 63 - 1, got {seed!r}")
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    parts = [_parts(t, size, grid, generator) for t, size in zip(given, sizes, strict=False)]
     offsets = torch.empty(grid * grid + 1, dtype=torch.int64)
     compiled.cpu.mf_sgd_blocks(*given, *parts, *out, offsets, torch.get_num_threads())
-    return RatingBlocks(*out, offsets, *sizes)
+    part_items = parts[1].argsort(stable=True).to(torch.int32)
+    part_offsets = torch.zeros(grid + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(parts[1], minlength=grid), 0, out=part_offsets[1:])
+    return RatingBlocks(*out, offsets, part_items, part_offsets, *sizes)
 
 
-def _parts(ids: Tensor, size: int, grid: int) -> Tensor:
-    """The part of each row: those with the most ratings first, each to the part with the fewest so far."""
+def _parts(ids: Tensor, size: int, grid: int, generator: torch.Generator | None) -> Tensor:
+    """The part of each row: those with the most ratings first, each to the part with the fewest so far.
+
+    Rows without ratings count as a little, so that they too are spread. A generator mixes rows that have
+    about as many.
+    """
     counts = torch.bincount(ids, minlength=size)
-    order = counts.argsort(descending=True, stable=True)
-    loads = [(0, part) for part in range(grid)]
+    rank = counts if generator is None else (counts + 1) * (0.5 + 0.5 * torch.rand(size, generator=generator))
+    order = rank.argsort(descending=True, stable=True)
+    loads = [(0.0, part) for part in range(grid)]
     chosen = []
     for count in counts[order].tolist():
         load, part = loads[0]
         chosen.append(part)
-        heapq.heapreplace(loads, (load + count, part))
+        heapq.heapreplace(loads, (load + count + 0.125, part))
     parts = torch.empty(size, dtype=torch.uint8)
     parts[order] = torch.tensor(chosen, dtype=torch.uint8)
     return parts

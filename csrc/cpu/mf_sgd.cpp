@@ -1,7 +1,4 @@
-// Stochastic gradient descent on a factorisation: a thread takes the blocks of the square one by one and
-// waits until those before it in its row and in its column are done (the schedule of Gemulla et al., "Large-
-// scale matrix factorization with distributed stochastic gradient descent", 2011, without a barrier). So the
-// rows that two threads change are never the same, and the bits are those of one thread.
+// Stochastic gradient descent on a factorisation, block by block of a Latin square.
 //
 // An update reads and writes two rows, 16 bytes to a factor, which the next rating's seldom are: the rows of
 // ratings further on are fetched, and the processor overlaps updates that have no row in common.
@@ -11,23 +8,18 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/latin_square.h"
 
 namespace lspm::cpu {
 namespace {
-
-constexpr int64_t kAhead = 12;  // ratings between a row's fetch and its use
 
 // 16 random bits for either row's factors of one rating: a hash of the rating's place and the factor.
 struct RandomBits {
   U lane, user, item;
   RandomBits(int64_t seed, int64_t place) {
-    uint64_t x = uint64_t(seed) + uint64_t(place) * 0x9E3779B97F4A7C15u;
-    x = (x ^ x >> 32) * 0xD6E8FEB86659FD93u;
     static constexpr Order kApart{[](int i) { return uint32_t(i) * 0x9E3779B9u; }};
     std::memcpy(&lane, kApart.of, sizeof lane);
-    lane += uint32_t(x >> 32);
+    lane += uint32_t(random_bits(seed, place) >> 32);
   }
   void draw(int64_t factor) {
     U x = lane + uint32_t(factor) * 0x9E3779B9u;
@@ -62,17 +54,6 @@ struct AtRandom : RandomBits {
 };
 template <class T>
 using RoundingOf = std::conditional_t<std::is_same_v<T, bf16>, AtRandom, Exact>;
-
-// Calls body(k, lanes) for the vectors of a row: kVectors of them, or where that is 0 as many as it takes.
-template <int kVectors, class Body>
-inline __attribute__((always_inline)) void for_each_factor(int64_t factors, Body body) {
-  if constexpr (kVectors) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) body(int64_t(v * kLanes), AllLanes{});
-  } else {
-    for_each_vector(factors, body);
-  }
-}
 
 // One side of an update: a row, and what it is changed by.
 template <class T>
@@ -111,11 +92,8 @@ struct Job {
 
   void fetch(int64_t j) const {
     if (!known(j)) return;
-    const char* const rows[] = {reinterpret_cast<const char*>(user(of.users[j]).row),
-                                reinterpret_cast<const char*>(item(of.items[j]).row)};
-    const int64_t bytes = shape.factors * int64_t(sizeof(T));
-    for (const char* row : rows)
-      for (int64_t at = 0; at < bytes; at += 64) prefetch(row + at);
+    fetch_row(user(of.users[j]).row, shape.factors);
+    fetch_row(item(of.items[j]).row, shape.factors);
   }
 
   // lr over the root of the squares, to which the row's mean squared gradient e * other - l2 * row is added.
@@ -183,14 +161,14 @@ struct Job {
   int64_t block(int64_t begin, int64_t end, float* loss) const {
     double total = 0;
     int64_t stray = -1;
-    for (int64_t j = begin; j < std::min(begin + kAhead, end); ++j) fetch(j);
-    for (int64_t j = begin; j < end; ++j) {
-      if (j + kAhead < end) fetch(j + kAhead);
-      if (known(j))
-        total += update(j);
-      else
-        stray = j;
-    }
+    for_each_pair_of_rows(
+        begin, end, [&](int64_t j) { fetch(j); },
+        [&](int64_t j) {
+          if (known(j))
+            total += update(j);
+          else
+            stray = j;
+        });
     *loss = float(total);
     return stray;
   }
@@ -200,19 +178,10 @@ template <class T, int kVectors, bool kPlain>
 int64_t run(const MfSgdTables& tables, const MfSgdRatings& of, float* loss, const MfSgdShape& s,
             const MfSgdStep& step, int threads) {
   const Job<T, kVectors, kPlain> job{tables, of, s, step};
-  Turns users(s.grid), items(s.grid);
   std::atomic<int64_t> stray{-1};
-  const int64_t blocks = s.grid * s.grid;
-  parallel_claim(blocks, s.ratings * s.factors, threads, [&](auto next, int) {
-    for (int64_t b; (b = next()) < blocks;) {
-      const int64_t turn = b / s.grid, user = b % s.grid, item = (user + turn) % s.grid;
-      users.wait(user, turn);
-      items.wait(item, turn);
-      const int64_t found = job.block(of.offsets[b], of.offsets[b + 1], loss + b);
-      if (found >= 0) stray.store(found, std::memory_order_relaxed);
-      users.pass(user, turn);
-      items.pass(item, turn);
-    }
+  for_each_block(s.grid, s.ratings * s.factors, threads, [&](int64_t b) {
+    const int64_t found = job.block(of.offsets[b], of.offsets[b + 1], loss + b);
+    if (found >= 0) stray.store(found, std::memory_order_relaxed);
   });
   return stray.load();
 }
