@@ -1,6 +1,6 @@
 """A pass of Bayesian personalised ranking, against the same updates in PyTorch.
 
-PyTorch's side takes as many pairs at once as share no row, which gives the same values, of items drawn before.
+PyTorch's side takes as many pairs at once as share no row, which gives the same values, items drawn before.
 """
 
 import sys

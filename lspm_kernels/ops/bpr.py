@@ -5,21 +5,18 @@ import math
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch
+from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import InPlaceOperator
 from lspm_kernels.rating_blocks import RatingBlocks, rating_blocks
 from lspm_kernels.reference import bpr as reference
 
-BACKENDS = (
-    Backend(
-        "cpu",
-        "cpu",
-        (torch.float32,),
-        compiled.cpu_kernel("bpr_update"),
-        None,
-        compiled.nothing_missing,
-    ),
+BACKENDS = tuple(
+    Backend(name, device, (torch.float32,), kernel("bpr_update"), None, missing)
+    for name, device, kernel, missing in (
+        ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing),
+        ("triton", "cuda", triton.kernel, triton.missing),
+    )
 )
 
 
@@ -69,7 +66,7 @@ def bpr_(
         lr: the learning rate.
         reg: L2, or that of user factors, item factors and item biases.
         seed: of what is drawn; another one for each pass.
-        backend: "cpu" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         The sum over pairs of log(1 + exp(-x)), before each update, a float32, and how many were skipped, an

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch
+from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import InPlaceOperator
 from lspm_kernels.rating_blocks import RatingBlocks, rating_blocks
@@ -14,15 +14,12 @@ from lspm_kernels.reference import mf_sgd as reference
 LOSSES = ("squared", "logistic")
 _MOST_FACTORS = 512
 
-BACKENDS = (
-    Backend(
-        "cpu",
-        "cpu",
-        (torch.float32, torch.bfloat16),
-        compiled.cpu_kernel("mf_sgd_update"),
-        None,
-        compiled.nothing_missing,
-    ),
+BACKENDS = tuple(
+    Backend(name, device, (torch.float32, torch.bfloat16), kernel("mf_sgd_update"), None, missing)
+    for name, device, kernel, missing in (
+        ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing),
+        ("triton", "cuda", triton.kernel, triton.missing),
+    )
 )
 
 
@@ -86,7 +83,7 @@ def mf_sgd_(
         squares: (U,) and (I,), float32: Adagrad with one rate for a row: the mean square of the gradient of a
             row's factors is added to its element, by whose root the row's and its bias's lr[0] is divided.
         seed: of the rounding of bfloat16; another one for each pass.
-        backend: "cpu" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         The loss, a float32 on the CPU: the sum over ratings of weight * (rating - prediction) ** 2, or of
