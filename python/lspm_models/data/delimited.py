@@ -1,0 +1,61 @@
+"""Tables of text: lines of cells, whatever stands between them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+TYPED = re.compile(r"(.+):(token|token_seq|float|float_seq)")  # RecBole's names of columns
+SEPARATORS = ("\t", "::", ";", ",", "|")
+
+
+def plain(name: str) -> str:
+    """Returns a name as it is compared: small letters and digits."""
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def is_number(text: str) -> bool:
+    """Tells whether a cell is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def read_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Returns the cells of the first line, and the others with their numbers.
+
+    Raises:
+        ValueError: as the lines are read, that the file is a broken gzip file.
+    """
+    lines = _lines(path)
+    first = next(lines, (1, ""))[1]
+    separator = next((mark for mark in SEPARATORS if mark in first), None)
+
+    def cells(line: str) -> list[str]:
+        if separator in (None, "::", "\t"):
+            return line.split(separator)
+        return next(csv.reader([line], delimiter=separator))
+
+    header = [cell.strip() for cell in cells(first)]
+    return header, ((number, cells(line)) for number, line in lines)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields lines that are not blank with their numbers; not UTF-8 is Latin-1, as of MovieLens-1M."""
+    opened = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    with opened as file:
+        try:
+            for number, raw in enumerate(file, 1):
+                try:
+                    line = raw.decode("utf-8-sig")
+                except UnicodeDecodeError:
+                    line = raw.decode("latin-1")
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"ratings: {path} must be a whole gzip file, got {error}") from error
