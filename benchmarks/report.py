@@ -17,6 +17,7 @@ import re
 import sys
 from pathlib import Path
 
+import growth
 import results
 import tables
 from results import Rows
@@ -65,6 +66,9 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
 
     paths = []
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
+        if points := [row for row in rows if row["benchmark"] == benchmark and "growth" in row]:
+            paths.append(folder / f"{points[0]['machine']}-{benchmark}.png")
+            growth.plot(points, paths[-1], tables.about(points))
         bars = [row for row in rows if row["benchmark"] == benchmark and row.get("speedup")]
         if not bars:
             continue

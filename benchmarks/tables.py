@@ -21,7 +21,7 @@ def table(rows: Rows, markdown: bool = False, brief: bool = False) -> str:
     "x torch" is how many times as fast as torch it is, "more" how much longer a call takes than torch's.
     brief: no other columns than BRIEF.
     """
-    if rows and rows[0]["benchmark"] in PREDICTED:
+    if rows and "columns" in rows[0]:
         lines = [row["columns"] | {"again": row["command"]} for row in rows]
     else:
         torch = {row["case"]: row for row in rows if row["variant"] == "torch"}

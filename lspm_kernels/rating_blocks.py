@@ -2,6 +2,7 @@
 
 import dataclasses
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,14 @@ class RatingBlocks:
 
     def to(self, device: torch.device | str) -> "RatingBlocks":
         """The same on another device."""
-        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return self._each(lambda t: t.to(device))
+
+    def copy(self) -> "RatingBlocks":
+        """The same in memory of its own, as of ratings that lie in files."""
+        return self._each(torch.clone)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "RatingBlocks":
+        tensors = {name: function(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return dataclasses.replace(self, **tensors)
 
 

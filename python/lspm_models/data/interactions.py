@@ -66,6 +66,10 @@ class Ids:
     def __contains__(self, name: Any) -> bool:
         return str(name) in self._places
 
+    def place(self, name: Any, default: int) -> int:
+        """Returns the internal id of a name, or the default where it is not known."""
+        return self._places.get(str(name), default)
+
     def internal(self, names: Sequence, what: str = "id") -> Tensor:
         """Returns the internal ids (N,) int64 of names.
 
