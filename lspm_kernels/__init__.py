@@ -11,7 +11,9 @@ from lspm_kernels.ops.cross_entropy import cross_entropy
 from lspm_kernels.ops.global_avg_pool import global_avg_pool
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from lspm_kernels.ops.max_pool2d import max_pool2d
+from lspm_kernels.ops.mf import mf
 from lspm_kernels.ops.rotary import rotary
+from lspm_kernels.ops.top_k_scores import top_k_scores
 from lspm_kernels.packed_conv2d import PackedConv2d
 
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "global_avg_pool",
     "layer_norm",
     "max_pool2d",
+    "mf",
     "rms_norm",
     "rotary",
+    "top_k_scores",
     "use_backend",
 ]
