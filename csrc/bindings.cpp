@@ -104,6 +104,9 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   bind_batch_norm_act(m);
   bind_cross_entropy(m);
   bind_pool(m);
+#ifndef LSPM_CUDA
+  bind_recommender(m);
+#endif
   bind_rotary(m);
   bind_conv2d(m);
 }

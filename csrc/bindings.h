@@ -52,5 +52,6 @@ void bind_batch_norm_act(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_mf_sgd(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);
+void bind_recommender(pybind11::module_& m);
 void bind_rotary(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);

@@ -205,6 +205,29 @@ def max_pool2d_backward(
 def max_pool2d_forward(
     x: Tensor, y: Tensor, positions: Tensor | None, window: Sequence[int], threads: int
 ) -> None: ...
+def mf_backward(
+    dratings: Tensor,
+    user_factors: Tensor,
+    item_factors: Tensor,
+    users: Tensor,
+    items: Tensor,
+    duser_factors: Tensor | None,
+    ditem_factors: Tensor | None,
+    duser_bias: Tensor | None,
+    ditem_bias: Tensor | None,
+    threads: int,
+) -> None: ...
+def mf_forward(
+    user_factors: Tensor,
+    item_factors: Tensor,
+    user_bias: Tensor | None,
+    item_bias: Tensor | None,
+    users: Tensor,
+    items: Tensor,
+    ratings: Tensor,
+    mean: float,
+    threads: int,
+) -> None: ...
 def mf_sgd_blocks(
     users: Tensor,
     items: Tensor,
@@ -256,5 +279,15 @@ def rotary_forward(
     out: Tensor,
     offset: int,
     interleaved: bool,
+    threads: int,
+) -> None: ...
+def top_k_scores_forward(
+    queries: Tensor,
+    items: Tensor,
+    item_bias: Tensor | None,
+    exclude_indptr: Tensor | None,
+    exclude_indices: Tensor | None,
+    scores: Tensor,
+    indices: Tensor,
     threads: int,
 ) -> None: ...

@@ -12,8 +12,10 @@ from lspm_kernels.ops.cross_entropy import cross_entropy
 from lspm_kernels.ops.global_avg_pool import global_avg_pool
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from lspm_kernels.ops.max_pool2d import max_pool2d
+from lspm_kernels.ops.mf import mf
 from lspm_kernels.ops.mf_sgd import mf_sgd_
 from lspm_kernels.ops.rotary import rotary
+from lspm_kernels.ops.top_k_scores import top_k_scores
 from lspm_kernels.packed_conv2d import PackedConv2d
 from lspm_kernels.rating_blocks import RatingBlocks, rating_blocks
 
@@ -35,9 +37,11 @@ __all__ = [
     "global_avg_pool",
     "layer_norm",
     "max_pool2d",
+    "mf",
     "mf_sgd_",
     "rating_blocks",
     "rms_norm",
     "rotary",
+    "top_k_scores",
     "use_backend",
 ]

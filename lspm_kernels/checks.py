@@ -34,6 +34,38 @@ def parameter(
         raise ValueError(f"{op}: {name} must be on x's device {device}, got {t.device}")
 
 
+def matrix(op: str, name: str, t: Tensor) -> None:
+    """Raises ValueError unless t is a matrix of floating-point numbers."""
+    if not isinstance(t, Tensor) or t.dim() != 2 or not t.is_floating_point():
+        got = f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+        raise ValueError(f"{op}: {name} must be a floating-point tensor of two dimensions, got {got}")
+
+
+def vector(op: str, name: str, t: Tensor, size: int | None, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises ValueError unless t is a vector of `size` elements, or of any number, in one of dtypes."""
+    if not isinstance(t, Tensor) or t.dim() != 1 or (size is not None and len(t) != size):
+        rule = "a tensor of one dimension" if size is None else f"a tensor of shape ({size},)"
+        raise ValueError(f"{op}: {name} must be {rule}, got {shape(t)}")
+    if t.dtype not in dtypes:
+        rule = " or ".join(dict.fromkeys(map(str, dtypes)))
+        raise ValueError(f"{op}: {name} must have dtype {rule}, got {t.dtype}")
+
+
+def beside(op: str, first: str, device: torch.device, **others: Tensor | None) -> None:
+    """Raises ValueError unless all others are on the device of `first`."""
+    for name, t in others.items():
+        if t is not None and t.device != device:
+            raise ValueError(f"{op}: {name} must be on {first}' device {device}, got {t.device}")
+
+
+def rows_of(op: str, name: str, ids: Tensor, count: int) -> None:
+    """Raises ValueError unless all ids are from 0 to count - 1, where they can be read here."""
+    unknown = ids[(ids < 0) | (ids >= count)] if readable(ids) else ids[:0]
+    if unknown.numel():
+        got = unknown.flatten()[0].item()
+        raise ValueError(f"{op}: {name} must be from 0 to {count - 1}, got {got}")
+
+
 def like(op: str, name: str, t: Tensor, x: Tensor) -> None:
     """Raises ValueError unless t has x's shape and device."""
     if not isinstance(t, Tensor) or t.shape != x.shape:

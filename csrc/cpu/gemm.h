@@ -61,14 +61,14 @@ struct Step {
   static F add_product(F sum, F a, const Operand* b) { return sum + a * load(b); }
 };
 
-template <bool kTransposed, int kRows, int kVectors, class Operand>
+template <bool kTransposed, int kRows, int kVectors, class Operand, bool kInOrder>
 void register_tile(const Operand* left, const Operand* right, int64_t depth, float* c, int64_t c_stride,
                    bool accumulate) {
   using One = Step<Operand>;
   constexpr int64_t kRow = kTransposed ? 1 : kStride<Operand>, kAhead = kTransposed ? kStride<Operand> : 1;
   // A small tile would wait for each sum before the next; the registers it leaves free hold more sums, each
-  // of every second or fourth product.
-  constexpr int kSums = kTileRows * kTileVectors / (kRows * kVectors);
+  // of every second or fourth product. In order, a sum does not depend on the size of its tile.
+  constexpr int kSums = kInOrder ? 1 : kTileRows * kTileVectors / (kRows * kVectors);
   constexpr int kSplit = kSums >= 4 ? 4 : kSums >= 2 ? 2 : 1;
   F sums[kSplit][kRows][kVectors] = {};
   const auto add_products = [&](auto& sum) {
@@ -101,18 +101,18 @@ void register_tile(const Operand* left, const Operand* right, int64_t depth, flo
 template <class Operand>
 using RegisterTile = void (*)(const Operand*, const Operand*, int64_t, float*, int64_t, bool);
 
-template <bool kTransposed, int kVectors, class Operand, int... kRows>
+template <bool kTransposed, int kVectors, class Operand, bool kInOrder, int... kRows>
 constexpr std::array<RegisterTile<Operand>, sizeof...(kRows)> register_tiles(
     std::integer_sequence<int, kRows...>) {
-  return {register_tile<kTransposed, kRows + 1, kVectors, Operand>...};
+  return {register_tile<kTransposed, kRows + 1, kVectors, Operand, kInOrder>...};
 }
 
-template <bool kTransposed, class Operand>
+template <bool kTransposed, class Operand, bool kInOrder = false>
 void multiply_tiles(const Operand* left, const Operand* right, int64_t panel, float* c, int64_t c_stride,
                     int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
   constexpr auto kRows = std::make_integer_sequence<int, kTileRows>();
-  constexpr auto kHalf = register_tiles<kTransposed, 1, Operand>(kRows),
-                 kWhole = register_tiles<kTransposed, 2, Operand>(kRows);
+  constexpr auto kHalf = register_tiles<kTransposed, 1, Operand, kInOrder>(kRows),
+                 kWhole = register_tiles<kTransposed, 2, Operand, kInOrder>(kRows);
   const int64_t blocks = (rows + kTileRows - 1) / kTileRows;
   for (int64_t n = 0; n < columns; n += kPanel, right += panel, c += kPanel) {
     const auto& tiles = columns - n > kLanes ? kWhole : kHalf;
@@ -136,6 +136,13 @@ void multiply_tiles(const Operand* left, const Operand* right, int64_t panel, fl
 inline void multiply(const float* left, const float* right, int64_t panel, float* c, int64_t c_stride,
                      int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
   multiply_tiles<false>(left, right, panel, c, c_stride, rows, columns, depth, accumulate);
+}
+
+// The same, every element summed in the same order, whatever number of rows and columns is beside it.
+inline void multiply_in_order(const float* left, const float* right, int64_t panel, float* c,
+                              int64_t c_stride, int64_t rows, int64_t columns, int64_t depth,
+                              bool accumulate) {
+  multiply_tiles<false, float, true>(left, right, panel, c, c_stride, rows, columns, depth, accumulate);
 }
 
 // The same of a left side that is A's transpose, (depth x rows). The workspace is a left side of `rows` rows.

@@ -164,12 +164,20 @@ inline void multiply(const bf16* left, const bf16* right, int64_t panel, float* 
                                                              1, depth, right, c + r * c_stride, c_stride,
                                                              accumulate);
 }
+inline void multiply_in_order(const bf16* left, const bf16* right, int64_t panel, float* c, int64_t c_stride,
+                              int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+  multiply(left, right, panel, c, c_stride, rows, columns, depth, accumulate);  // tiles are never split
+}
 
 #else
 
 inline void multiply(const bf16* left, const bf16* right, int64_t panel, float* c, int64_t c_stride,
                      int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
   multiply_tiles<false>(left, right, panel, c, c_stride, rows, columns, depth, accumulate);
+}
+inline void multiply_in_order(const bf16* left, const bf16* right, int64_t panel, float* c, int64_t c_stride,
+                              int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+  multiply_tiles<false, bf16, true>(left, right, panel, c, c_stride, rows, columns, depth, accumulate);
 }
 
 #endif

@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "cpu/philox.h"
+#include "cpu/tanh.h"
 
 namespace lspm::cpu {
 

@@ -315,6 +315,20 @@ inline float max(F v) {
 #endif
 }
 
+// A bit for each lane where a <= b does not hold: where a is larger or either is NaN.
+inline uint32_t not_at_most(F a, F b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
+#else
+  const auto at_most = a <= b;
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(at_most[i] == 0) << i;
+  return bits;
+#endif
+}
+
 // Lanes [0, n) of v, the others of `rest`.
 inline F first_lanes(F v, int64_t n, F rest) {
 #if defined(__AVX512F__)
@@ -353,20 +367,6 @@ inline F exp(F x) {
   const I i = reinterpret_cast<I>(shifted) - 0x4b400000, half = i >> 1;
   return p * reinterpret_cast<F>((half + 127) << 23) * reinterpret_cast<F>((i - half + 127) << 23);
 #endif
-}
-
-// The hyperbolic tangent, within 2 ulp: near 0 by a polynomial (Moshier's Cephes), elsewhere by exp().
-inline F tanh(F x) {
-  const F square = x * x;
-  F p = square * -5.70498872745e-3f + 2.06390887954e-2f;
-  p = p * square - 5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square - 3.33332819422e-1f;
-  const F near = p * square * x + x;
-  const F size = x < 0.0f ? -x : x;
-  const F capped = size > 9.0f ? broadcast(9.0f) : size;  // from where it is 1
-  const F far = 1.0f - 2.0f / (exp(capped + capped) + 1.0f);
-  return size < 0.625f ? near : x < 0.0f ? -far : x != x ? x : far;
 }
 
 // `yes` where a byte at p is not 0.

@@ -1,0 +1,101 @@
+"""Bugs in mf and top_k_scores, and in what leads to them."""
+
+import sys
+from functools import partial
+
+from mutations import Mutation
+
+CPU = ("tests/ops/test_mf.py", "tests/ops/test_top_k_scores.py", "-x")
+
+
+def build(isa):
+    """Only this one, so that no module without the bug is left to run the tests."""
+    setup = f"LSPM_ISAS={isa} LSPM_CUDA=0 {sys.executable} setup.py build_ext --inplace"
+    return "sh", "-c", f"rm -rf lspm_kernels/_cpu && {setup}"
+
+
+in_top = partial(Mutation, file="csrc/cpu/top_k_scores.cpp", tests=CPU, command=build("avx2"))
+in_mf = partial(in_top, file="csrc/cpu/mf.cpp")
+in_op = partial(Mutation, tests=CPU)
+
+MUTATIONS = [
+    in_top(
+        name="top_k_scores, cpu: of equal scores the larger index first",
+        old="| uint32_t(~index);",
+        new="| uint32_t(index);",
+    ),
+    in_top(
+        name="top_k_scores, cpu: the threshold is that of one too few",
+        old="row.least = score_of(keys[k_ - 1]);",
+        new="row.least = score_of(keys[0]);",
+    ),
+    in_top(
+        name="top_k_scores, cpu: an item excluded twice hides the exclusions after it",
+        old="*row.excluded < item) ++row.excluded;",
+        new="*row.excluded < item && (*row.excluded != row.excluded[-1])) ++row.excluded;",
+    ),
+    in_top(
+        name="top_k_scores, cpu: exclusions are taken to be in order",
+        old="if (!std::is_sorted(row.excluded, row.last_excluded)) {",
+        new="if (false) {",
+    ),
+    in_top(
+        name="top_k_scores, cpu: a NaN is a small number",
+        old="bits = score != score ? ~0u : ",
+        new="bits = score != score ? 0u : ",
+    ),
+    in_top(
+        name="top_k_scores, cpu: lanes past the last item are items",
+        old="here - n < kPanel ? (1u << (here - n)) - 1 : ~0u",
+        new="~0u",
+    ),
+    in_top(
+        name="top_k_scores, cpu: the order of a sum depends on the size of its tile",
+        file="csrc/cpu/gemm.h",
+        old="constexpr int kSums = kInOrder ? 1 : ",
+        new="constexpr int kSums = ",
+    ),
+    in_top(
+        name="top_k_scores, cpu: a long sum keeps its last chunk only",
+        old="depth_of(chunk), chunk > 0);",
+        new="depth_of(chunk), false);",
+    ),
+    in_top(
+        name="top_k_scores, cpu: the first exclusions are not checked",
+        old="for (begin += first, end += first; begin < end; ++begin) {",
+        new="for (begin += first + 1, end += first; begin < end; ++begin) {",
+    ),
+    in_op(
+        name="top_k_scores, op: a gradient is asked for in vain",
+        file="lspm_kernels/ops/top_k_scores.py",
+        old='    raise NotImplementedError(f"top_k_scores: {rule}")',
+        new="    return None, None, None, None, None, None",
+    ),
+    in_mf(name="mf, cpu: later runs of a row are lost", old="total[v] += sum[v];", new="total[v] = sum[v];"),
+    in_mf(
+        name="mf, cpu: ids below 0 are not seen",
+        old="if (begin == end || largest < uint64_t(rows_)) return true;",
+        new="if (begin == end || int64_t(largest) < rows_) return true;",
+    ),
+    in_mf(
+        name="mf, cpu: each histogram begins at the row's first place",
+        old="        place += count;\n",
+        new="        place += group + 1 < groups ? 0 : count;\n",
+    ),
+    in_mf(
+        name="mf, cpu: rows past the last pair are not written",
+        old="c + 1 < chunks ? row_at((c + 1) * kChunk) : rows;",
+        new="row_at(std::min((c + 1) * kChunk, s.pairs));",
+    ),
+    in_mf(
+        name="mf, cpu: no item's bias",
+        old="if (item_bias) biases[j] += to_float(item_bias[items[p]]);",
+        new="",
+    ),
+    in_op(
+        name="mf, op: the gradients of the two biases exchanged",
+        file="lspm_kernels/ops/mf.py",
+        old="wanted = ctx.needs_input_grad[:4]",
+        new="wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:1:-1])",
+    ),
+]
