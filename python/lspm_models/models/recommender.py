@@ -58,7 +58,7 @@ class RecommenderConfig:
 
 
 class MLP(nn.Module):
-    """Three layers, W3 s(W2 s(W1 x + b1) + b2) + b3; what is wanted of the last one's result is the task's."""
+    """Three layers, y = W3 s(W2 s(W1 x + b1) + b2) + b3; the outermost s is the task's."""
 
     def __init__(self, inputs: int, hidden: int, activation: str, dropout: float, outputs: int = 1) -> None:
         super().__init__()

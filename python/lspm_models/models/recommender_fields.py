@@ -29,7 +29,7 @@ def embedding_sum(weight: Tensor, values: Tensor, offsets: Tensor, scales: Tenso
 
 
 def damped_biases(training: Interactions, rounds: int = 10) -> tuple[float, Tensor, Tensor]:
-    """Returns the mean rating and how far users and items are from it, each as if it had DAMPING ratings more.
+    """Returns the mean rating, and how far users and items are from it, as if each had DAMPING ratings more.
 
     Returns:
         The mean, (U,) and (I,): b_i = sum (r - mean - b_u) / (n_i + DAMPING), and b_u likewise, in turn.

@@ -138,7 +138,7 @@ class ClickPrediction(Recommendation):
 
 
 class Retrieval(Recommendation):
-    """A ranking of the catalogue, by a softmax over the items of a batch; ratings only weigh by their weights.
+    """A ranking of the catalogue, by a softmax over the items of a batch; of ratings only weights count.
 
     Args:
         model: gives the vectors.
