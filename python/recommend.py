@@ -1,4 +1,4 @@
-"""Train a recommender, say how good it is, and recommend."""
+"""Train a recommender, say how good it is and for whom, and recommend."""
 
 import sys
 
@@ -12,17 +12,19 @@ with errors_in_one_line("recommend.py"):  # what comes in with these may not be 
     from lspm_models.scripts import opened_run, training_parser
 
 EVALUATING = """\
-Say how good a trained recommender is on the ratings set aside: errors, the ranking of the whole catalogue, and
-how both differ between groups of users. The run folder gets metrics.json, groups.csv and groups.png."""
+Say how good a trained recommender is on the ratings set aside: errors, the ranking of the whole catalogue,
+and how groups of users fare. The run folder gets metrics.json, groups.csv and groups.png."""
 
 RECOMMENDING = """\
-Recommend to one user of the data, by the titles of the items. In brackets stands what holds without the option."""
+Recommend to a user of the data, by title. In brackets stands what holds without the option."""
 
 HELP = f"""\
-usage: python python/recommend.py COMMAND [options]
+python python/recommend.py COMMAND [options]
+
+Train a recommender, say how good it is and for whom, and recommend.
 
 commands:
-  train      {TRAINING.split(".", maxsplit=1)[0]}, or your own ratings
+  train      train on MovieLens-100k, or on your own ratings
   evaluate   say how good it is, and for whom
   recommend  what a user may like, by title
 
@@ -44,15 +46,14 @@ def train(arguments: list[str]) -> int:
         return job.train(parser.prog, run)
 
 
-def evaluate(arguments: list[str]) -> int:
-    return with_run(arguments, "evaluate", EVALUATING, Evaluation, report_quality)
+OUTPUTS = {
+    "evaluate": (EVALUATING, Evaluation, report_quality),
+    "recommend": (RECOMMENDING, Recommending, recommendations),
+}
 
 
-def recommend(arguments: list[str]) -> int:
-    return with_run(arguments, "recommend", RECOMMENDING, Recommending, recommendations)
-
-
-def with_run(arguments: list[str], command: str, description: str, config: type, function) -> int:
+def with_run(command: str, arguments: list[str]) -> int:
+    description, config, function = OUTPUTS[command]
     example = f"recommend.py {command} runs/films" + " --user 196 --count 5" * (command == "recommend")
     parser = named(Parser(description, [example]), command, "RUN [options]")
     parser.run.add_argument("folder", metavar="RUN", help="run folder, or one checkpoint in it")
@@ -72,13 +73,14 @@ def named(parser: Parser, command: str, usage: str) -> Parser:
 
 def main() -> int:
     command, *arguments = sys.argv[1:] or ["--help"]
-    commands = {"train": train, "evaluate": evaluate, "recommend": recommend}
-    if command in commands:
-        return commands[command](arguments)
+    if command == "train":
+        return train(arguments)
+    if command in OUTPUTS:
+        return with_run(command, arguments)
     if command in ("-h", "--help"):
         sys.stdout.write(HELP)
         return 0
-    Parser("", []).error(f"command must be one of {', '.join(commands)}, got {command!r}")
+    Parser("", []).error(f"command must be train, {' or '.join(OUTPUTS)}, got {command!r}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From a trained recommender to what a person reads: titles, a table of metrics, and for whom it is how good."""
+"""From a trained recommender to what a person reads: titles, a table of metrics, and how groups fare."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def recommendations(trained: Trained, output: Recommending, report: Callable[[st
         ValueError: the user is not known.
     """
     known = trained.training
-    user = known.user_ids.internal([output.user], "user")
+    user = known.user_ids.internal([output.user], "recommend: user")
     device = device_of(trained)
     ranked = metrics.top_items(
         lambda users: trained.model.scores(users.to(device)).cpu(),
@@ -81,9 +82,8 @@ def recommendations(trained: Trained, output: Recommending, report: Callable[[st
     predicted = trained.model.predict(user.expand(len(items)).to(device), items.to(device)).tolist()
     width = max(len(known.title(int(item))) for item in items)
     for place, (item, value) in enumerate(zip(items.tolist(), predicted, strict=True), 1):
-        report(
-            f"{place:>3}  {known.title(item):<{width}}  {meaning(value, trained.predicts)}{genres(known, item)}"
-        )
+        value = meaning(value, trained.predicts)
+        report(f"{place:>3}  {known.title(item):<{width}}  {value}{genres(known, item)}")
 
 
 def meaning(value: float, predicts: str) -> str:
@@ -146,7 +146,7 @@ def predictions(trained: Trained) -> Tensor:
 
 
 def quality(trained: Trained, predicted: Tensor, k: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Returns metrics of each user with a liked item set aside, with `users` and `ranked`, and those of all."""
+    """Returns metrics of the users with a liked item set aside, beside `users` and `ranked`, and of all."""
     training, held_out, device = trained.training, trained.held_out, device_of(trained)
     ratings, liked = held_out.ratings, held_out.ratings >= trained.data.positive
     found: dict[str, float] = {}
@@ -215,7 +215,7 @@ def _ranges(name: str, numbers: Tensor) -> tuple[list[str], Tensor]:
         edges = known.quantile(torch.tensor([0.25, 0.5, 0.75])).unique()
     bounds = [f"{edge:g}" for edge in edges.tolist()]
     labels = [f"below {bounds[0]}"]
-    labels += [f"{low} to below {high}" for low, high in zip(bounds, bounds[1:], strict=False)]
+    labels += [f"{low} to below {high}" for low, high in pairwise(bounds)]
     labels.append(f"{bounds[-1]} and more")
     places = torch.bucketize(numbers, edges, right=True)
     return labels, torch.where(numbers.isnan(), -1, places)

@@ -66,7 +66,7 @@ class Ids:
     def __contains__(self, name: Any) -> bool:
         return str(name) in self._places
 
-    def internal(self, names: Sequence, what: str = "id") -> Tensor:
+    def internal(self, names: Sequence, what: str = "ids: id") -> Tensor:
         """Returns the internal ids (N,) int64 of names.
 
         Raises:
@@ -75,7 +75,7 @@ class Ids:
         try:
             return torch.tensor([self._places[str(name)] for name in names], dtype=torch.int64)
         except KeyError as error:
-            raise ValueError(f"{what}: must be one of the {len(self)} known, got {error}") from None
+            raise ValueError(f"{what} must be one of the {len(self)} known, got {error}") from None
 
 
 @dataclass(frozen=True)
