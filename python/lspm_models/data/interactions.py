@@ -70,7 +70,7 @@ class Ids:
         """Returns the internal id of a name, or the default where it is not known."""
         return self._places.get(str(name), default)
 
-    def internal(self, names: Sequence, what: str = "id") -> Tensor:
+    def internal(self, names: Sequence, what: str = "ids: id") -> Tensor:
         """Returns the internal ids (N,) int64 of names.
 
         Raises:
@@ -79,7 +79,7 @@ class Ids:
         try:
             return torch.tensor([self._places[str(name)] for name in names], dtype=torch.int64)
         except KeyError as error:
-            raise ValueError(f"{what}: must be one of the {len(self)} known, got {error}") from None
+            raise ValueError(f"{what} must be one of the {len(self)} known, got {error}") from None
 
 
 @dataclass(frozen=True)
