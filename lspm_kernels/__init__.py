@@ -11,6 +11,8 @@ from lspm_kernels.ops.cross_entropy import cross_entropy
 from lspm_kernels.ops.global_avg_pool import global_avg_pool
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from lspm_kernels.ops.max_pool2d import max_pool2d
+from lspm_kernels.ops.mf_als import mf_als_, mf_als_loss
+from lspm_kernels.ops.nmf import nmf_
 from lspm_kernels.ops.rotary import rotary
 from lspm_kernels.packed_conv2d import PackedConv2d
 
@@ -30,6 +32,9 @@ __all__ = [
     "global_avg_pool",
     "layer_norm",
     "max_pool2d",
+    "mf_als_",
+    "mf_als_loss",
+    "nmf_",
     "rms_norm",
     "rotary",
     "use_backend",
