@@ -24,6 +24,8 @@ import bench_global_avg_pool
 import bench_layer_norm
 import bench_max_pool2d
 import bench_mf
+import bench_mf_als
+import bench_nmf
 import bench_rotary
 import bench_top_k_scores
 import machine
@@ -37,8 +39,8 @@ import harness
 OPS = (
     bench_layer_norm, bench_attention, bench_attention_options, bench_attention_varlen,
     bench_attention_with_kv_cache, bench_rotary, bench_max_pool2d, bench_global_avg_pool,
-    bench_cross_entropy, bench_batch_norm_act, bench_conv2d, bench_conv2d_batch_norm, bench_mf,
-    bench_top_k_scores,
+    bench_cross_entropy, bench_batch_norm_act, bench_conv2d, bench_conv2d_batch_norm,
+    bench_mf, bench_mf_als, bench_nmf, bench_top_k_scores,
 )  # fmt: skip
 PREDICTED = "predicted, not measured"
 # GB/s; GFLOP/s of float32 and, on tensor cores without sparsity, of bfloat16.

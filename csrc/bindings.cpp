@@ -103,6 +103,9 @@ PYBIND11_MODULE(MODULE_NAME, m) {
 #endif
   bind_batch_norm_act(m);
   bind_cross_entropy(m);
+#ifndef LSPM_CUDA
+  bind_mf_als(m);
+#endif
   bind_pool(m);
 #ifndef LSPM_CUDA
   bind_recommender(m);

@@ -205,6 +205,35 @@ def max_pool2d_backward(
 def max_pool2d_forward(
     x: Tensor, y: Tensor, positions: Tensor | None, window: Sequence[int], threads: int
 ) -> None: ...
+def mf_als_loss(
+    factors: Tensor,
+    other_factors: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor | None,
+    weight: Tensor | None,
+    loss: Tensor,
+    reg: float,
+    reg_exponent: float,
+    alpha: float,
+    implicit: bool,
+    threads: int,
+) -> None: ...
+def mf_als_update(
+    factors: Tensor,
+    other_factors: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor | None,
+    weight: Tensor | None,
+    failed: Tensor,
+    reg: float,
+    reg_exponent: float,
+    alpha: float,
+    implicit: bool,
+    steps: int,
+    threads: int,
+) -> None: ...
 def mf_backward(
     dratings: Tensor,
     user_factors: Tensor,
@@ -259,6 +288,17 @@ def mf_sgd_update(
     nonnegative: bool,
     logistic: bool,
     seed: int,
+    threads: int,
+) -> None: ...
+def nmf_update(
+    factors: Tensor,
+    other_factors: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    failed: Tensor,
+    reg: float,
+    eps: float,
     threads: int,
 ) -> None: ...
 def rotary_backward(

@@ -13,7 +13,9 @@ from lspm_kernels.ops.global_avg_pool import global_avg_pool
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from lspm_kernels.ops.max_pool2d import max_pool2d
 from lspm_kernels.ops.mf import mf
+from lspm_kernels.ops.mf_als import mf_als_, mf_als_loss
 from lspm_kernels.ops.mf_sgd import mf_sgd_
+from lspm_kernels.ops.nmf import nmf_
 from lspm_kernels.ops.rotary import rotary
 from lspm_kernels.ops.top_k_scores import top_k_scores
 from lspm_kernels.packed_conv2d import PackedConv2d
@@ -38,7 +40,10 @@ __all__ = [
     "layer_norm",
     "max_pool2d",
     "mf",
+    "mf_als_",
+    "mf_als_loss",
     "mf_sgd_",
+    "nmf_",
     "rating_blocks",
     "rms_norm",
     "rotary",

@@ -146,6 +146,7 @@ def test_arrows_point_one_way():
         "batch_norm.py",
         "conv2d_checks.py",
         "conv2d_scratch.py",
+        "csr_checks.py",
         "split_kv.py",
         "triton",
         "reference",

@@ -1,0 +1,83 @@
+"""Half a sweep of implicit ALS over users, against PyTorch's batched solver and the implicit package.
+
+The package runs as many threads as torch; it needs OPENBLAS_NUM_THREADS=1, as it says itself.
+"""
+
+import importlib.util
+import itertools
+import sys
+from collections.abc import Iterator
+
+import command
+import interactions
+import pytest
+import torch
+from torch import Tensor
+
+import lspm_kernels
+from harness import FORWARD, Case, Goal
+from lspm_kernels.ops import mf_als as table
+from lspm_kernels.reference import mf_als as reference
+
+REG, ALPHA = 0.05, 1.0
+OPTIONS = {"reg": REG, "implicit": True, "alpha": ALPHA}
+
+
+def case(k: int, steps: int, ratings: interactions.Ratings) -> Case:
+    indptr, indices = ratings.indptr, ratings.indices
+    rows, entries = len(indptr) - 1, len(indices)
+    solver = {"solver": "cg", "cg_steps": steps} if steps else {"solver": "cholesky"}
+
+    def ours(x: Tensor, y: Tensor, values: Tensor, backend: str) -> Tensor:
+        return lspm_kernels.mf_als_(
+            x.clone(), y, indptr, indices, values, backend=backend, **OPTIONS, **solver
+        )
+
+    def one_by_one(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
+        return reference.mf_als(
+            x, y, indptr[: len(x) + 1], indices, values, None, REG, 0.0, ALPHA, True, steps
+        )
+
+    def in_torch(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
+        gram, matrices, sides = y.T @ y + REG * torch.eye(k), x.new_empty(len(x), k, k), torch.empty_like(x)
+        for row, (begin, end) in enumerate(itertools.pairwise(indptr.tolist())):
+            named, w = y[indices[begin:end]], ALPHA * values[begin:end]
+            torch.addmm(gram, named.T * w, named, out=matrices[row])
+            torch.mv(named.T, 1 + w, out=sides[row])
+        return torch.linalg.solve(matrices, sides)
+
+    def by_implicit(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
+        from implicit.cpu import _als
+
+        out, threads, confidence = x.clone(), torch.get_num_threads(), ratings.scipy(1 + ALPHA * values)
+        solve, more = (_als.least_squares_cg, {"cg_steps": steps}) if steps else (_als.least_squares, {})
+        solve(confidence, out.numpy(), y.numpy(), REG, num_threads=threads, **more)
+        return out
+
+    baselines = {"torch": one_by_one if steps else in_torch}
+    if importlib.util.find_spec("implicit"):
+        baselines["implicit"] = by_implicit
+    solving = 2 * rows * k**2 * (steps + 1) if steps else rows * k**3 // 3
+    return Case(
+        "mf_als", FORWARD, torch.float32, f"{'cg' if steps else 'cholesky'}-K{k}-{ratings}",
+        lambda: [torch.rand(rows, k) / k, torch.rand(ratings.columns, k) / k, ratings.values], table,
+        ours, baselines, bytes=4 * k * (2 * rows + ratings.columns) + 8 * entries,
+        flops=solving + (4 * k * entries * (steps + 1) if steps else k**2 * entries), roof="matmul",
+        goals=(Goal("speedup", 1.5),), compiled=False, meaning=one_by_one,
+        part=lambda t: t[:40] if t.shape == (rows, k) else t,
+    )  # fmt: skip
+
+
+def cases(smoke: bool = False) -> Iterator[Case]:
+    ratings = interactions.zipf(*((30, 20, 200) if smoke else interactions.LIKE_ML1M))[0]
+    for k, steps in itertools.product((8,) if smoke else (64, 128), (3, 0)):
+        yield case(k, steps, ratings)
+
+
+@pytest.mark.parametrize(("case", "variant"), command.pairs(cases(smoke=True)))
+def test_mf_als(benchmark, case, variant):
+    command.run(benchmark, case, variant)
+
+
+if __name__ == "__main__":
+    sys.exit(command.main("mf_als", __doc__, cases))

@@ -1,0 +1,16 @@
+// One multiplicative update of the rows p of factors, over the observed entries of a non-negative matrix.
+//
+//   p_f *= (sum over entries of v y_f) / (sum of <p, y> y_f + n reg p_f + eps)        for n entries
+#pragma once
+#include <cstdint>
+
+#include "csr.h"
+
+namespace lspm::cpu {
+
+// factors: (rows, K). other_factors: (columns, K). values: (entries). failed: the first row with an index
+// that is none, which stays as it was; -1 where there is none.
+void nmf_update(float* factors, const float* other_factors, const Csr& csr, const float* values,
+                int64_t* failed, int64_t k, float reg, float eps, int threads);
+
+}  // namespace lspm::cpu
