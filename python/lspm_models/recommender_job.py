@@ -15,6 +15,7 @@ from lspm_models.checkpoint import copy_weights, read_state, read_tensors
 from lspm_models.data.interaction_store import load_interactions
 from lspm_models.data.interactions import Interactions
 from lspm_models.data.ratings import RatingConfig, RatingData, prepare_ratings
+from lspm_models.factorization_job import FactorizationJob
 from lspm_models.fit_config import FitConfig
 from lspm_models.models.recommender import KINDS, Recommender, RecommenderConfig
 from lspm_models.models.two_tower import TwoTower, TwoTowerConfig
@@ -197,10 +198,14 @@ TOWERS = RecommenderJob(
         "evaluation_batches": 100,
     },
 )
-JOBS: dict[str, RecommenderJob] = {**dict.fromkeys(KINDS, DEEP), "two-tower": TOWERS}
+JOBS: dict[str, RecommenderJob | FactorizationJob] = {
+    **dict.fromkeys(KINDS, DEEP),
+    "two-tower": TOWERS,
+    "mf": FactorizationJob(),
+}
 
 
-def job_of(arguments: Sequence[str]) -> RecommenderJob:
+def job_of(arguments: Sequence[str]) -> RecommenderJob | FactorizationJob:
     """Returns the job of the model that --model names, or else the config file or run given.
 
     Raises:
@@ -218,7 +223,7 @@ def job_of(arguments: Sequence[str]) -> RecommenderJob:
     return _job("deepfm" if name is None else name)
 
 
-def _job(name: str) -> RecommenderJob:
+def _job(name: str) -> RecommenderJob | FactorizationJob:
     if name not in JOBS:
         raise ValueError(f"model: name must be one of {', '.join(JOBS)}, got {name!r}")
     return JOBS[name]

@@ -1,0 +1,130 @@
+"""Rows for users and items that a factorisation was not trained on, and what a score is made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import lspm_kernels
+from lspm_models.data.interactions import Categories, Features, Ids, Interactions
+from lspm_models.models.factor_methods import Rows, Tables
+
+NMF_UPDATES = 50
+
+
+def solved(rows: Rows, other: Tensor, other_bias: Tensor, mean: float, config) -> tuple[Tensor, Tensor]:
+    """Factors (R, K) and biases (R,) of rows, the other side's (C, K) and (C,) given.
+
+    Of ratings: least squares on [other, 1], whose last number is the bias, regularised as the method is; of
+    nmf: multiplicative updates; of choices: one half sweep of implicit least squares.
+    """
+    count = len(rows.indptr) - 1
+    shape = rows.indptr, rows.indices
+    if config.method == "nmf":
+        factors = torch.full((count, other.shape[1]), other.mean().item())
+        for _ in range(NMF_UPDATES):
+            lspm_kernels.nmf_(factors, other, *shape, rows.values, reg=config.reg)
+        return factors, torch.zeros(count)
+    if config.method in ("bpr", "implicit-als"):
+        factors = torch.zeros(count, other.shape[1])
+        reg = config.reg if config.method == "implicit-als" else max(1.0, config.reg)
+        options = {"reg": reg, "alpha": config.alpha, "weighted_reg": config.weighted_reg, "implicit": True}
+        lspm_kernels.mf_als_(factors, other, *shape, rows.values, **options)
+        return factors, torch.zeros(count)
+    # A step of sgd shrinks factors once for every rating.
+    weighted = 1.0 if config.method == "sgd" else config.weighted_reg
+    values = rows.values - mean - other_bias[rows.indices.long()]
+    found = torch.zeros(count, other.shape[1] + 1)
+    extended = torch.cat((other, torch.ones(len(other), 1)), 1)
+    lspm_kernels.mf_als_(
+        found, extended, *shape, values, weight=rows.weights, reg=config.reg, weighted_reg=weighted
+    )
+    return found[:, :-1].contiguous(), found[:, -1].contiguous()
+
+
+def folded_in(tables: Tables, old: Interactions, new: Interactions, config) -> tuple[Tables, Interactions]:
+    """Tables with rows for the users, and then the items, that come new; what was there stays as it is.
+
+    Returns: the tables, and all ratings, old and new.
+    """
+    data = joined(old, new)
+    u, i = tables.user_factors, tables.item_factors
+    tables = replace(tables)
+    sides = (
+        ("user", data.users, data.items, len(u), len(data.user_ids), len(i)),
+        ("item", data.items, data.users, len(i), len(data.item_ids), len(data.user_ids)),
+    )
+    for side, mine, theirs, known, total, known_there in sides:
+        other = "item" if side == "user" else "user"
+        chosen = (mine >= known) & (theirs < known_there)
+        weights = None if data.weights is None else data.weights[chosen]
+        rows = Rows.of(mine[chosen] - known, theirs[chosen], data.ratings[chosen], weights, total - known)
+        there = getattr(tables, f"{other}_factors"), getattr(tables, f"{other}_bias")
+        found = solved(rows, *there, tables.mean, config)
+        for name, part in zip(("factors", "bias"), found, strict=True):
+            before = getattr(tables, f"{side}_{name}")
+            setattr(tables, f"{side}_{name}", torch.cat((before, part)))
+    return tables, data
+
+
+def joined(old: Interactions, new: Interactions) -> Interactions:
+    """Both, by the ids of old and behind them those that new has besides; who comes new has no features."""
+    ids, internal = [], []
+    for side in ("user", "item"):
+        known = Ids(getattr(old, f"{side}_ids").names)
+        places = torch.tensor([known.add(name) for name in getattr(new, f"{side}_ids").names])
+        ids.append(known)
+        internal.append(torch.cat((getattr(old, f"{side}s"), places[getattr(new, f"{side}s")])))
+    columns = {"ratings": torch.cat((old.ratings, new.ratings))}
+    if old.weights is not None or new.weights is not None:
+        weights = (torch.ones(len(d)) if d.weights is None else d.weights for d in (old, new))
+        columns["weights"] = torch.cat(tuple(weights))
+    times = old.timestamps, new.timestamps
+    columns["timestamps"] = None if None in (times[0], times[1]) else torch.cat(times)
+    titles = old.titles
+    if titles is not None:
+        added = ids[1].names[len(old.item_ids) :]
+        titles = (*titles, *(_title(new, name) for name in added))
+    return replace(
+        old, users=internal[0], items=internal[1], user_ids=ids[0], item_ids=ids[1], titles=titles, **columns,
+        user_features=_longer(old.user_features, len(ids[0]) - len(old.user_ids)),
+        item_features=_longer(old.item_features, len(ids[1]) - len(old.item_ids)),
+    )  # fmt: skip
+
+
+def contributions(tables: Tables, mine: Rows, item: int, config) -> tuple[Tensor, Tensor]:
+    """What each rating of one user adds to the score of an item, were the user folded in with these alone.
+
+    Folding in solves (sum of y y' + l I) x = sum of v y, so that <q, x> is a sum over the ratings.
+
+    Returns: (n,) items and (n,) numbers.
+    """
+    items = mine.indices.long()
+    y, q = tables.item_factors[items].double(), tables.item_factors[item].double()
+    reg = config.reg * (len(items) if config.method == "sgd" else len(items) ** config.weighted_reg)
+    if config.method in ("bpr", "implicit-als"):
+        confidence = config.alpha * mine.values.double()
+        everything = tables.item_factors.double()
+        matrix = everything.T @ everything + y.T @ (confidence[:, None] * y)
+        values = 1 + confidence
+    else:
+        matrix = y.T @ y
+        values = mine.values.double() - tables.mean - tables.item_bias[items].double()
+    matrix += max(reg, 1e-6) * torch.eye(len(q), dtype=torch.float64)
+    return items, (values * (y @ torch.linalg.solve(matrix, q))).float()
+
+
+def _title(data: Interactions, name: object) -> str:
+    return data.title(int(data.item_ids.internal([name])[0]))
+
+
+def _longer(features: Features, more: int) -> Features:
+    """The same with rows behind that nothing is known of."""
+    categories = {
+        name: Categories(c.names, c.values, torch.cat((c.offsets, c.offsets[-1:].expand(more))))
+        for name, c in features.categories.items()
+    }
+    nothing = torch.full((more,), torch.nan)
+    return Features(categories, {name: torch.cat((t, nothing)) for name, t in features.numbers.items()})

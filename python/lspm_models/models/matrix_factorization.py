@@ -1,0 +1,293 @@
+"""Matrix factorisation as people use it: fit, predict, recommend, explain, and fold in whoever is new."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import lspm_kernels
+from lspm_models.checkpoint import read_state, read_tensors
+from lspm_models.data.interaction_store import load_interactions, save_interactions
+from lspm_models.data.interactions import Interactions, offsets_of
+from lspm_models.files import remove, replaced
+from lspm_models.models import fold_in
+from lspm_models.models.factor_methods import IMPLICIT, METHODS, Rows, Tables
+
+# What does well on MovieLens-100k.
+DEFAULTS = {
+    "sgd": {"factors": 128, "epochs": 100, "lr": 0.01, "lr_decay": 0.98, "reg": 0.09},
+    "als": {"factors": 32, "epochs": 15, "reg": 0.2, "weighted_reg": 1.0},
+    "implicit-als": {"factors": 64, "epochs": 15, "reg": 10.0, "alpha": 1.0},
+    "nmf": {"factors": 4, "epochs": 100, "reg": 0.1},
+    "bpr": {"factors": 64, "epochs": 60, "lr": 0.05, "reg": 0.01},
+    "svd": {"factors": 16, "epochs": 4, "reg": 10.0},
+}
+
+
+@dataclass(frozen=True)
+class MatrixFactorizationConfig:
+    """How to factorise.
+
+    Args:
+        method: sgd, als and svd of ratings, nmf of ratings that are not negative, bpr and implicit-als of
+            what users chose.
+        factors: of each user and item.
+        epochs: passes over the ratings, sweeps, or power iterations of svd.
+        lr: learning rate of sgd and bpr.
+        lr_decay: what lr is multiplied by from epoch to epoch.
+        reg: L2; of svd, of who is folded in later.
+        weighted_reg: als multiplies reg by a row's number of ratings to this power.
+        alpha: what implicit-als multiplies ratings by to get a confidence.
+        solver: of als, "cholesky" or "cg".
+        nonnegative: keeps sgd's factors at 0 and above.
+        std: of the random factors in the beginning.
+        seed: of all that is random.
+    """
+
+    method: str = "sgd"
+    factors: int = 128
+    epochs: int = 100
+    lr: float = 0.01
+    lr_decay: float = 1.0
+    reg: float = 0.1
+    weighted_reg: float = 0.0
+    alpha: float = 1.0
+    solver: str = "cholesky"
+    nonnegative: bool = False
+    std: float = 0.03
+    seed: int = 0
+
+    @classmethod
+    def of(cls, method: str = "sgd", **options) -> MatrixFactorizationConfig:
+        """Returns what does well for a method, with other options where they are given."""
+        if method not in METHODS:
+            raise ValueError(f"mf: method must be one of {', '.join(METHODS)}, got {method!r}")
+        return cls(method=method, **(DEFAULTS[method] | options))
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"mf: method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for name in ("factors", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"mf: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "lr_decay", "std"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"mf: {name} must be positive, got {getattr(self, name)}")
+
+
+class Recommendation(NamedTuple):
+    """An item: the user's own id of it, its title, and its score."""
+
+    item: object
+    title: str
+    score: float
+
+
+class MatrixFactorization:
+    """R = user_factors item_factors' + user_bias + item_bias + mean, by one of six methods.
+
+    Args:
+        config: how to factorise.
+    """
+
+    def __init__(self, config: MatrixFactorizationConfig | None = None) -> None:
+        self.config = MatrixFactorizationConfig.of() if config is None else config
+        self.interactions: Interactions | None = None
+        self.tables: Tables | None = None
+        self.epochs_done = 0
+
+    @property
+    def implicit(self) -> bool:
+        """Whether scores are no ratings."""
+        return self.config.method in IMPLICIT
+
+    def fit(
+        self, interactions: Interactions, callback: Callable[[int, float, float], object] | None = None
+    ) -> MatrixFactorization:
+        """Trains; goes on where a model that was saved between two epochs had come to, with the same bits.
+
+        Args:
+            interactions: the ratings.
+            callback: is called after each epoch with its number from 1, its loss and the seconds so far;
+                training stops where it gives False.
+
+        Raises:
+            ValueError: nmf is given a negative rating, or implicit-als a negative one.
+            FloatingPointError: the loss is not finite, as where the learning rate is too high.
+        """
+        if self.config.method in ("nmf", "implicit-als") and interactions.ratings.min() < 0:
+            low = interactions.ratings.min().item()
+            raise ValueError(f"mf: ratings must be at least 0 for {self.config.method}, got {low:g}")
+        if self.interactions is not None and interactions.fingerprint() != self.interactions.fingerprint():
+            self.tables, self.epochs_done = None, 0
+        if self.epochs_done >= self.config.epochs:
+            self.tables, self.epochs_done = None, 0
+        self.interactions = interactions
+        method = METHODS[self.config.method](interactions, self.config)
+        if self.tables is None:
+            generator = torch.Generator().manual_seed(self.config.seed)
+            sizes, k = (len(interactions.user_ids), len(interactions.item_ids)), self.config.factors
+            factors = (self.config.std * torch.randn(n, k, generator=generator) for n in sizes)
+            self.tables = Tables(*factors, *map(torch.zeros, sizes))
+            method.begin(self.tables, generator)
+        began = time.monotonic()
+        for epoch in range(self.epochs_done, self.config.epochs):
+            loss = method.epoch(self.tables, epoch)
+            if not abs(loss) < float("inf"):
+                raise FloatingPointError(f"mf: {method.loss} of epoch {epoch + 1} must be finite, got {loss}")
+            self.epochs_done = epoch + 1
+            if callback is not None and callback(epoch + 1, loss, time.monotonic() - began) is False:
+                break
+        return self
+
+    def predict(self, users: Tensor, items: Tensor) -> Tensor:
+        """Ratings of pairs of internal ids, (N,) int64 each, -1 for one that is not known.
+
+        What is not known of a pair is left out, down to the mean alone. Ratings stay within the scale; of an
+        implicit method these are scores.
+        """
+        t = self._fitted().tables
+        known_user, known_item = users >= 0, items >= 0
+        u, i = users.clamp(min=0), items.clamp(min=0)
+        found = torch.full((len(users),), t.mean)
+        found += torch.where(known_user, t.user_bias[u], 0.0)
+        found += torch.where(known_item, t.item_bias[i], 0.0)
+        both = (known_user & known_item).nonzero()[:, 0]
+        found[both] += lspm_kernels.mf(t.user_factors, t.item_factors, u[both], i[both])
+        return found if self.implicit else found.clamp(*self.interactions.scale)
+
+    def scores(self, users: Tensor) -> Tensor:
+        """Scores of the whole catalogue, (B, I), for internal ids (B,)."""
+        t = self._fitted().tables
+        return t.user_factors[users] @ t.item_factors.T + t.item_bias + t.user_bias[users][:, None] + t.mean
+
+    def recommend(
+        self, users: Sequence, n: int = 10, *, filter_seen: bool = True
+    ) -> list[list[Recommendation]]:
+        """The n best items for each user, by their own id; for one that is not known, the best on average.
+
+        Raises:
+            ValueError: n is less than 1.
+        """
+        data, t = self._fitted().interactions, self.tables
+        if n < 1:
+            raise ValueError(f"recommend: n must be at least 1, got {n}")
+        rows = torch.tensor([data.user_ids.place(user, -1) for user in users], dtype=torch.int64)
+        known, row = (rows >= 0), rows.clamp(min=0)
+        factors = torch.where(known[:, None], t.user_factors[row], 0.0)
+        bases = t.mean + torch.where(known, t.user_bias[row], 0.0)
+        indptr = indices = None
+        if filter_seen:
+            seen = Rows.of(data.users, data.items, data.ratings, None, len(data.user_ids))
+            parts = [seen.indices[seen.indptr[r] : seen.indptr[r + 1]] for r in row]
+            parts = [part[: len(part) * int(k)] for part, k in zip(parts, known, strict=True)]
+            indptr = offsets_of(torch.tensor([len(part) for part in parts], dtype=torch.int64))
+            indices = torch.cat([*parts, seen.indices[:0]]).long()
+        scores, items = lspm_kernels.top_k_scores(
+            factors, t.item_factors, min(n, len(data.item_ids)), item_bias=t.item_bias,
+            exclude_indptr=indptr, exclude_indices=indices,
+        )  # fmt: skip
+        return [self._named(i, s + base) for i, s, base in zip(items, scores, bases, strict=True)]
+
+    def similar_items(self, item: object, n: int = 10) -> list[Recommendation]:
+        """The n items whose factors point most nearly the way of an item's, with their cosines.
+
+        Raises:
+            ValueError: the item is not known.
+        """
+        data = self._fitted().interactions
+        row = data.item_ids.internal([item], "item")
+        unit = torch.nn.functional.normalize(self.tables.item_factors, dim=1)
+        scores, items = lspm_kernels.top_k_scores(
+            unit[row], unit, min(n, len(unit)), exclude_indptr=torch.tensor([0, 1]), exclude_indices=row
+        )
+        return self._named(items[0], scores[0])
+
+    def explain(self, user: object, item: object, n: int = 10) -> list[Recommendation]:
+        """The n of a user's ratings that speak most for an item, with what each adds to its score.
+
+        Raises:
+            ValueError: the user or the item is not known.
+        """
+        data = self._fitted().interactions
+        row = data.user_ids.internal([user], "user")[0]
+        column = int(data.item_ids.internal([item], "item")[0])
+        chosen = data.users == row
+        zeros = torch.zeros(int(chosen.sum()), dtype=torch.int64)
+        mine = Rows.of(zeros, data.items[chosen], data.ratings[chosen], None, 1)
+        items, parts = fold_in.contributions(self.tables, mine, column, self.config)
+        best = parts.argsort(descending=True, stable=True)[:n]
+        return self._named(items[best], parts[best])
+
+    def partial_fit(self, interactions: Interactions) -> MatrixFactorization:
+        """Takes in users and items that come new with these ratings; those known already stay as they are."""
+        self._fitted()
+        found = fold_in.folded_in(self.tables, self.interactions, interactions, self.config)
+        self.tables, self.interactions = found
+        return self
+
+    def save(self, folder: Path | str) -> None:
+        """Writes a folder of safetensors and JSON, from which load() and fit() go on."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_interactions(self._fitted().interactions, folder)
+        self.write(folder / "factors")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> MatrixFactorization:
+        """Reads what save() wrote.
+
+        Raises:
+            ValueError: it is not there, or damaged.
+        """
+        return cls.read(Path(folder) / "factors", load_interactions(Path(folder)))
+
+    def write(self, folder: Path) -> None:
+        """Writes everything but the ratings into a folder, whole or not at all."""
+        from safetensors.torch import save_file
+
+        tables = self._fitted().tables
+        state = {"step": self.epochs_done, "mean": tables.mean, "settings": {"model": asdict(self.config)}}
+        with replaced(folder) as partial:
+            partial.mkdir()
+            tensors = {name: tensor.contiguous() for name, tensor in tables.tensors().items()}
+            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            if folder.exists():
+                remove(folder)
+
+    @classmethod
+    def read(cls, folder: Path, interactions: Interactions) -> MatrixFactorization:
+        """Reads what write() wrote of a model of these ratings.
+
+        Raises:
+            ValueError: it is not there, damaged, or of other ratings.
+        """
+        state, tensors = read_state(folder), read_tensors(folder / "model.safetensors")
+        try:
+            model = cls(MatrixFactorizationConfig(**state["settings"]["model"]))
+            model.tables, model.epochs_done = Tables(**tensors, mean=state["mean"]), state["step"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"mf: {folder} must hold a factorisation, got {error!r}") from error
+        rows = len(model.tables.user_bias), len(model.tables.item_bias)
+        if rows != (len(interactions.user_ids), len(interactions.item_ids)):
+            raise ValueError(f"mf: {folder} must have a row for every user and item, got {rows}")
+        model.interactions = interactions
+        return model
+
+    def _fitted(self) -> MatrixFactorization:
+        if self.tables is None:
+            raise ValueError("mf: the model must be fitted before it is used, got one that is not")
+        return self
+
+    def _named(self, items: Tensor, scores: Tensor) -> list[Recommendation]:
+        data = self.interactions
+        found = [(i, s) for i, s in zip(items.tolist(), scores.tolist(), strict=True) if i >= 0]
+        return [Recommendation(data.item_ids.names[i], data.title(i), s) for i, s in found]

@@ -1,0 +1,243 @@
+"""MatrixFactorization: each method learns what is there to learn, and what people do with it afterwards."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from lspm_models.data.interactions import Interactions
+from lspm_models.models.factor_methods import METHODS
+from lspm_models.models.matrix_factorization import (
+    DEFAULTS,
+    MatrixFactorization,
+    MatrixFactorizationConfig,
+    Recommendation,
+)
+
+EXPLICIT, IMPLICIT = ("sgd", "als", "nmf", "svd"), ("bpr", "implicit-als")
+USERS, ITEMS = 60, 40
+
+
+def interactions(count=1800, seed=0, users=USERS, items=ITEMS):
+    """Two kinds of users, each of whom likes and mostly takes the items of its own kind; no pair twice."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.randperm(users * items, generator=generator)
+    u, i = pairs // items, pairs % items
+    likes = u % 2 == i % 2
+    taken = likes | (torch.rand(len(pairs), generator=generator) < 0.25)
+    u, i, likes = (t[taken][:count] for t in (u, i, likes))
+    noise = 0.3 * torch.randn(len(u), generator=generator)
+    ratings = (torch.where(likes, 4.2, 2.0) + noise).clamp(1, 5)
+    return Interactions.from_arrays(
+        [f"user{n}" for n in u.tolist()], [f"item{n}" for n in i.tolist()], ratings
+    )
+
+
+# A small table needs larger steps.
+SETTINGS = {"sgd": {"lr": 0.05, "reg": 0.05, "lr_decay": 1.0, "std": 0.1}, "als": {"reg": 0.05}}
+
+
+def small(method, **options):
+    fewer = {"factors": 8, "epochs": min(DEFAULTS[method]["epochs"], 40)}
+    return MatrixFactorizationConfig.of(method, **(fewer | SETTINGS.get(method, {}) | options))
+
+
+def kind(name):
+    return int(name.removeprefix("user").removeprefix("item")) % 2
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def fitted(request):
+    data = interactions()
+    test = torch.arange(len(data)) % 5 == 0
+    return MatrixFactorization(small(request.param)).fit(data.subset(~test)), data.subset(test)
+
+
+def test_it_predicts_what_it_has_not_seen(fitted):
+    model, test = fitted
+    found = model.predict(test.users, test.items)
+    if model.implicit:
+        liked = test.ratings > 3
+        assert found[liked].mean() > found[~liked].mean() + 0.1
+    else:
+        error = (found - test.ratings).square().mean().sqrt()
+        # To singular vectors, what is not rated is as the mean and the biases have it.
+        assert error < (0.95 if model.config.method == "svd" else 0.7) * test.ratings.std()
+        assert found.min() >= model.interactions.scale[0]
+        assert found.max() <= model.interactions.scale[1]
+
+
+def test_it_recommends_what_is_liked_and_not_seen(fitted):
+    model, _ = fitted
+    users = [f"user{n}" for n in range(6)]
+    seen = model.recommend(users, 40, filter_seen=False)
+    for user, new, everything in zip(users, model.recommend(users, 3), seen, strict=True):
+        assert len(new) == 3
+        assert [r.score for r in new] == sorted((r.score for r in new), reverse=True)
+        assert len({r.item for r in everything}) == ITEMS
+        row = model.interactions.user_ids.place(user, -1)
+        taken = model.interactions.items[model.interactions.users == row].tolist()
+        names = {model.interactions.item_ids.names[i] for i in taken}
+        assert not names & {r.item for r in new}
+        liked = [r for r in everything if r.item not in names]
+        assert [r.item for r in liked[:3]] == [r.item for r in new]
+    firsts = [r for user, found in zip(users, seen, strict=True) for r in found[:8]]
+    own = sum(kind(r.item) == kind(user) for user, found in zip(users, seen, strict=True) for r in found[:8])
+    assert own > 0.9 * len(firsts)
+
+
+def test_items_of_one_kind_are_alike(fitted):
+    model, _ = fitted
+    found = model.similar_items("item4", 8)
+    assert all(isinstance(r, Recommendation) and r.title == r.item != "item4" for r in found)
+    assert sum(kind(r.item) == 0 for r in found) >= 7
+    assert all(-1.001 <= r.score <= 1.001 for r in found)
+
+
+def test_an_explanation_adds_up(fitted):
+    model, _ = fitted
+    data = model.interactions
+    everything = model.explain("user2", "item4", ITEMS)
+    taken = data.items[data.users == data.user_ids.place("user2", -1)].tolist()
+    assert {r.item for r in everything} == {data.item_ids.names[i] for i in taken}
+    assert [r.score for r in everything] == sorted((r.score for r in everything), reverse=True)
+    assert model.explain("user2", "item4", 2) == everything[:2]
+    if model.implicit:
+        assert kind(everything[0].item) == 0
+
+
+def test_a_saved_model_is_the_same(fitted, tmp_path):
+    model, test = fitted
+    model.save(tmp_path / "model")
+    again = MatrixFactorization.load(tmp_path / "model")
+    assert again.config == model.config
+    assert torch.equal(again.predict(test.users, test.items), model.predict(test.users, test.items))
+    assert again.recommend(["user1"], 4) == model.recommend(["user1"], 4)
+
+
+def test_who_is_new_is_folded_in(fitted):
+    """Someone of each kind who takes ten items; who was there before keeps what they had."""
+    model, test = fitted
+    before = model.predict(test.users, test.items)
+    copy = MatrixFactorization(model.config)
+    copy.interactions, copy.tables = model.interactions, model.tables
+    rows = [(f"user{1000 + k}", f"item{2 * n + k}", 4.5) for k in (0, 1) for n in range(10)]
+    rows += [(f"user{n}", "item1000", 4.5 if n % 2 == 0 else 1.5) for n in range(30)]
+    copy.partial_fit(Interactions.from_arrays(*zip(*rows, strict=True)))
+    assert torch.equal(copy.predict(test.users, test.items), before)
+    for k in (0, 1):
+        found = copy.recommend([f"user{1000 + k}"], 5)[0]
+        assert sum(kind(r.item) == k for r in found) >= 4
+    if not model.implicit:
+        users = torch.tensor([copy.interactions.user_ids.place(f"user{n}", -1) for n in (40, 41)])
+        item = copy.interactions.item_ids.place("item1000", -1)
+        like, dislike = copy.predict(users, torch.tensor([item, item])).tolist()
+        assert like > dislike + 0.5
+    assert len(model.interactions.user_ids) == USERS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_that_was_interrupted_goes_on_with_the_same_bits(method, tmp_path):
+    data = interactions()
+    config = small(method, epochs=5)
+    whole = MatrixFactorization(config).fit(data)
+    part = MatrixFactorization(config).fit(data, callback=lambda epoch, loss, seconds: epoch < 2)
+    assert part.epochs_done == 2
+    part.save(tmp_path / "model")
+    rest = MatrixFactorization.load(tmp_path / "model").fit(data)
+    for name, tensor in whole.tables.tensors().items():
+        assert torch.equal(tensor, rest.tables.tensors()[name]), name
+
+
+def test_fitting_again_begins_anew():
+    data = interactions()
+    model = MatrixFactorization(small("sgd", epochs=3)).fit(data)
+    first = model.tables.user_factors.clone()
+    assert torch.equal(model.fit(data).tables.user_factors, first)
+    other = model.fit(interactions(seed=1)).tables.user_factors
+    assert not torch.equal(other, first)
+
+
+def test_the_losses_fall_and_the_callback_sees_them():
+    losses = []
+    data = interactions()
+    MatrixFactorization(small("als")).fit(data, lambda epoch, loss, seconds: losses.append(loss))
+    assert len(losses) == 15
+    assert all(b <= a * 1.0001 for a, b in itertools.pairwise(losses))
+
+
+def test_singular_vectors_are_those_of_the_centred_matrix():
+    data = interactions()
+    model = MatrixFactorization(small("svd", factors=3, epochs=12)).fit(data)
+    t = model.tables
+    dense = torch.zeros(USERS, ITEMS)
+    dense[data.users, data.items] = data.ratings - t.mean - t.user_bias[data.users] - t.item_bias[data.items]
+    u, s, v = torch.linalg.svd(dense.double())
+    best = (u[:, :3] * s[:3]) @ v[:3]
+    assert (t.user_factors @ t.item_factors.T - best).abs().max() < 1e-3
+
+
+def test_strangers_get_what_is_known(fitted):
+    model, _ = fitted
+    t = model.tables
+    unknown = torch.tensor([-1])
+    expected = t.mean if model.implicit else min(max(t.mean, model.interactions.scale[0]), 5)
+    assert model.predict(unknown, unknown).item() == pytest.approx(expected)
+    found = model.recommend(["nobody"], 3)[0]
+    best = t.item_bias.topk(3).values + t.mean
+    assert [r.score for r in found] == pytest.approx(best.tolist(), abs=1e-6)
+
+
+def test_weights_count():
+    """A rating of weight 3 is the rating given three times."""
+    rows = [("a", "x", 5.0), ("a", "y", 1.0), ("b", "x", 4.0), ("b", "y", 2.0)]
+    columns = list(zip(*rows, strict=True))
+    weighted = Interactions.from_arrays(*columns, weights=[3.0, 1.0, 1.0, 1.0])
+    repeated = Interactions.from_arrays(*zip(*([rows[0]] * 2 + rows), strict=True))
+    config = small("als", factors=2, weighted_reg=0.0)
+    found = [MatrixFactorization(config).fit(d) for d in (weighted, repeated)]
+    pair = torch.tensor([0, 1]), torch.tensor([0, 1])
+    torch.testing.assert_close(*(m.predict(*pair) for m in found))
+
+
+MISUSES = {
+    "method must be one of sgd, als, implicit-als, nmf, bpr, svd, got 'magic'": {"method": "magic"},
+    "factors must be at least 1, got 0": {"factors": 0},
+    "epochs must be at least 1, got -1": {"epochs": -1},
+    "lr must be positive, got 0": {"lr": 0},
+    "std must be positive, got inf": {"std": math.inf},
+}
+
+
+@pytest.mark.parametrize("message", MISUSES)
+def test_bad_settings(message):
+    with pytest.raises(ValueError) as error:
+        MatrixFactorizationConfig.of(**MISUSES[message])
+    assert str(error.value) == f"mf: {message}"
+
+
+def test_bad_use():
+    model = MatrixFactorization(small("nmf"))
+    with pytest.raises(ValueError, match="mf: the model must be fitted before it is used"):
+        model.recommend(["user1"])
+    with pytest.raises(ValueError, match="mf: ratings must be at least 0 for nmf, got -1"):
+        model.fit(Interactions.from_arrays(["a"], ["x"], [-1.0]))
+    with pytest.raises(FloatingPointError, match=r"mf: RMSE while training of epoch \d+ must be finite"):
+        MatrixFactorization(small("sgd", lr=50.0)).fit(interactions())
+    model = MatrixFactorization(small("sgd", epochs=1)).fit(interactions())
+    with pytest.raises(ValueError, match="recommend: n must be at least 1, got 0"):
+        model.recommend(["user1"], 0)
+    with pytest.raises(ValueError, match="item must be one of the 40 known, got 'none such'"):
+        model.similar_items("none such")
+    with pytest.raises(ValueError, match="user must be one of the 60 known, got 'nobody'"):
+        model.explain("nobody", "item1")
+
+
+def test_one_rating_is_enough():
+    for method in METHODS:
+        model = MatrixFactorization(small(method, epochs=2)).fit(
+            Interactions.from_arrays(["a"], ["x"], [3.0])
+        )
+        assert model.recommend(["a"], 2) == [[]]
+        assert len(model.recommend(["a"], 2, filter_seen=False)[0]) == 1
