@@ -99,10 +99,10 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   bind_attention(m);
 #ifndef LSPM_CUDA
   bind_attention_with_kv_cache(m);
-  bind_mf_sgd(m);
 #endif
   bind_batch_norm_act(m);
   bind_cross_entropy(m);
+  bind_mf_sgd(m);
   bind_pool(m);
   bind_rotary(m);
   bind_conv2d(m);
