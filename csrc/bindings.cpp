@@ -99,13 +99,13 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   bind_attention(m);
 #ifndef LSPM_CUDA
   bind_attention_with_kv_cache(m);
-  bind_mf_sgd(m);
 #endif
   bind_batch_norm_act(m);
   bind_cross_entropy(m);
 #ifndef LSPM_CUDA
   bind_mf_als(m);
 #endif
+  bind_mf_sgd(m);
   bind_pool(m);
 #ifndef LSPM_CUDA
   bind_recommender(m);

@@ -1,9 +1,9 @@
-#ifndef LSPM_CUDA
 // mf_sgd and bpr: tables as (rows, factors), contiguous; ratings in the order of their blocks.
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cmath>
+#include <type_traits>
 
 #include "bindings.h"
 #include "bpr.h"
@@ -45,16 +45,29 @@ int64_t grid_of(const TensorView& offsets) {
 const int64_t* starts_of(const TensorView& view, const char* name, const TensorView& beside, int64_t n,
                          int64_t end) {
   const auto* starts = data<int64_t>(view, name, beside, DType::i64, n + 1);
+#ifndef LSPM_CUDA  // whose kernels keep to what there is, as nothing is read on a GPU
   for (int64_t i = 0; i < n; ++i)
     if (starts[i] > starts[i + 1]) TensorView::refuse(name, "not decrease");
   if (starts[0] != 0 || starts[n] != end)
     TensorView::refuse(name, "run from 0 to the number of what it parts");
+#endif
   return starts;
 }
 
-[[noreturn]] void refuse_stray(int32_t user, int32_t item) {
-  throw std::invalid_argument("users and items must be ids of rows of the tables, got " +
-                              std::to_string(user) + " and " + std::to_string(item));
+// Runs an update, which on a CPU gives the place of ids that are of no row, or -1.
+template <class Update>
+void run(const int32_t* users, const int32_t* items, Update update) {
+  int64_t stray = -1;
+  {
+    py::gil_scoped_release unlocked;
+    if constexpr (std::is_void_v<decltype(update())>)
+      update();
+    else
+      stray = update();
+  }
+  if (stray >= 0)
+    throw std::invalid_argument("users and items must be ids of rows of the tables, got " +
+                                std::to_string(users[stray]) + " and " + std::to_string(items[stray]));
 }
 
 void mf_sgd_update(const TensorView& user_factors, const TensorView& item_factors,
@@ -63,7 +76,7 @@ void mf_sgd_update(const TensorView& user_factors, const TensorView& item_factor
                    const TensorView& users, const TensorView& items, const TensorView& ratings,
                    const OptionalView& weight, const TensorView& offsets, const TensorView& loss,
                    const std::array<float, 9>& step, bool nonnegative, bool logistic, int64_t seed,
-                   int threads) {
+                   [[maybe_unused]] int threads) {
   check_first(user_factors, "user_factors");
   const lspm::MfSgdShape s{user_factors.size(0), item_factors.size(0), user_factors.size(1),
                            ratings.numel(),      grid_of(offsets),     user_factors.dtype()};
@@ -81,23 +94,20 @@ void mf_sgd_update(const TensorView& user_factors, const TensorView& item_factor
   auto* sums = data<float>(loss, "loss", user_factors, DType::f32, s.grid * s.grid);
   const lspm::MfSgdStep by{step[0], step[1], step[2], step[3],     step[4],  step[5],
                            step[6], step[7], step[8], nonnegative, logistic, seed};
-  int64_t stray;
-  {
-    py::gil_scoped_release unlocked;
-    stray = lspm::cpu::mf_sgd_update(tables, of, sums, s, by, threads);
-  }
-  if (stray >= 0) refuse_stray(of.users[stray], of.items[stray]);
+  run(of.users, of.items,
+      [&] { return backend::mf_sgd_update(tables, of, sums, s, by, WHERE(user_factors, threads)); });
 }
 
 void bpr_update(const TensorView& user_factors, const TensorView& item_factors, const OptionalView& item_bias,
                 const TensorView& users, const TensorView& items, const TensorView& offsets,
                 const TensorView& part_items, const TensorView& part_offsets, const OptionalView& seen_indptr,
                 const OptionalView& seen, const TensorView& loss, const TensorView& skipped,
-                const std::array<float, 4>& step, int64_t seed, int threads) {
+                const std::array<float, 4>& step, int64_t seed, [[maybe_unused]] int threads) {
   check_first(user_factors, "user_factors");
   const TensorView& first = user_factors;
   const int64_t grid = grid_of(offsets), n = users.numel();
-  const lspm::BprShape s{first.size(0), item_factors.size(0), first.size(1), n, grid};
+  const lspm::BprShape s{first.size(0), item_factors.size(0), first.size(1),           n,
+                         grid,          part_items.numel(),   seen ? seen->numel() : 0};
   auto* up = data<float>(first, "user_factors", first, DType::f32, s.users * s.factors);
   auto* ip = data<float>(item_factors, "item_factors", first, DType::f32, s.items * s.factors);
   float* bias = floats(item_bias, "item_bias", first, s.items);
@@ -107,9 +117,11 @@ void bpr_update(const TensorView& user_factors, const TensorView& item_factors, 
   of.offsets = starts_of(offsets, "offsets", first, grid * grid, n);
   of.part_items = data<int32_t>(part_items, "part_items", first, DType::i32, part_items.numel());
   of.part_offsets = starts_of(part_offsets, "part_offsets", first, grid, part_items.numel());
+#ifndef LSPM_CUDA
   for (int64_t i = 0; i < part_items.numel(); ++i)
     if (uint32_t(of.part_items[i]) >= uint64_t(s.items))
       TensorView::refuse("part_items", "be below the items");
+#endif
   if (!seen_indptr != !seen) TensorView::refuse("seen", "be there where seen_indptr is");
   if (seen) {
     of.seen = data<int32_t>(*seen, "seen", first, DType::i32, seen->numel());
@@ -118,14 +130,11 @@ void bpr_update(const TensorView& user_factors, const TensorView& item_factors, 
   auto* sums = data<float>(loss, "loss", first, DType::f32, grid * grid);
   auto* without = data<int32_t>(skipped, "skipped", first, DType::i32, grid * grid);
   const lspm::BprStep by{step[0], step[1], step[2], step[3], seed};
-  int64_t stray;
-  {
-    py::gil_scoped_release unlocked;
-    stray = lspm::cpu::bpr_update(up, ip, bias, of, sums, without, s, by, threads);
-  }
-  if (stray >= 0) refuse_stray(of.users[stray], of.items[stray]);
+  run(of.users, of.items,
+      [&] { return backend::bpr_update(up, ip, bias, of, sums, without, s, by, WHERE(first, threads)); });
 }
 
+#ifndef LSPM_CUDA
 void mf_sgd_blocks(const TensorView& users, const TensorView& items, const TensorView& ratings,
                    const OptionalView& weight, const TensorView& user_part, const TensorView& item_part,
                    const TensorView& users_out, const TensorView& items_out, const TensorView& ratings_out,
@@ -150,6 +159,7 @@ void mf_sgd_blocks(const TensorView& users, const TensorView& items, const Tenso
                            const_cast<float*>(to.ratings), const_cast<float*>(to.weights), starts, n, grid,
                            threads);
 }
+#endif
 
 }  // namespace
 
@@ -164,9 +174,10 @@ void bind_mf_sgd(py::module_& m) {
         py::arg("part_items"), py::arg("part_offsets"), py::arg("seen_indptr").none(true),
         py::arg("seen").none(true), py::arg("loss"), py::arg("skipped"), py::arg("step"), py::arg("seed"),
         py::arg("threads"));
+#ifndef LSPM_CUDA
   m.def("mf_sgd_blocks", &mf_sgd_blocks, py::arg("users"), py::arg("items"), py::arg("ratings"),
         py::arg("weight").none(true), py::arg("user_part"), py::arg("item_part"), py::arg("users_out"),
         py::arg("items_out"), py::arg("ratings_out"), py::arg("weight_out").none(true), py::arg("offsets"),
         py::arg("threads"));
-}
 #endif
+}

@@ -1,5 +1,4 @@
-// Bayesian personalised ranking, in place: one pass over pairs of a user and an item, each against another
-// item.
+// Bayesian personalised ranking, in place: one pass over pairs of user and item, each against another item.
 //
 //   x = bias_i - bias_j + <p_u, q_i - q_j>,  g = 1 / (1 + exp(x)),  j drawn from the items of i's part
 //   p_u += lr (g (q_i - q_j) - l2 p_u), q_i += lr (g p_u - l2 q_i), q_j += lr (-g p_u - l2 q_j), biases alike
@@ -13,8 +12,11 @@
 
 namespace lspm {
 
+constexpr int64_t kBprDraws = 8;  // of an item that the user has not seen, before a pair is skipped
+
 struct BprShape {
   int64_t users, items, factors, pairs, grid;
+  int64_t placed, seen;  // the elements of part_items and of seen
 };
 
 struct BprStep {
@@ -40,5 +42,13 @@ namespace cpu {
 int64_t bpr_update(float* user_factors, float* item_factors, float* item_bias, const BprPairs& pairs,
                    float* loss, int32_t* skipped, const BprShape& shape, const BprStep& step, int threads);
 }  // namespace cpu
+
+namespace cuda {
+// The same for at most 512 factors on GPU `device`, queued on `stream`, a cudaStream_t; nothing is done with
+// a pair whose ids are outside the tables. A failure of CUDA throws std::runtime_error.
+void bpr_update(float* user_factors, float* item_factors, float* item_bias, const BprPairs& pairs,
+                float* loss, int32_t* skipped, const BprShape& shape, const BprStep& step, int device,
+                void* stream);
+}  // namespace cuda
 
 }  // namespace lspm

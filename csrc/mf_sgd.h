@@ -32,8 +32,7 @@ struct MfSgdTables {
   float *user_bias, *item_bias, *user_squares, *item_squares;
 };
 
-// users, items, ratings and weights, or null: in the order of the blocks, which begin at offsets (grid^2 +
-// 1).
+// users, items, ratings, and weights or null: in the order of the blocks that begin at offsets (grid^2 + 1).
 struct MfSgdRatings {
   const int32_t *users, *items;
   const float *ratings, *weights;
@@ -50,5 +49,12 @@ void mf_sgd_blocks(const MfSgdRatings& from, const uint8_t* user_part, const uin
                    int32_t* users, int32_t* items, float* ratings, float* weights, int64_t* offsets,
                    int64_t n, int64_t grid, int threads);
 }  // namespace cpu
+
+namespace cuda {
+// The same for at most 512 factors on GPU `device`, queued on `stream`, a cudaStream_t; nothing is done with
+// a rating whose ids are outside the tables. A failure of CUDA throws std::runtime_error.
+void mf_sgd_update(const MfSgdTables& tables, const MfSgdRatings& ratings, float* loss,
+                   const MfSgdShape& shape, const MfSgdStep& step, int device, void* stream);
+}  // namespace cuda
 
 }  // namespace lspm

@@ -4,6 +4,7 @@ from lspm_kernels._C import batch_norm_act_backward as batch_norm_act_backward
 from lspm_kernels._C import batch_norm_act_forward as batch_norm_act_forward
 from lspm_kernels._C import batch_norm_act_statistics as batch_norm_act_statistics
 from lspm_kernels._C import batch_norm_act_sums as batch_norm_act_sums
+from lspm_kernels._C import bpr_update as bpr_update
 from lspm_kernels._C import conv2d_backward as conv2d_backward
 from lspm_kernels._C import conv2d_forward as conv2d_forward
 from lspm_kernels._C import cross_entropy_backward as cross_entropy_backward
@@ -14,5 +15,6 @@ from lspm_kernels._C import layer_norm_backward as layer_norm_backward
 from lspm_kernels._C import layer_norm_forward as layer_norm_forward
 from lspm_kernels._C import max_pool2d_backward as max_pool2d_backward
 from lspm_kernels._C import max_pool2d_forward as max_pool2d_forward
+from lspm_kernels._C import mf_sgd_update as mf_sgd_update
 from lspm_kernels._C import rotary_backward as rotary_backward
 from lspm_kernels._C import rotary_forward as rotary_forward

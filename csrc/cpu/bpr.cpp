@@ -5,11 +5,10 @@
 #include <cmath>
 
 #include "cpu/latin_square.h"
+#include "random_bits.h"
 
 namespace lspm::cpu {
 namespace {
-
-constexpr int64_t kDraws = 8;  // of an item that the user has not seen, before the pair is skipped
 
 struct Tables {
   float *user_factors, *item_factors, *item_bias;
@@ -32,7 +31,7 @@ struct Job {
   int64_t draw(int64_t j, int64_t part, int64_t attempt) const {
     const int64_t first = of.part_offsets[part], size = of.part_offsets[part + 1] - first;
     if (size < 1) return of.items[j];
-    return of.part_items[first + int64_t((random_bits(step.seed, j * kDraws + attempt) >> 32) * size >> 32)];
+    return of.part_items[first + random_below(size, step.seed, j * kBprDraws + attempt)];
   }
 
   bool has_seen(int64_t u, int64_t i) const {
@@ -42,7 +41,7 @@ struct Job {
 
   // An item of the part for pair j that is not its own and that its user has not seen, or -1.
   int64_t other(int64_t j, int64_t part) const {
-    for (int64_t attempt = 0; attempt < kDraws; ++attempt) {
+    for (int64_t attempt = 0; attempt < kBprDraws; ++attempt) {
       const int64_t i = draw(j, part, attempt);
       if (i != of.items[j] && !has_seen(of.users[j], i)) return i;
     }

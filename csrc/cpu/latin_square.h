@@ -58,11 +58,4 @@ inline __attribute__((always_inline)) void for_each_factor(int64_t factors, Body
   }
 }
 
-// Random bits of a place under a seed.
-inline uint64_t random_bits(int64_t seed, int64_t place) {
-  uint64_t x = uint64_t(seed) + uint64_t(place) * 0x9E3779B97F4A7C15u;
-  x = (x ^ x >> 32) * 0xD6E8FEB86659FD93u;
-  return (x ^ x >> 32) * 0xD6E8FEB86659FD93u;
-}
-
 }  // namespace lspm::cpu

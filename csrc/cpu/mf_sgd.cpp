@@ -9,25 +9,10 @@
 #include <type_traits>
 
 #include "cpu/latin_square.h"
+#include "random_bits.h"
 
 namespace lspm::cpu {
 namespace {
-
-// 16 random bits for either row's factors of one rating: a hash of the rating's place and the factor.
-struct RandomBits {
-  U lane, user, item;
-  RandomBits(int64_t seed, int64_t place) {
-    static constexpr Order kApart{[](int i) { return uint32_t(i) * 0x9E3779B9u; }};
-    std::memcpy(&lane, kApart.of, sizeof lane);
-    lane += uint32_t(random_bits(seed, place) >> 32);
-  }
-  void draw(int64_t factor) {
-    U x = lane + uint32_t(factor) * 0x9E3779B9u;
-    x = (x ^ x >> 16) * 0x7FEB352Du;
-    user = x >> 16;
-    item = (x ^ user) & 0xffffu;
-  }
-};
 
 // How the new values of two rows are stored.
 struct Exact {
@@ -38,13 +23,18 @@ struct Exact {
     lanes.store(q, new_q);
   }
 };
-struct AtRandom : RandomBits {
-  using RandomBits::RandomBits;
+struct AtRandom {
+  U lane;  // the bits of the rating and of each lane's factor in a row's first vector
+  AtRandom(int64_t seed, int64_t place) {
+    static constexpr Order kApart{[](int i) { return uint32_t(i) * kBitsApart; }};
+    std::memcpy(&lane, kApart.of, sizeof lane);
+    lane += uint32_t(random_bits(seed, place) >> 32);
+  }
   template <class Lanes>
-  void store(bf16* p, bf16* q, int64_t factor, F new_p, F new_q, Lanes lanes) {
-    draw(factor);
-    lanes.store_unchanged(p, rounded(new_p, user));
-    lanes.store_unchanged(q, rounded(new_q, item));
+  void store(bf16* p, bf16* q, int64_t factor, F new_p, F new_q, Lanes lanes) const {
+    const auto bits = row_bits<U>(lane + uint32_t(factor) * kBitsApart);
+    lanes.store_unchanged(p, rounded(new_p, bits.user));
+    lanes.store_unchanged(q, rounded(new_q, bits.item));
   }
   static F rounded(F v, U bits) {
     const U exact = reinterpret_cast<U>(v);
@@ -144,7 +134,7 @@ struct Job {
     const float lr_u = rate(u, i.row, e), lr_i = rate(i, u.row, e);
     // p + (to q - shrink p), as p times a rounded 1 - shrink would drift.
     const float to_u = lr_u * e, to_i = lr_i * e, shrink_u = lr_u * u.l2, shrink_i = lr_i * i.l2;
-    RoundingOf<T> rounding(step.seed, j);
+    const RoundingOf<T> rounding(step.seed, j);
     for_each_factor<kVectors>(shape.factors, [&](int64_t k, auto lanes) __attribute__((always_inline)) {
       const F p = lanes.load(u.row + k), q = lanes.load(i.row + k);
       const F new_p = bounded(p + (to_u * q - shrink_u * p), lr_u * u.l1);

@@ -6,16 +6,20 @@ import torch
 from torch import Tensor
 
 from lspm_kernels import checks, compiled, dispatch, triton
-from lspm_kernels.dispatch import Backend
+from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import InPlaceOperator
 from lspm_kernels.rating_blocks import RatingBlocks, rating_blocks
 from lspm_kernels.reference import bpr as reference
 
+_IN_REGISTERS = Limit("at most 512 factors", lambda p: p.shape[1] <= 512, lambda p: p.shape[1])
+
+# On a GPU cuda comes first, as it fetches rows ahead: predicted, not measured.
 BACKENDS = tuple(
-    Backend(name, device, (torch.float32,), kernel("bpr_update"), None, missing)
-    for name, device, kernel, missing in (
-        ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing),
-        ("triton", "cuda", triton.kernel, triton.missing),
+    Backend(name, device, (torch.float32,), kernel("bpr_update"), None, missing, limits)
+    for name, device, kernel, missing, limits in (
+        ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing, ()),
+        ("cuda", "cuda", compiled.cuda_kernel, compiled.cuda_missing, (_IN_REGISTERS,)),
+        ("triton", "cuda", triton.kernel, triton.missing, ()),
     )
 )
 
@@ -66,7 +70,7 @@ def bpr_(
         lr: the learning rate.
         reg: L2, or that of user factors, item factors and item biases.
         seed: of what is drawn; another one for each pass.
-        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         The sum over pairs of log(1 + exp(-x)), before each update, a float32, and how many were skipped, an
@@ -102,6 +106,10 @@ def bpr_(
         raise ValueError(f"bpr_: seed must be an integer from 0 to 2 ** 63 - 1, got {seed!r}")
     blocks = _blocks(users, items, sizes)
     indptr, indices = (None, None) if seen is None else _seen(seen, sizes[0])
+    for name, t in (("users", blocks.users), ("seen[0]", indptr), ("seen[1]", indices)):
+        if t is not None and t.device != user_factors.device:
+            got = f"{user_factors.device}, got {t.device}"
+            raise ValueError(f"bpr_: {name} must be on user_factors' device {got}")
     row = dispatch.pick("bpr", BACKENDS, backend, user_factors)
     tables = user_factors, item_factors, item_bias
     if row is None:
@@ -111,11 +119,11 @@ def bpr_(
                 *tables, blocks.users, blocks.items, *lists, lr=lr, reg=regs, seed=seed
             )
         return loss.float(), torch.tensor(skipped)
-    losses = torch.zeros(blocks.offsets.numel() - 1)
-    skips = torch.zeros(losses.numel(), dtype=torch.int32)
+    losses = torch.zeros(blocks.offsets.numel() - 1, device=user_factors.device)
+    skips = torch.zeros_like(losses, dtype=torch.int32)
     of = blocks.users, blocks.items, blocks.offsets, blocks.part_items, blocks.part_offsets
     _bpr(row, *tables, *of, indptr, indices, losses, skips, [float(v) for v in (lr, *regs)], seed)
-    return losses.double().sum().float(), skips.sum()
+    return losses.to("cpu", torch.float64).sum().float(), skips.cpu().sum()
 
 
 def _check_table(name, t, first, dims):

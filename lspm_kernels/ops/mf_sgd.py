@@ -14,10 +14,12 @@ from lspm_kernels.reference import mf_sgd as reference
 LOSSES = ("squared", "logistic")
 _MOST_FACTORS = 512
 
+# On a GPU cuda comes first, as it fetches rows ahead: predicted, not measured.
 BACKENDS = tuple(
     Backend(name, device, (torch.float32, torch.bfloat16), kernel("mf_sgd_update"), None, missing)
     for name, device, kernel, missing in (
         ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing),
+        ("cuda", "cuda", compiled.cuda_kernel, compiled.cuda_missing),
         ("triton", "cuda", triton.kernel, triton.missing),
     )
 )
@@ -83,7 +85,7 @@ def mf_sgd_(
         squares: (U,) and (I,), float32: Adagrad with one rate for a row: the mean square of the gradient of a
             row's factors is added to its element, by whose root the row's and its bias's lr[0] is divided.
         seed: of the rounding of bfloat16; another one for each pass.
-        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         The loss, a float32 on the CPU: the sum over ratings of weight * (rating - prediction) ** 2, or of

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from lspm_kernels.triton.hashing import random_bits
 
-_DRAWS = tl.constexpr(8)  # as csrc/cpu/bpr.cpp
+_DRAWS = tl.constexpr(8)  # as csrc/bpr.h
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The hash by which csrc/cpu/latin_square.h draws random bits of a place."""
+"""The hash by which csrc/random_bits.h draws random bits of a place."""
 
 import triton
 import triton.language as tl

@@ -111,7 +111,8 @@ def update(
 
     Args:
         user_factors, item_factors: (U, K) and (I, K), contiguous; biases, squares: float32 or None.
-        users, items, ratings, weight: (n,), in the order of blocks that begin at offsets (grid ** 2 + 1,).
+        users, items, ratings, weight: (n,), in the order of the blocks, which begin at offsets.
+        offsets: (grid ** 2 + 1,).
         loss: (grid ** 2,) float32.
     """
     grid = round((offsets.numel() - 1) ** 0.5)

@@ -43,6 +43,11 @@ __global__ void cp_async_kernel(const uint4* in, uint4* out) {  // two groups; l
   out[32 + threadIdx.x] = staged[32 + threadIdx.x];
 }
 
+__global__ void prefetch_kernel(const int* in, int* out) {
+  ptx::prefetch(in + threadIdx.x);
+  out[threadIdx.x] = in[threadIdx.x];
+}
+
 __global__ void ex2_kernel(const float* in, float* out) { out[threadIdx.x] = ptx::ex2(in[threadIdx.x]); }
 template <class T>
 __global__ void pack_kernel(const float* in, uint32_t* out) {
@@ -231,6 +236,9 @@ const char* ldmatrix_test(const uint16_t* in, uint32_t* out, int64_t transpose) 
 }
 const char* cp_async_test(const uint4* in, uint4* out) {
   return message_of([&] { launch({1, 32, 0, nullptr}, cp_async_kernel, in, out); });
+}
+const char* prefetch_test(const int* in, int* out) {
+  return message_of([&] { launch({1, 64, 0, nullptr}, prefetch_kernel, in, out); });
 }
 const char* ex2_test(const float* in, float* out) {
   return message_of([&] { launch({1, 64, 0, nullptr}, ex2_kernel, in, out); });

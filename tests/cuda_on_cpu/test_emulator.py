@@ -79,6 +79,12 @@ def test_cp_async_fills_with_zeros_where_not_valid(library):
     assert torch.equal(out.tensor(), values)
 
 
+def test_prefetch_changes_nothing(library):
+    values, out = torch.arange(64, dtype=torch.int32), library.empty(64, torch.int32)
+    run(library, "prefetch_test", values, out, outputs=1)
+    assert torch.equal(out.tensor(), values)
+
+
 def test_ex2(library):
     x, out = torch.linspace(-140, 20, 64), library.empty(64)
     run(library, "ex2_test", x, out, outputs=1)

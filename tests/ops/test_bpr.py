@@ -157,6 +157,11 @@ MISUSES = {
     "items must be a tensor, got NoneType": ((P, Q, B, PAIRS[0]), {}),
     "items must be None beside RatingBlocks": ((P, Q, B, BLOCKS, PAIRS[1]), {}),
     "item_factors must have the 5 rows that the RatingBlocks are of, got 4": ((P, Q[:4], B[:4], BLOCKS), {}),
+    "users must be on user_factors' device cpu, got meta": ((P, Q, B, BLOCKS.to("meta")), {}),
+    "seen[1] must be on user_factors' device cpu, got meta": (
+        (P, Q, B, *PAIRS),
+        {"seen": (EMPTY[0], EMPTY[1].to("meta"))},
+    ),
     "seen must be two tensors, got int": ((P, Q, B, *PAIRS), {"seen": 3}),
     "seen[0] must be (5,) torch.int64, got (4,) torch.int64": (
         (P, Q, B, *PAIRS),

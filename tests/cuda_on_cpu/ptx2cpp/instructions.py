@@ -386,6 +386,11 @@ def cp_async(i):
     return f"emu::cp_async({to}, {source}, {i.operands[2]}, {source_bytes}, {i.at});"
 
 
+@opcode("prefetch", operands=1)
+def prefetch(i):
+    return f"(void){i.address(i.operands[0], 'global')};"
+
+
 @opcode("membar", "fence")
 def fence(i):
     return "__threadfence();"

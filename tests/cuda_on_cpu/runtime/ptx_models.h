@@ -115,6 +115,7 @@ inline void cp_async16(void* to, const void* from, bool valid = true, emu::Site 
   emu::cp_async(to, from, 16, valid ? 16 : 0, at);
 }
 inline void cp_async_commit() { emu::cp_async_commit(); }
+inline void prefetch(const void*) {}  // no caches here
 template <int kPending>
 inline void cp_async_wait() {
   emu::cp_async_wait(kPending);
