@@ -33,6 +33,7 @@ def rows_on_the_cpu(monkeypatch):
         monkeypatch.setattr(op, "BACKENDS", (here,))
 
 
+@on_one_gpu
 def test_mf_als(driver):
     check_als(*factors(6, 20, 5), *matrix(6, 20, 150), weighted_reg=True, **CG, **IMPLICIT)
     assert driver.launches == ["_update_kernel"]
@@ -48,20 +49,24 @@ def test_mf_als_of_other_sizes(driver, k, options):
 def test_options_and_edges_of_mf_als(driver):
     (x, y), entries = factors(4, 20, 5), matrix(4, 20, 60)
     check_als(x, y, *entries, torch.rand(60), **CG, **EXPLICIT)
-    assert lk.mf_als_(x[:0], y, entries[0][:1], entries[1][:0], entries[2][:0], **CG, **EXPLICIT).shape == (
-        0,
-        100,
-    )
+    empty = lk.mf_als_(x[:0], y, entries[0][:1], entries[1][:0], entries[2][:0], **CG, **EXPLICIT)
+    assert empty.shape == (0, 5)
     solved = lk.mf_als_(x, y, *entries, solver="cg", cg_steps=8, reg=0.0)
     assert solved.isfinite().all() and not solved[-1].any()
     y[entries[1][0]] = float("nan")
     assert lk.mf_als_(x, y, *entries, **CG, **EXPLICIT)[0].isnan().all()
 
 
-@pytest.mark.parametrize("k", [5, pytest.param(40, marks=pytest.mark.long)])
-def test_nmf(driver, k):
-    check_nmf(torch.rand(6, k), torch.rand(20, k), *matrix(6, 20, 300))
+@on_one_gpu
+def test_nmf(driver):
+    check_nmf(torch.rand(6, 5), torch.rand(20, 5), *matrix(6, 20, 300))
     assert driver.launches == ["_update_kernel"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("k", [5, 40, 300])
+def test_nmf_of_other_sizes(driver, k):
+    check_nmf(torch.rand(6, k), torch.rand(20, k), *matrix(6, 20, 300, wide=k == 5))
 
 
 @on_one_gpu
