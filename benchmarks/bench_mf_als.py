@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import command
 import interactions
@@ -20,23 +21,19 @@ from lspm_kernels.ops import mf_als as table
 from lspm_kernels.reference import mf_als as reference
 
 REG, ALPHA = 0.05, 1.0
-OPTIONS = {"reg": REG, "implicit": True, "alpha": ALPHA}
 
 
 def case(k: int, steps: int, ratings: interactions.Ratings) -> Case:
     indptr, indices = ratings.indptr, ratings.indices
     rows, entries = len(indptr) - 1, len(indices)
-    solver = {"solver": "cg", "cg_steps": steps} if steps else {"solver": "cholesky"}
+    options = {"reg": REG, "implicit": True, "alpha": ALPHA}
+    options |= {"solver": "cg", "cg_steps": steps} if steps else {"solver": "cholesky"}
 
     def ours(x: Tensor, y: Tensor, values: Tensor, backend: str) -> Tensor:
-        return lspm_kernels.mf_als_(
-            x.clone(), y, indptr, indices, values, backend=backend, **OPTIONS, **solver
-        )
+        return lspm_kernels.mf_als_(x.clone(), y, indptr, indices, values, backend=backend, **options)
 
-    def one_by_one(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
-        return reference.mf_als(
-            x, y, indptr[: len(x) + 1], indices, values, None, REG, 0.0, ALPHA, True, steps
-        )
+    def one_by_one(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return reference.mf_als(x, y, indptr[: len(x) + 1], indices, v, None, REG, 0.0, ALPHA, True, steps)
 
     def in_torch(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
         gram, matrices, sides = y.T @ y + REG * torch.eye(k), x.new_empty(len(x), k, k), torch.empty_like(x)
@@ -44,17 +41,17 @@ def case(k: int, steps: int, ratings: interactions.Ratings) -> Case:
             named, w = y[indices[begin:end]], ALPHA * values[begin:end]
             torch.addmm(gram, named.T * w, named, out=matrices[row])
             torch.mv(named.T, 1 + w, out=sides[row])
-        return torch.linalg.solve(matrices, sides)
+        return torch.cholesky_solve(sides[:, :, None], torch.linalg.cholesky(matrices))[:, :, 0]
 
     def by_implicit(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
         from implicit.cpu import _als
 
-        out, threads, confidence = x.clone(), torch.get_num_threads(), ratings.scipy(1 + ALPHA * values)
-        solve, more = (_als.least_squares_cg, {"cg_steps": steps}) if steps else (_als.least_squares, {})
-        solve(confidence, out.numpy(), y.numpy(), REG, num_threads=threads, **more)
+        out, confidence = x.clone(), ratings.scipy(1 + ALPHA * values)
+        solve = partial(_als.least_squares_cg, cg_steps=steps) if steps else _als.least_squares
+        solve(confidence, out.numpy(), y.numpy(), REG, num_threads=torch.get_num_threads())
         return out
 
-    baselines = {"torch": one_by_one if steps else in_torch}
+    baselines = {"torch": in_torch}  # which has no conjugate gradient, so there too it solves
     if importlib.util.find_spec("implicit"):
         baselines["implicit"] = by_implicit
     solving = 2 * rows * k**2 * (steps + 1) if steps else rows * k**3 // 3

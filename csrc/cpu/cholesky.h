@@ -6,7 +6,7 @@
 #pragma once
 #include <cmath>
 
-#include "cpu/simd.h"
+#include "cpu/csr_rows.h"
 
 namespace lspm::cpu {
 
@@ -70,7 +70,7 @@ void add_outer_products(const float* rows, int64_t rows_stride, int64_t depth, c
   }
 }
 
-// U in place of the blocks on and above a's diagonal, and 1 / its diagonal. False where the matrix is not
+// U in place of the blocks on and above a's diagonal, and 1 / U's diagonal. False where the matrix is not
 // positive definite to a float's precision: rounding alone leaves of a pivot that ought to be 0 about the
 // square root of n units in the last place of the element it began as.
 inline bool factorise(float* a, int64_t stride, int64_t n, float* inverse) {
@@ -86,7 +86,7 @@ inline bool factorise(float* a, int64_t stride, int64_t n, float* inverse) {
       const float pivot = rows[r][r];
       if (!(pivot > inverse[b + r]) || !std::isfinite(pivot)) return false;
       inverse[b + r] = 1.0f / std::sqrt(pivot);
-      rows[r] *= inverse[b + r];
+      rows[r] = first_lanes(F{}, r, rows[r] * inverse[b + r]);  // with zeros below the diagonal
       store(block + r * stride + b, rows[r]);
 #pragma GCC unroll 16
       for (int s = 0; s < kLanes; ++s)
@@ -111,25 +111,32 @@ inline bool factorise(float* a, int64_t stride, int64_t n, float* inverse) {
 inline void solve(const float* u, int64_t stride, int64_t n, const float* inverse, float* x) {
   for (int64_t b = 0; b < n; b += kLanes) {  // U'z = b
     const float* const block = u + b * stride;
-    for (int64_t r = 0; r < kLanes; ++r) {
-      x[b + r] *= inverse[b + r];
-      for (int64_t s = r + 1; s < kLanes; ++s) x[b + s] -= block[r * stride + b + s] * x[b + r];
+    F rest = load(x + b);
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) {
+      x[b + r] = rest[r] * inverse[b + r];
+      rest -= load(block + r * stride + b) * x[b + r];
     }
     for (int64_t c = b + kLanes; c < n; c += kLanes) {
-      F rest = load(x + c);
-      for (int64_t r = 0; r < kLanes; ++r) rest -= broadcast(x[b + r]) * load(block + r * stride + c);
-      store(x + c, rest);
+      F later = load(x + c);
+      for (int r = 0; r < kLanes; ++r) later -= load(block + r * stride + c) * x[b + r];
+      store(x + c, later);
     }
   }
   for (int64_t b = n - kLanes; b >= 0; b -= kLanes) {  // U x = z
-    const float* const block = u + b * stride;
-    for (int64_t r = kLanes - 1; r >= 0; --r) {
-      F products = {};
-      for (int64_t c = b + kLanes; c < n; c += kLanes) products += load(block + r * stride + c) * load(x + c);
-      float rest = x[b + r] - sum(products);
-      for (int64_t s = r + 1; s < kLanes; ++s) rest -= block[r * stride + b + s] * x[b + s];
-      x[b + r] = rest * inverse[b + r];
+    const float* rows[kLanes];
+    for (int r = 0; r < kLanes; ++r) rows[r] = u + (b + r) * stride + b;
+    F solved = {}, known = {};
+    if (const int64_t after = n - b - kLanes; after > 0) {
+      for (const float*& row : rows) row += kLanes;
+      known = dots(rows, x + b + kLanes, after);
+      for (const float*& row : rows) row -= kLanes;
     }
+    const F rest = load(x + b) - known;
+#pragma GCC unroll 16
+    for (int r = kLanes - 1; r >= 0; --r)
+      solved[r] = (rest[r] - sum(load(rows[r]) * solved)) * inverse[b + r];
+    store(x + b, solved);
   }
 }
 

@@ -116,19 +116,18 @@ class Cholesky {
 
  private:
   void start(float* matrix) const {
-    for (int64_t r = 0; r < n_; ++r)
-      for (int64_t c = r / kLanes * kLanes; c < n_; c += kLanes)
-        store(matrix + r * ld_ + c, gram_ ? load(gram_ + r * n_ + c) : F{});
+    for (int64_t r = 0, n = n_, ld = ld_; r < n; ++r)
+      for (int64_t c = r / kLanes * kLanes; c < n; c += kLanes)
+        store(matrix + r * ld + c, gram_ ? load(gram_ + r * n + c) : F{});
   }
 
   void copy(const float* const* rows, int64_t entry, int64_t end, int64_t n, int64_t at) {
     float scales[kLanes];
     const F weights = p_.of_matrix(entry, end);
     for (int i = 0; i < kLanes; ++i) scales[i] = std::sqrt(weights[i]);
-    for (int64_t i = 0; i < n; ++i) {
-      float* const to = tile_.get() + (at + i) * ld_;
-      for (int64_t c = 0; c < n_; c += kLanes) store(to + c, load(rows[i] + c) * scales[i]);
-    }
+    float* to = tile_.get() + at * ld_;
+    for (int64_t i = 0, size = n_, ld = ld_; i < n; ++i, to += ld)
+      for (int64_t c = 0; c < size; c += kLanes) store(to + c, load(rows[i] + c) * scales[i]);
     add_scaled<1>(rows, {p_.of_side(entry, end)}, {side_.get()}, n_);
   }
 
@@ -202,11 +201,11 @@ class ConjugateGradient {
 
   template <class Of>
   void each(float* to, Of of) const {
-    for (int64_t c = 0; c < n_; c += kLanes) store(to + c, of(c));
+    for (int64_t c = 0, n = n_; c < n; c += kLanes) store(to + c, of(c));
   }
   float dot(const float* a, const float* b) const {
     F products = {};
-    for (int64_t c = 0; c < n_; c += kLanes) products += load(a + c) * load(b + c);
+    for (int64_t c = 0, n = n_; c < n; c += kLanes) products += load(a + c) * load(b + c);
     return sum(products);
   }
 

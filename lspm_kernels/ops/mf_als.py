@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, csr_checks, dispatch
-from lspm_kernels.dispatch import Backend
+from lspm_kernels import checks, compiled, csr_checks, dispatch, triton
+from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import InPlaceOperator, Operator
 from lspm_kernels.reference import mf_als as reference
 from lspm_kernels.reference import mf_als_loss as reference_loss
@@ -12,20 +12,22 @@ from lspm_kernels.reference import mf_als_loss as reference_loss
 _INFINITY = float("inf")
 _SOLVERS = ("cholesky", "cg")
 
-BACKENDS = (
-    Backend(
-        "cpu",
-        "cpu",
-        (torch.float32,),
-        compiled.cpu_kernel("mf_als_update"),
-        None,
-        compiled.nothing_missing,
+_FLOATS = (torch.float32,)
+# A program of a GPU holds Y'Y's columns in registers; a triangular solve of its own would leave it idle.
+_ON_A_GPU = (
+    Limit('solver="cg"', lambda factors, steps: steps > 0, lambda factors, steps: '"cholesky"'),
+    Limit(
+        "K of at most 128",
+        lambda factors, steps: factors.size(1) <= 128,
+        lambda factors, steps: factors.size(1),
     ),
 )
+BACKENDS = (
+    Backend("cpu", "cpu", _FLOATS, compiled.cpu_kernel("mf_als_update"), None, compiled.nothing_missing),
+    Backend("triton", "cuda", _FLOATS, triton.kernel("mf_als_update"), None, triton.missing, _ON_A_GPU),
+)
 LOSS_BACKENDS = (
-    Backend(
-        "cpu", "cpu", (torch.float32,), compiled.cpu_kernel("mf_als_loss"), None, compiled.nothing_missing
-    ),
+    Backend("cpu", "cpu", _FLOATS, compiled.cpu_kernel("mf_als_loss"), None, compiled.nothing_missing),
 )
 
 
@@ -35,8 +37,10 @@ def _contiguous(*tensors):
 
 def _update(row, factors, other_factors, indptr, indices, values, weight, *options):
     others = _contiguous(other_factors, indptr, indices, values, weight)
-    failed = indptr.new_empty(2)
+    failed = indptr.new_full((2,), -1)
     row.forward(factors, *others, failed, *options)
+    if row.name != "cpu":  # whose kernels report nothing: to ask would be to wait
+        return
     no_index, not_definite = failed.tolist()
     if no_index >= 0:
         raise ValueError(f"mf_als_: indices must name rows of other_factors, got another in row {no_index}")
@@ -121,16 +125,18 @@ def mf_als_(
         solver: "cholesky", or "cg": cg_steps steps of conjugate gradient from the factors as they are, for
             far fewer operations where rows have more than a few entries.
         weight: (nnz,), at least 0, or None for ones; explicit only.
-        backend: "cpu" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "triton" (by conjugate gradient, K of at most 128) or "reference"; None takes the
+            first that admits the call.
 
     Returns:
         factors.
 
     Raises:
-        ValueError: an argument is not as said above. Or "cholesky" met a matrix that is not positive definite
-            to the dtype's precision, as where reg is 0 and a row has fewer entries than K; the message
-            names the first such row, which stays as it was, while others may have changed. "cg" takes any:
-            it stops where there is nothing to gain.
+        ValueError: an argument is not as said above; what a tensor holds is looked at where it can be read,
+            and an index that is none is never followed. Or "cholesky" met a matrix that is not positive
+            definite to the dtype's precision, as where reg is 0 and a row has fewer entries than K: the
+            message names the first such row, which stays as it was, while others may have changed. "cg"
+            takes any: it stops where there is nothing to gain.
         NotImplementedError: the backend asked for does not take this call.
 
     Source: Hu, Koren and Volinsky, "Collaborative Filtering for Implicit Feedback Datasets" (2008), equation

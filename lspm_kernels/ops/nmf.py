@@ -3,25 +3,29 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, csr_checks, dispatch
-from lspm_kernels.dispatch import Backend
+from lspm_kernels import checks, compiled, csr_checks, dispatch, triton
+from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import InPlaceOperator
 from lspm_kernels.reference import nmf as reference
 
 _INFINITY = float("inf")
 
+_FLOATS = (torch.float32,)
+_ON_A_GPU = (
+    Limit("K of at most 1024", lambda factors: factors.size(1) <= 1024, lambda factors: factors.size(1)),
+)
 BACKENDS = (
-    Backend(
-        "cpu", "cpu", (torch.float32,), compiled.cpu_kernel("nmf_update"), None, compiled.nothing_missing
-    ),
+    Backend("cpu", "cpu", _FLOATS, compiled.cpu_kernel("nmf_update"), None, compiled.nothing_missing),
+    Backend("triton", "cuda", _FLOATS, triton.kernel("nmf_update"), None, triton.missing, _ON_A_GPU),
 )
 
 
 def _update(row, factors, other_factors, indptr, indices, values, reg, eps):
-    failed = indptr.new_empty(1)
+    failed = indptr.new_full((1,), -1)
     others = (t.contiguous() for t in (other_factors, indptr, indices, values))
     row.forward(factors, *others, failed, reg, eps)
-    if (no_index := failed.item()) >= 0:
+    # Kernels of a GPU report nothing: to ask would be to wait.
+    if row.name == "cpu" and (no_index := failed.item()) >= 0:
         raise ValueError(f"nmf_: indices must name rows of other_factors, got another in row {no_index}")
 
 
@@ -59,7 +63,7 @@ def nmf_(
         values: (nnz,), factors' dtype, at least 0.
         reg: at least 0.
         eps: positive; what stands under the fraction where all else there is 0.
-        backend: "cpu" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         factors.

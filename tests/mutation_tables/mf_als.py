@@ -2,8 +2,9 @@
 
 from functools import partial
 
-from mutation_tables.image_ops import build
 from mutations import Mutation
+
+from mutation_tables.image_ops import build
 
 CPU = ("tests/ops/test_mf_als.py", "tests/ops/test_mf_als_errors.py", "tests/ops/test_nmf.py", "-x")
 
