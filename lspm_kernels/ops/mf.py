@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch
+from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import mf as reference
@@ -16,16 +16,12 @@ _ROWS = Limit(
     lambda user_factors, item_factors: max(len(user_factors), len(item_factors)) < 2**31,
     lambda user_factors, item_factors: max(len(user_factors), len(item_factors)),
 )
-BACKENDS = (
-    Backend(
-        "cpu",
-        "cpu",
-        _FLOATS,
-        compiled.cpu_kernel("mf_forward"),
-        compiled.cpu_kernel("mf_backward"),
-        compiled.nothing_missing,
-        (_ROWS,),
-    ),
+BACKENDS = tuple(
+    Backend(name, device, _FLOATS, kernel("mf_forward"), kernel("mf_backward"), missing, (_ROWS,))
+    for name, device, kernel, missing in (
+        ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing),
+        ("triton", "cuda", triton.kernel, triton.missing),
+    )
 )
 
 
@@ -98,13 +94,14 @@ def mf(
     Args:
         user_factors: (U, K), float32, bfloat16 or float16; sums are in float32.
         item_factors: (I, K), user_factors' dtype.
-        users: ids from 0 to U - 1, int64 or int32, of any shape. On a CPU one that is none is an error.
+        users: ids from 0 to U - 1, int64 or int32, of any shape. One that is none is an error on a CPU; on a
+            GPU, for which nothing waits, it makes the rating NaN, and the gradient of the pair's other row.
         items: ids from 0 to I - 1, of a shape that broadcasts with users': (n,) rates n pairs, (n, 1) beside
             (n, m) ranks m candidates for each of n users.
         user_bias: (U,), user_factors' dtype, or None.
         item_bias: (I,), user_factors' dtype, or None.
         mean: the rating of all, a number.
-        backend: "cpu" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         ratings: user_factors' dtype, under autocast too; the shape that users and items broadcast to.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch
+from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import top_k_scores as reference
@@ -16,16 +16,13 @@ _ITEMS = Limit(
     lambda queries, items, k: len(items) < 2**32,
     lambda queries, items, k: len(items),
 )
-BACKENDS = (
-    Backend(
-        "cpu",
-        "cpu",
-        _FLOATS,
-        compiled.cpu_kernel("top_k_scores_forward"),
-        None,
-        compiled.nothing_missing,
-        (_ITEMS,),
-    ),
+_FEW = Limit("k of at most 64", lambda queries, items, k: k <= 64, lambda queries, items, k: k)
+BACKENDS = tuple(
+    Backend(name, device, _FLOATS, kernel("top_k_scores_forward"), None, missing, limits)
+    for name, device, kernel, missing, limits in (
+        ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing, (_ITEMS,)),
+        ("triton", "cuda", triton.kernel, triton.missing, (_ITEMS, _FEW)),
+    )
 )
 
 
@@ -86,8 +83,9 @@ def top_k_scores(
         exclude_indptr: (B + 1,), int64 or int32: query b is not given the items
             exclude_indices[exclude_indptr[b] : exclude_indptr[b + 1]]. It need not begin at 0: a slice of it
             serves a batch of queries beside the exclude_indices of all.
-        exclude_indices: (E,), int64 or int32, from 0 to N - 1, in any order, with repetitions.
-        backend: "cpu" or "reference"; None takes the first that admits the call.
+        exclude_indices: (E,), int64 or int32, from 0 to N - 1, in any order, with repetitions. One that is
+            none is an error on a CPU; on a GPU, for which nothing waits, it excludes nothing.
+        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         scores: (B, k), float32, under autocast too; float64 of float64. -inf where fewer than k are left.
