@@ -15,8 +15,7 @@ EVALUATING = """\
 Say how good a trained recommender is on the ratings set aside: errors, the ranking of the whole catalogue,
 and how groups of users fare. The run folder gets metrics.json, groups.csv and groups.png."""
 
-RECOMMENDING = """\
-Recommend to a user of the data, by title. In brackets stands what holds without the option."""
+RECOMMENDING = "Recommend to a user of the data, by title. In brackets stands what holds without the option."
 
 OUTPUTS = {
     "evaluate": (EVALUATING, Evaluation, report_quality),
