@@ -60,7 +60,7 @@ def test_duplicates_count_once():
 
 
 def test_users_without_a_relevant_item_are_refused(ranking):
-    training, held_out, scores, users = ranking
+    _, held_out, scores, users = ranking
     only = held_out.subset(held_out.users > 0)
     ranked = metrics.top_items(lambda some: scores[some], users, 3)
     with pytest.raises(ValueError, match=r"^metrics: users must have a relevant item, got 1 without$"):
