@@ -54,7 +54,7 @@ def test_a_run_says_what_it_does_and_where_everything_is(trained):
     for pattern in (
         r"ratings    tiny: 480 to train on, 120 set aside, 40 users, 30 items\n",
         r"model      \d\.\d+k parameters: deepfm, 8 wide, 16 hidden features, histories of 200\n",
-        r"step     10   training \d\.\d{4}   validation \d\.\d{4}   rmse \d\.\d{4}   mae \d\.\d{4}   .* ratings/s",
+        r"step     10   training .*   validation .*   rmse \d\.\d{4}   mae \d\.\d{4}   .* ratings/s",
         r"trained    20 steps",
         r"try it     python python/recommend\.py evaluate .*/ratings\n",
         r"           python python/recommend\.py recommend .*/ratings --user \d+\n",
@@ -169,12 +169,12 @@ def test_groups_are_told_apart(trained, tmp_path):
     found = load_recommender(trained[1]["ratings"][0])
     gender = user_groups(found.training, ("gender",))["gender"]
     women = gender[1] == gender[0].index("F")
-    table = torch.rand(40, 30)
+    table, held_out = torch.rand(40, 30), found.held_out.subset(found.held_out.items != 3)
     table[~women, 3] = 9.0
-    table[found.held_out.users, found.held_out.items] = found.held_out.ratings + women[found.held_out.users]
+    table[held_out.users, held_out.items] = held_out.ratings + women[held_out.users]
     known = found.training.subset(found.training.items != 3)
-    model = Trained(tmp_path, Table(table), known, found.held_out, found.data, "ratings")
-    predicted = model.model.predict(found.held_out.users, found.held_out.items)
+    model = Trained(tmp_path, Table(table), known, held_out, found.data, "ratings")
+    predicted = model.model.predict(held_out.users, held_out.items)
     rows = group_rows(model, predicted, quality(model, predicted, 1)[0], {"gender": gender})
     assert [(row["group"], row["RMSE"], row["mean error"]) for row in rows] == [("F", 1, 1), ("M", 0, 0)]
     assert rows[1]["coverage"] == pytest.approx(1 / 30)

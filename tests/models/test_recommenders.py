@@ -129,11 +129,12 @@ def test_a_rating_does_not_explain_itself(parts):
     assert not torch.allclose(model.scores(training.users[:1])[0, training.items[0]], before)
 
 
-def test_the_softmax_corrects_for_popularity_and_spares_twins():
-    logits, items, log_shares = torch.randn(4, 4), torch.tensor([2, 5, 2, 7]), torch.randn(4)
-    found = in_batch_softmax(logits, items, log_shares)
+def test_the_softmax_corrects_for_popularity_and_spares_what_was_met():
+    logits, met, log_shares = torch.randn(4, 4), torch.rand(4, 4) < 0.5, torch.randn(4)
+    met[0, 0], met[1, 1] = True, False
+    found = in_batch_softmax(logits, met, log_shares)
     for row in range(4):
-        others = [j for j in range(4) if j == row or items[j] != items[row]]
+        others = [j for j in range(4) if j == row or not met[row, j]]
         total = sum(math.exp(logits[row, j] - log_shares[j]) for j in others)
         assert found[row].item() == pytest.approx(
             math.log(total) - (logits[row, row] - log_shares[row]).item()
@@ -186,6 +187,15 @@ def test_tasks_give_what_they_say(parts):
         hits += sum(row[i] > row[item] for i in new) < 10
     found = retrieval.metrics(retrieval.evaluate(pairs, targets)[1].tolist())
     assert found == {"hit_rate_10": pytest.approx(hits / len(users))}
+
+
+def test_who_has_met_what(parts):
+    training, _ = parts
+    task = TowerOptions(**SMALL).task(training, RatingConfig())
+    users, items = torch.tensor([3, 0, 3]), torch.tensor([7, 2, 7, 29, 4])
+    pairs = set(zip(training.users.tolist(), training.items.tolist(), strict=True))
+    expected = [[(user, item) in pairs for item in items.tolist()] for user in users.tolist()]
+    assert task.met(users, items).tolist() == expected
 
 
 TRAINING = {"batch_size": 64, "learning_rate": 1e-2, "device": "cpu", "evaluate_every": 150}
