@@ -71,12 +71,13 @@ def test_fields_are_means_of_values_and_standardised_numbers(parts):
     embeddings, numbers = fields(torch.arange(30))
     table = training.item_features.categories["class"]
     rows = [
-        fields.tables["class"][[table.names.index(name) for name in table.labels(i)]].mean(0)
+        fields.tables["of_class"][[table.names.index(name) for name in table.labels(i)]].mean(0)
         for i in range(30)
     ]
     assert torch.allclose(embeddings, torch.stack((fields.id, torch.stack(rows)), 1))
     assert numbers.mean().item() == pytest.approx(0, abs=1e-6)
     assert numbers.std().item() == pytest.approx(1)
+    assert Fields(Features({"type": table, "a.b": table}), 30, 4).count == 3
     unknown = Fields(Features(numbers={"a": torch.tensor([1.0, 3.0, math.nan])}), 3, 4).numbers
     assert unknown[2] == 0
 

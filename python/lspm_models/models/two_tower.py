@@ -26,7 +26,7 @@ class TwoTowerConfig:
     """The shape of two towers."""
 
     model: str = _option("two-tower", "two-tower, or a deep recommender, which has other options")
-    width: int = _option(64, "numbers in an embedding, and in the vector at the top of a tower")
+    width: int = _option(32, "numbers in an embedding, and in the vector at the top of a tower")
     hidden: int = _option(128, "features of a tower's first layer; its second has half as many")
     activation: str = _option("relu", "between its layers", choices=tuple(ACTIVATIONS))
     temperature: float = _option(0.1, "cosines are divided by this before the softmax")
