@@ -34,9 +34,11 @@ class Parser(argparse.ArgumentParser):
     Args:
         description: what the script does.
         examples: command lines, shown at the end of the help.
+        command: what stands behind the script's name, its first word part of the name in errors.
     """
 
-    def __init__(self, description: str, examples: Sequence[str]) -> None:
+    def __init__(self, description: str, examples: Sequence[str], command: str = "") -> None:
+        program = Path(sys.argv[0]).name
         epilog = "examples\n" + "\n".join(f"  python python/{example}" for example in examples)
         super().__init__(
             description=description,
@@ -45,7 +47,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             add_help=False,
             argument_default=argparse.SUPPRESS,
-            usage=f"python python/{Path(sys.argv[0]).name} [options]",
+            prog=" ".join([program, *command.split()[:1]]),
+            usage=" ".join(["python", f"python/{program}", *command.split(), "[options]"]),
         )
         self.run = self.add_argument_group("run")
         self.run.add_argument("-h", "--help", action="help", help="show this page")

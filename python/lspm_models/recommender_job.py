@@ -190,11 +190,11 @@ DEEP = RecommenderJob(
 TOWERS = RecommenderJob(
     TowerOptions,
     {
-        "steps": 800,
+        "steps": 200,
         "batch_size": 1024,
         "learning_rate": 2e-3,
         "final_learning_rate": 0.0,
-        "weight_decay": 0.5,
+        "weight_decay": 2.0,
         "evaluation_batches": 100,
     },
 )

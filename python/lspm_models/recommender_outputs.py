@@ -82,8 +82,8 @@ def recommendations(trained: Trained, output: Recommending, report: Callable[[st
     predicted = trained.model.predict(user.expand(len(items)).to(device), items.to(device)).tolist()
     width = max(len(known.title(int(item))) for item in items)
     for place, (item, value) in enumerate(zip(items.tolist(), predicted, strict=True), 1):
-        value = meaning(value, trained.predicts)
-        report(f"{place:>3}  {known.title(item):<{width}}  {value}{genres(known, item)}")
+        shown = meaning(value, trained.predicts)
+        report(f"{place:>3}  {known.title(item):<{width}}  {shown}{genres(known, item)}")
 
 
 def meaning(value: float, predicts: str) -> str:

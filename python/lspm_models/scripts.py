@@ -83,9 +83,9 @@ class Job(Protocol):
         """Reports what the trained model is good for."""
 
 
-def training_parser(description: str, examples: Sequence[str]) -> Parser:
+def training_parser(description: str, examples: Sequence[str], command: str = "") -> Parser:
     """Returns a parser with the options every training script has."""
-    parser = Parser(description, examples)
+    parser = Parser(description, examples, command)
     parser.run.add_argument("--out", metavar="FOLDER", help="new folder for the run [runs/DATE-TIME]")
     parser.run.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
     parser.run.add_argument("--config", metavar="FILE", help="TOML or JSON with options; flags override it")

@@ -269,7 +269,7 @@ def _numbered(known: Ids, what: str, names: Sequence) -> list[int]:
 
 def _finite(what: str, values: Any) -> Tensor:
     """Returns numbers as a tensor: float32, or float64 of times, which need all digits."""
-    found = torch.as_tensor(np.asarray(values, np.float64))
+    found = torch.tensor(np.asarray(values, np.float64))
     wrong = ~found.isfinite() | (
         found < 0 if what == "weights" else torch.zeros(len(found), dtype=torch.bool)
     )

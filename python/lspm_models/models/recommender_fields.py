@@ -166,7 +166,8 @@ class Fields(nn.Module):
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "_")
+    """Returns a name that a module can have: "type" and the like are taken, and a dot is refused."""
+    return "of_" + name.replace(".", ":")
 
 
 def _standardised(numbers: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class TwoTowerConfig:
     """The shape of two towers."""
 
     model: str = _option("two-tower", "two-tower, or a deep recommender, which has other options")
-    width: int = _option(64, "numbers in an embedding, and in the vector at the top of a tower")
+    width: int = _option(32, "numbers in an embedding, and in the vector at the top of a tower")
     hidden: int = _option(128, "features of a tower's first layer; its second has half as many")
     activation: str = _option("relu", "between its layers", choices=tuple(ACTIVATIONS))
     temperature: float = _option(0.1, "cosines are divided by this before the softmax")
@@ -93,18 +93,19 @@ class TwoTower(nn.Module):
         return self.users(users) @ self.vectors().T / self.config.temperature
 
 
-def in_batch_softmax(logits: Tensor, items: Tensor, log_shares: Tensor) -> Tensor:
+def in_batch_softmax(logits: Tensor, met: Tensor, log_shares: Tensor) -> Tensor:
     """The loss of each row of a batch whose other items serve as negatives, (B,) in nats.
 
     -log softmax of s_ij - log Q_j at j = i, where Q_j is how often item j stands in a batch: without it,
-    popular items would be negatives too often. The same item elsewhere in the batch is no negative.
+    popular items would be negatives too often. What a user has met is no negative: beside being wrong, it
+    would stand out by being in the user's history, where the item in question is left out.
 
     Args:
         logits: (B, B) s_ij of user i and item j.
-        items: (B,) int64 the items.
+        met: (B, B) bool, whether user i has met item j; the diagonal does not count.
         log_shares: (B,) log Q_j.
     """
-    twins = items[:, None] == items
-    twins.fill_diagonal_(False)
-    corrected = (logits - log_shares).masked_fill(twins, -torch.inf)
-    return F.cross_entropy(corrected, torch.arange(len(items), device=items.device), reduction="none")
+    own = torch.arange(len(logits), device=logits.device)
+    negatives = met.logical_not().index_put((own, own), met.new_ones(()))
+    corrected = (logits - log_shares).masked_fill(~negatives, -torch.inf)
+    return F.cross_entropy(corrected, own, reduction="none")

@@ -160,7 +160,19 @@ class Retrieval(Recommendation):
         users, items = pairs.unbind(1)
         vectors = self.model.users(users, items), self.model.items(items, users)
         logits = (vectors[0] @ vectors[1].T).float() / self.config.temperature
-        return weighted_mean(in_batch_softmax(logits, items, self.log_shares[items]), targets[:, 1])
+        losses = in_batch_softmax(logits, self.met(users, items), self.log_shares[items])
+        return weighted_mean(losses, targets[:, 1])
+
+    def met(self, users: Tensor, items: Tensor) -> Tensor:
+        """Tells which of items (M,) each of users (B,) has met in training, (B, M) bool."""
+        names, columns = items.unique(return_inverse=True)
+        column_of = names.new_full((len(self.log_shares),), -1)
+        column_of[names] = torch.arange(len(names), device=names.device)
+        rows, places = spread(self.offsets, users)
+        found = column_of[self.seen[places]]
+        table = torch.zeros(len(users), len(names), dtype=torch.bool, device=users.device)
+        table[rows[found >= 0], found[found >= 0]] = True
+        return table[:, columns]
 
     def evaluate(self, pairs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and of how many pairs the item is among the first of all that the user has not seen."""
