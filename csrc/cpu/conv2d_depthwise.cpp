@@ -9,7 +9,6 @@
 #include <limits>
 
 #include "cpu/activation.h"
-#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace lspm::cpu {
@@ -40,7 +39,6 @@ struct Finish {
   const float *scale, *shift;
   const T* residual;
   Activation activation;
-  bool streams;
 
   // The sums of `count` pixels, which lie `pixel` apart, as y.
   template <class V, class Lanes>
@@ -67,14 +65,11 @@ struct Finish {
       V copy[kPixels];
 #pragma GCC unroll 8
       for (int p = 0; p < kPixels; ++p) copy[p] = v[p];
-      activate(reinterpret_cast<F*>(copy), sizeof copy / (sizeof(F)), activation);
+      activate(reinterpret_cast<F*>(copy), kPixels * sizeof(V) / sizeof(F), activation);
 #pragma GCC unroll 8
       for (int p = 0; p < kPixels; ++p) v[p] = copy[p];
     }
-    if (streams)
-      each([&](V& sum, int64_t at) { lanes.stream(y + at, sum); });
-    else
-      each([&](V& sum, int64_t at) { lanes.store(y + at, sum); });
+    each([&](V& sum, int64_t at) { lanes.store(y + at, sum); });
   }
 };
 
@@ -110,7 +105,7 @@ template <class T, Reads kReads, int kTaps, int kStride>
 void add_row(const Depthwise& plan, const T* image, int64_t row, const Body* begin, const Body* end,
              const float* weights, const Finish<T>& finish, T* y, int64_t out, Places<T>& places) {
   const Correlation& c = plan.c;
-  const int64_t of_lane = plan.weights_of_lane(), depth = plan.depth;
+  const int64_t of_lane = plan.weights_of_lane(), depth = kReads == Reads::own ? 1 : plan.depth;
   for (int64_t first = 0; first < c.columns; first += kPixels, out += kPixels * c.out_pixel) {
     places.find(image, row, first, kPixels);
     const int64_t count = std::min<int64_t>(kPixels, c.columns - first);
@@ -214,7 +209,6 @@ void correlate(const std::vector<Depthwise>& plans, const T* x, const T* weight,
                   phase.out_offset + image * phase.out_image + row * phase.out_row, *places[i]);
         }
     }
-    if (finish.streams) stream_fence();
   });
 }
 
@@ -236,12 +230,10 @@ template <class T>
 void depthwise_forward(const T* x, const T* weight, const void* packed, const Conv2dEpilogue& e, T* y,
                        const Conv2dShape& s, int threads) {
   const Correlation c = sums_over_x(s);
-  const bool streamed = streams(y, c.grid() * s.filters, s.filters);
   std::vector<Depthwise> plans;
   plans.emplace_back(c, kPaired<T>);
   correlate(plans, x, weight, packed,
-            Finish<T>{e.scale, e.shift, static_cast<const T*>(e.residual), e.activation, streamed}, y,
-            threads);
+            Finish<T>{e.scale, e.shift, static_cast<const T*>(e.residual), e.activation}, y, threads);
 }
 
 template <class T>
@@ -252,9 +244,7 @@ void depthwise_backward_data(const T* dz, const T* weight, T* dx, const Conv2dSh
   std::vector<Depthwise> plans;
   plans.reserve(phases.size());
   for (const Correlation& c : phases) plans.emplace_back(c, kPaired<T>);
-  const bool streamed = streams(dx, s.batch * s.height * s.width * s.channels, s.channels);
-  correlate(plans, dz, weight, nullptr, Finish<T>{nullptr, nullptr, nullptr, Activation::none, streamed}, dx,
-            threads);
+  correlate(plans, dz, weight, nullptr, Finish<T>{nullptr, nullptr, nullptr, Activation::none}, dx, threads);
 }
 
 #define INSTANTIATE(T)                                                                        \

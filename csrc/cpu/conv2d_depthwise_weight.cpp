@@ -22,7 +22,8 @@ void add_pixels(const Depthwise& plan, const T* image, const T* dz, int64_t row,
                 const Body* begin, const Body* end, float* sums, Places<T>& places) {
   constexpr int kReach = (kCount - 1) * kStride + kTaps;
   places.find(image, row, first, kCount);
-  const int64_t of_lane = plan.weights_of_lane(), depth = plan.depth, pixel = plan.c.out_pixel;
+  const int64_t of_lane = plan.weights_of_lane(), depth = kReads == Reads::own ? 1 : plan.depth;
+  const int64_t pixel = plan.c.out_pixel;
   for (const Body* body = begin; body != end; ++body)
     with_columns<T, kReads>(plan, *body, [&](auto columns) __attribute__((always_inline)) {
       using V = typename decltype(columns)::V;
