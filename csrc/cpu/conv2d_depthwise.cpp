@@ -14,7 +14,8 @@
 namespace lspm::cpu {
 namespace {
 
-constexpr int64_t kItems = 16;  // at least, where there are so many, for threads to share
+constexpr int64_t kItems = 16;             // at least, where there are so many, for threads to share
+constexpr int64_t kLargeImages = 1 << 18;  // elements that are no longer in the second-level cache
 
 template <class T>
 constexpr bool kPaired = std::is_same_v<T, bf16> && std::is_same_v<OperandOf<T>, bf16>;
@@ -100,15 +101,29 @@ __attribute__((always_inline)) inline void add_runs(const Places<T>& places, int
   }
 }
 
+// Begins to bring lines of `bytes` from p on, which may be past the end of anything.
+template <int kWrite>
+void prefetch_lines(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, kWrite, 2);
+}
+
 // A row of the grid, for some bodies.
 template <class T, Reads kReads, int kTaps, int kStride>
 void add_row(const Depthwise& plan, const T* image, int64_t row, const Body* begin, const Body* end,
              const float* weights, const Finish<T>& finish, T* y, int64_t out, Places<T>& places) {
   const Correlation& c = plan.c;
   const int64_t of_lane = plan.weights_of_lane(), depth = kReads == Reads::own ? 1 : plan.depth;
+  const bool ahead = end - begin == int64_t(plan.bodies.size()) && c.grid() * c.channels > kLargeImages;
   for (int64_t first = 0; first < c.columns; first += kPixels, out += kPixels * c.out_pixel) {
     places.find(image, row, first, kPixels);
     const int64_t count = std::min<int64_t>(kPixels, c.columns - first);
+    if (ahead) {  // below: of the rows that the next one adds; processors foresee no more than a line or two
+      for (int64_t r = 1; r <= c.stride_h; ++r)
+        if (const int64_t below = row * c.stride_h + plan.runs.back().row + r; below >= 0 && below < c.height)
+          prefetch_lines<0>(image + (below * c.width + first * c.stride_w) * c.channels,
+                            count * c.stride_w * c.channels * int64_t(sizeof(T)));
+      prefetch_lines<1>(y + out + kPixels * c.out_pixel, count * c.out_pixel * int64_t(sizeof(T)));
+    }
     for (const Body* body = begin; body != end; ++body)
       with_columns<T, kReads>(plan, *body, [&](auto columns) __attribute__((always_inline)) {
         typename decltype(columns)::V sums[kPixels] = {};
