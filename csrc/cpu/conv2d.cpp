@@ -11,6 +11,7 @@
 #include "conv2d.h"
 
 #include "batch_norm_act.h"
+#include "cpu/conv2d_depthwise.h"
 #include "cpu/conv2d_epilogue.h"
 #include "cpu/conv2d_tiles.h"
 #include "cpu/conv2d_winograd.h"
@@ -171,54 +172,37 @@ auto with_way(const Correlation& c, Call f) {
   return f(ImplicitGemm<T>(c));
 }
 
+// The mean and variance of y's channels, for kernels that do not take them as they go.
+void statistics_of(const void* y, float* statistics, const Conv2dShape& s, int threads) {
+  const int64_t rows = s.batch * s.out_height * s.out_width;
+  const int64_t runs = std::clamp<int64_t>(rows / 256, 1, 32);
+  const Room<float> partial(runs * 3 * s.filters);
+  batch_norm_act_statistics(y, partial.get(), statistics, statistics + s.filters,
+                            {rows, s.filters, runs, s.dtype, Activation::none, 0.0f}, threads);
+}
+
 template <class T>
 void forward(const T* x, const T* weight, const void* packed, const Conv2dEpilogue& e, T* y,
              float* statistics, const Conv2dShape& s, int threads) {
-  correlate(sums_over_x(s), x, weight, packed,
+  const Correlation c = sums_over_x(s);
+  if (Depthwise::admits(c)) {
+    depthwise_forward(x, weight, packed, e, y, s, threads);
+    if (statistics) statistics_of(y, statistics, s, threads);
+    return;
+  }
+  correlate(c, x, weight, packed,
             Epilogue<T>{e.scale, e.shift, static_cast<const T*>(e.residual), e.activation}, y, statistics,
             threads);
 }
 
-// Pixels of x in rows i, i + stride_h, ... and columns j, j + stride_w, ...
-template <class T>
-void backward_phase(const T* dz, const T* weight, T* dx, const Conv2dShape& s, int64_t i, int64_t j,
-                    int threads) {
-  Correlation c{s.batch,
-                s.out_height,
-                s.out_width,
-                s.filters,
-                (s.height - i + s.stride_h - 1) / s.stride_h,
-                (s.width - j + s.stride_w - 1) / s.stride_w,
-                1,
-                1,
-                s.groups,
-                s.group_filters(),
-                s.group_channels(),
-                s.group_filters() * s.weight_strides[0],
-                s.weight_strides[0],
-                s.weight_strides[1],
-                (i * s.width + j) * s.channels,
-                s.height * s.width * s.channels,
-                s.stride_h * s.width * s.channels,
-                s.stride_w * s.channels,
-                {}};
-  for (int64_t r = 0; r < s.kernel_h; ++r)
-    for (int64_t q = 0; q < s.kernel_w; ++q) {
-      const int64_t row = i + s.padding_h - r * s.dilation_h, column = j + s.padding_w - q * s.dilation_w;
-      if (row % s.stride_h == 0 && column % s.stride_w == 0)
-        c.taps.push_back(
-            {row / s.stride_h, column / s.stride_w, r * s.weight_strides[2] + q * s.weight_strides[3]});
-    }
-  if (c.grid())
-    correlate(c, dz, weight, nullptr, Epilogue<T>{nullptr, nullptr, nullptr, Activation::none}, dx, nullptr,
-              threads);
-}
-
 template <class T>
 void backward_data(const T* dz, const T* weight, T* dx, const Conv2dShape& s, int threads) {
+  if (Depthwise::admits(sums_over_dz(s, 0, 0))) return depthwise_backward_data(dz, weight, dx, s, threads);
   for (int64_t i = 0; i < std::min(s.stride_h, s.height); ++i)
     for (int64_t j = 0; j < std::min(s.stride_w, s.width); ++j)
-      backward_phase(dz, weight, dx, s, i, j, threads);
+      if (const Correlation c = sums_over_dz(s, i, j); c.grid())
+        correlate(c, dz, weight, nullptr, Epilogue<T>{nullptr, nullptr, nullptr, Activation::none}, dx,
+                  nullptr, threads);
 }
 
 // Calls f(T{}) with the type of the tensors.
@@ -235,6 +219,7 @@ int64_t conv2d_packed_bytes(const Conv2dShape& s) {
   with_type(s, [&](auto type) {
     using T = decltype(type);
     const Correlation c = sums_over_x(s);
+    if (Depthwise::admits(c)) return void(bytes = depthwise_packed_bytes<T>(s));
     with_way<T>(c, [&](const auto& way) {
       bytes = s.groups * way.panels() * way.panel() * int64_t(sizeof(OperandOf<T>));
     });
@@ -246,6 +231,7 @@ void conv2d_pack(const void* weight, void* packed, const Conv2dShape& s, int thr
   with_type(s, [&](auto type) {
     using T = decltype(type);
     const Correlation c = sums_over_x(s);
+    if (Depthwise::admits(c)) return depthwise_pack(static_cast<const T*>(weight), packed, s, threads);
     with_way<T>(c, [&](const auto& way) {
       pack_weight(way, static_cast<const T*>(weight), static_cast<OperandOf<T>*>(packed), threads);
     });
@@ -269,7 +255,9 @@ void conv2d_backward(const void* dz, const void* x, const void* weight, void* dx
     const auto* from = static_cast<const T*>(dz);
     prepare_output(static_cast<T*>(dx), s.batch * s.height * s.width * s.channels);
     if (dx) backward_data(from, static_cast<const T*>(weight), static_cast<T*>(dx), s, threads);
-    if (dweight) conv2d_backward_weight(from, static_cast<const T*>(x), static_cast<T*>(dweight), s, threads);
+    const bool depthwise = dweight && Depthwise::admits(sums_over_x(s));
+    const auto backward_weight = depthwise ? &depthwise_backward_weight<T> : &conv2d_backward_weight<T>;
+    if (dweight) backward_weight(from, static_cast<const T*>(x), static_cast<T*>(dweight), s, threads);
   });
 }
 

@@ -94,6 +94,37 @@ inline Correlation sums_over_x(const Conv2dShape& s) {
   return c;
 }
 
+// Those of the gradient of x, for its pixels in rows i, i + stride_h, ... and columns j, j + stride_w, ...
+inline Correlation sums_over_dz(const Conv2dShape& s, int64_t i, int64_t j) {
+  Correlation c{s.batch,
+                s.out_height,
+                s.out_width,
+                s.filters,
+                (s.height - i + s.stride_h - 1) / s.stride_h,
+                (s.width - j + s.stride_w - 1) / s.stride_w,
+                1,
+                1,
+                s.groups,
+                s.group_filters(),
+                s.group_channels(),
+                s.group_filters() * s.weight_strides[0],
+                s.weight_strides[0],
+                s.weight_strides[1],
+                (i * s.width + j) * s.channels,
+                s.height * s.width * s.channels,
+                s.stride_h * s.width * s.channels,
+                s.stride_w * s.channels,
+                {}};
+  for (int64_t r = 0; r < s.kernel_h; ++r)
+    for (int64_t q = 0; q < s.kernel_w; ++q) {
+      const int64_t row = i + s.padding_h - r * s.dilation_h, column = j + s.padding_w - q * s.dilation_w;
+      if (row % s.stride_h == 0 && column % s.stride_w == 0)
+        c.taps.push_back(
+            {row / s.stride_h, column / s.stride_w, r * s.weight_strides[2] + q * s.weight_strides[3]});
+    }
+  return c;
+}
+
 // How a block of the input lies in scratch, and what of it a point of the grid reads: `runs`, which begin at
 // these offsets and are `depth` long.
 template <class O>

@@ -68,7 +68,7 @@ MUTATIONS = [
         new="          if (shift) v += lanes.load(shift + filter + i);\n"
         "          if (scale) v *= lanes.load(scale + filter + i);\n",
     ),
-    in_kernel(
+    in_tiles(
         name="conv2d cpu: the gradient of x takes taps that reach no pixel",
         old="if (row % s.stride_h == 0 && column % s.stride_w == 0)",
         new="if (row % s.stride_h == 0)",
