@@ -75,8 +75,8 @@ struct TensorView {
   }
   bool is_contiguous() const {
     int64_t expected = 1;
-    for (int d = t.ndim - 1; d >= 0; --d) {
-      if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    for (int d = t.ndim - 1; d >= 0 && expected; --d) {  // of no elements, strides say nothing
+      if (t.shape[d] > 1 && t.strides[d] != expected) return false;
       expected *= t.shape[d];
     }
     return true;
