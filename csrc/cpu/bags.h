@@ -5,6 +5,7 @@
 // the number of a bag (or, with per_sample_weights, of an index), in as many bits as those need.
 #pragma once
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -49,7 +50,7 @@ struct TypedBags {
 
   int64_t begin(int64_t b) const { return offsets ? int64_t(offsets[b]) : s.indices / s.bags * b; }
   int64_t end(int64_t b) const { return b + 1 < s.bags || !offsets ? begin(b + 1) : s.indices; }
-  bool padded(int64_t p) const { return indices[p] == I(s.padding_idx) && s.padding_idx >= 0; }
+  bool padded(int64_t p) const { return indices[p] == I(s.padding_idx); }  // no index is below 0
 
   // What the sum of bag b is multiplied by.
   float share(int64_t b) const {
@@ -61,7 +62,7 @@ struct TypedBags {
   }
 
   // Throws unless all indices are rows and the offsets begin at 0, never fall and end within the indices.
-  void check(const char* op, int threads) const {
+  void check(const char* op) const {
     const auto refuse = [&](const std::string& rule, int64_t got) {
       throw std::invalid_argument(std::string(op) + ": " + rule + ", got " + std::to_string(got));
     };
@@ -74,18 +75,15 @@ struct TypedBags {
         refuse("offsets must not exceed the number of indices " + std::to_string(s.indices), offsets[b]);
     }
     if (s.bags == 0 && s.indices) refuse("indices must be none where there is no bag", s.indices);
+    // Not over threads: reading them takes no longer than waking one up.
     using Unsigned = std::make_unsigned_t<I>;
-    const auto outside = [&](int64_t p) {
-      return uint64_t(Unsigned(indices[p])) >= uint64_t(s.rows) || indices[p] < 0;
-    };
-    std::atomic<bool> any{false};
-    parallel_for(s.indices, s.indices, threads, [&](int64_t from, int64_t to) {
-      bool here = false;
-      for (int64_t p = from; p < to; ++p) here |= outside(p);
-      if (here) any = true;
-    });
-    for (int64_t p = 0; any && p < s.indices; ++p)
-      if (outside(p)) refuse("indices must be at least 0 and below " + std::to_string(s.rows), indices[p]);
+    Unsigned largest = 0;
+    for (int64_t p = 0; p < s.indices; ++p) largest = std::max(largest, Unsigned(indices[p]));
+    if (s.indices == 0 || (largest <= Unsigned(std::numeric_limits<I>::max()) && int64_t(largest) < s.rows))
+      return;
+    for (int64_t p = 0; p < s.indices; ++p)
+      if (indices[p] < 0 || int64_t(indices[p]) >= s.rows)
+        refuse("indices must be at least 0 and below " + std::to_string(s.rows), indices[p]);
   }
 
   // Calls body(begin, end) for runs of bags, of about kChunk indices.
@@ -100,18 +98,20 @@ struct TypedBags {
 };
 
 // The sums over i of scale(i) * row(i)[0, dim), row by row in order: store(d, sums, lanes) takes each vector
-// of them. A row that is null is left out; ahead(i) is called as row i is first read. In blocks of eight
+// of them. A row that is null is left out; later(i) is one that will be read soon. In blocks of eight
 // vectors, as more sums than these would not stay in registers.
-template <class Row, class Scale, class Ahead, class Store>
+template <class Row, class Scale, class Later, class Store>
 __attribute__((always_inline)) inline void add_rows(int64_t dim, int64_t count, Row row, Scale scale,
-                                                    Ahead ahead, Store store) {
+                                                    Later later, Store store) {
   int64_t d = 0;
   const auto block = [&](auto vectors, auto lanes) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(vectors)::value;
     F sums[kVectors] = {};
     for (int64_t i = 0; i < count; ++i) {
-      if (d == 0) ahead(i);
-      const auto* const from = row(i);
+      const auto *const from = row(i), *const next = later(i);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        if (v * kLanes * sizeof(*next) % kLine == 0) prefetch(next + d + v * kLanes);
       if (!from) continue;
       const auto times = scale(i);
 #pragma GCC unroll 8
@@ -152,7 +152,7 @@ class SortedBags {
     spare_.reset(new uint64_t[s.indices]);
     if (bags.weights) bag_of_.reset(new int64_t[s.indices]);
     if (s.mean) share_of_.reset(new float[s.bags]);
-    bags.for_each_run(s.indices, threads, [&](int64_t first, int64_t last) {
+    const auto fill = [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
         if (s.mean) share_of_[b] = bags.share(b);
         for (int64_t p = bags.begin(b); p < bags.end(b); ++p) {
@@ -162,24 +162,28 @@ class SortedBags {
           if (bags.weights) bag_of_[p] = b;
         }
       }
-    });
-    sort(bits_for(uint64_t(s.rows)), threads);
+    };
+    sort(fill, bits_for(uint64_t(s.rows)), threads);
     for (count_ = s.indices; s.padding_idx >= 0 && count_ && row(count_ - 1) == s.rows;) --count_;
   }
 
   int64_t row(int64_t i) const { return int64_t(entries_[i] >> shift_); }
   int64_t count() const { return count_; }
+  int64_t ahead() const { return ahead_; }
   int64_t bag(int64_t i) const { return bags_.weights ? bag_of_[number(i)] : number(i); }
 
-  // The gradient of entry i's row, to where its entries end: store takes its vectors as in add_rows().
-  template <class Ahead, class Store>
-  int64_t gradient(const T* dout, int64_t first, Ahead ahead, Store store) const {
-    int64_t last = first + 1;
-    while (last < count_ && row(last) == row(first)) ++last;
-    const int64_t dim = bags_.s.dim;
+  // The gradient of the row of entry `first`; gives where its entries end. meet(i) is called for each of them
+  // beforehand, and store takes vectors as in add_rows().
+  template <class Meet, class Store>
+  __attribute__((always_inline)) int64_t gradient(const T* dout, int64_t first, Meet meet,
+                                                  Store store) const {
+    int64_t last = first;
+    do meet(last++);
+    while (last < count_ && row(last) == row(first));
+    const int64_t dim = bags_.s.dim, end = count_ - 1, ahead = first + ahead_;
     const auto from = [&](int64_t i) { return dout + bag(first + i) * dim; };
-    const auto next = [&](int64_t i) { ahead(first + i); };
-    const auto with = [&](auto scale) { add_rows(dim, last - first, from, scale, next, store); };
+    const auto later = [&](int64_t i) { return dout + bag(std::min(ahead + i, end)) * dim; };
+    const auto with = [&](auto scale) { add_rows(dim, last - first, from, scale, later, store); };
     if (bags_.weights)
       with([&](int64_t i) { return to_float(bags_.weights[number(first + i)]); });
     else if (share_of_)
@@ -210,7 +214,8 @@ class SortedBags {
  private:
   int64_t number(int64_t i) const { return int64_t(entries_[i] & ((uint64_t{1} << shift_) - 1)); }
 
-  void sort(int bits, int threads) {
+  template <class Fill>
+  void sort(Fill fill, int bits, int threads) {
     constexpr int kMostBits =
         11;  // of a digit: as many lines as the first-level cache can hold are written to
     const int passes = (bits + kMostBits - 1) / kMostBits;
@@ -222,6 +227,8 @@ class SortedBags {
     {
       const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
       const int64_t begin = n * me / team, end = n * (me + 1) / team;
+      fill(bags_.s.bags * me / team, bags_.s.bags * (me + 1) / team);
+#pragma omp barrier
       std::unique_ptr<int64_t[]> place(new int64_t[digits]);
       uint64_t *from = entries_.get(), *to = spare_.get();
       for (int pass = 0; pass < passes; ++pass, std::swap(from, to)) {
@@ -245,6 +252,7 @@ class SortedBags {
   }
 
   const TypedBags<T, I>& bags_;
+  const int64_t ahead_ = rows_ahead<T>(bags_.s.dim);
   int shift_;
   int64_t count_;
   std::unique_ptr<uint64_t[]> entries_, spare_;

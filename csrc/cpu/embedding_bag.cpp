@@ -18,14 +18,13 @@ void forward(const T* weight, const TypedBags<T, I>& bags, T* out, int threads) 
       const auto row = [&](int64_t i) {
         return bags.padded(begin + i) ? nullptr : weight + int64_t(bags.indices[begin + i]) * s.dim;
       };
-      const auto next = [&](int64_t i) {
-        if (begin + i + ahead < s.indices)
-          prefetch_row(weight + int64_t(bags.indices[begin + i + ahead]) * s.dim, s.dim);
+      const auto later = [&](int64_t i) {
+        return weight + int64_t(bags.indices[std::min(begin + i + ahead, s.indices - 1)]) * s.dim;
       };
       const auto store = [&](int64_t d, F sums, auto lanes) {
         lanes.store(out + b * s.dim + d, sums * share);
       };
-      const auto with = [&](auto scale) { add_rows(s.dim, count, row, scale, next, store); };
+      const auto with = [&](auto scale) { add_rows(s.dim, count, row, scale, later, store); };
       if (bags.weights)
         with([&](int64_t i) { return to_float(bags.weights[begin + i]); });
       else
@@ -43,16 +42,13 @@ void backward_of_table(const T* dout, const TypedBags<T, I>& bags, T* dweight, i
   const auto clear = [&](int64_t from, int64_t to) {
     if (from < to) std::memset(dweight + from * s.dim, 0, (to - from) * s.dim * sizeof(T));
   };
-  const int64_t ahead = rows_ahead<T>(s.dim), none = sorted.count() ? sorted.row(0) : s.rows;
+  const int64_t none = sorted.count() ? sorted.row(0) : s.rows;
   parallel_for(none, none * s.dim, threads, clear);
   sorted.for_each_row(threads, [&](auto rows) {
     rows([&](int64_t first) {
       T* const to = dweight + sorted.row(first) * s.dim;
-      const auto next = [&](int64_t i) {
-        if (i + ahead < sorted.count()) prefetch_row(dout + sorted.bag(i + ahead) * s.dim, s.dim);
-      };
-      const int64_t last = sorted.gradient(dout, first, next,
-                                           [&](int64_t d, F sums, auto lanes) { lanes.store(to + d, sums); });
+      const int64_t last = sorted.gradient(
+          dout, first, [](int64_t) {}, [&](int64_t d, F sums, auto lanes) { lanes.store(to + d, sums); });
       clear(sorted.row(first) + 1, last < sorted.count() ? sorted.row(last) : s.rows);
       return last;
     });
@@ -87,7 +83,7 @@ void embedding_bag_forward(const void* weight, const Bags& bags, void* out, cons
   with_types(shape, [&](auto element, auto index) {
     using T = decltype(element);
     const TypedBags<T, decltype(index)> typed(bags, shape);
-    typed.check("embedding_bag", threads);
+    typed.check("embedding_bag");
     forward(static_cast<const T*>(weight), typed, static_cast<T*>(out), threads);
   });
 }
@@ -97,7 +93,7 @@ void embedding_bag_backward(const void* dout, const void* weight, const Bags& ba
   with_types(shape, [&](auto element, auto index) {
     using T = decltype(element);
     const TypedBags<T, decltype(index)> typed(bags, shape);
-    typed.check("embedding_bag", threads);
+    typed.check("embedding_bag");
     const T* const gradient = static_cast<const T*>(dout);
     if (dweight) backward_of_table(gradient, typed, static_cast<T*>(dweight), threads);
     if (dweights)

@@ -129,18 +129,18 @@ class Stepper {
 
 template <class T, class I>
 void update(const Stepper<T>& stepper, const T* dout, const TypedBags<T, I>& bags, int threads) {
-  const int64_t dim = bags.s.dim, ahead = rows_ahead<T>(dim);
+  const int64_t dim = bags.s.dim;
   const SortedBags<T, I> sorted(bags, threads);
   sorted.for_each_row(threads, [&](auto rows) {
     const std::unique_ptr<float[]> g(new float[dim]);
     rows([&](int64_t first) {
-      const auto next = [&](int64_t i) {
-        if (i + ahead >= sorted.count()) return;
-        prefetch_row(dout + sorted.bag(i + ahead) * dim, dim);
-        if (sorted.row(i + ahead) != sorted.row(i + ahead - 1)) stepper.prefetch(sorted.row(i + ahead));
+      const auto meet = [&](int64_t i) {
+        const int64_t later = i + sorted.ahead();
+        if (later < sorted.count() && sorted.row(later) != sorted.row(later - 1))
+          stepper.prefetch(sorted.row(later));
       };
       const int64_t last = sorted.gradient(
-          dout, first, next, [&](int64_t d, F sums, auto lanes) { lanes.store(g.get() + d, sums); });
+          dout, first, meet, [&](int64_t d, F sums, auto lanes) { lanes.store(g.get() + d, sums); });
       stepper.step(sorted.row(first), g.get());
       return last;
     });
@@ -154,7 +154,7 @@ void embedding_bag_update(void* weight, float* first, float* second, const void*
   with_types(shape, [&](auto element, auto index) {
     using T = decltype(element);
     const TypedBags<T, decltype(index)> typed(bags, shape);
-    typed.check(kNames[int(step.optimizer)], threads);
+    typed.check(kNames[int(step.optimizer)]);
     const Stepper<T> stepper(static_cast<T*>(weight), first, second, shape.dim, step);
     if (shape.dim) update(stepper, static_cast<const T*>(dout), typed, threads);
   });
