@@ -76,8 +76,8 @@ struct TensorView {
   bool is_contiguous() const {
     if (numel() == 0) return true;
     int64_t expected = 1;
-    for (int d = t.ndim - 1; d >= 0; --d) {
-      if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    for (int d = t.ndim - 1; d >= 0 && expected; --d) {  // of no elements, strides say nothing
+      if (t.shape[d] > 1 && t.strides[d] != expected) return false;
       expected *= t.shape[d];
     }
     return true;

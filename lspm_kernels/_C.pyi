@@ -172,6 +172,44 @@ def cross_entropy_forward(
     smoothing: float,
     threads: int,
 ) -> None: ...
+def embedding_bag_backward(
+    dout: Tensor,
+    weight: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    dweight: Tensor | None,
+    dweights: Tensor | None,
+    padding_idx: int,
+    mean: bool,
+    threads: int,
+) -> None: ...
+def embedding_bag_forward(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    out: Tensor,
+    padding_idx: int,
+    mean: bool,
+    threads: int,
+) -> None: ...
+def embedding_bag_update(
+    weight: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    dout: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    padding_idx: int,
+    mean: bool,
+    optimizer: int,
+    numbers: Sequence[float],
+    step: int,
+    seed: int | None,
+    threads: int,
+) -> None: ...
 def global_avg_pool_backward(dy: Tensor, dx: Tensor, threads: int) -> None: ...
 def global_avg_pool_forward(x: Tensor, y: Tensor, threads: int) -> None: ...
 def layer_norm_backward(

@@ -1,6 +1,7 @@
 """Fused kernels that make large pretrained models faster and smaller in PyTorch, on GPUs and on CPUs."""
 
 from lspm_kernels.dispatch import FallbackWarning, use_backend
+from lspm_kernels.fused_embedding_bag import FusedEmbeddingBag
 from lspm_kernels.ops.attention import attention
 from lspm_kernels.ops.attention_varlen import attention_varlen
 from lspm_kernels.ops.attention_with_kv_cache import attention_with_kv_cache
@@ -9,6 +10,12 @@ from lspm_kernels.ops.bpr import bpr_
 from lspm_kernels.ops.conv2d import conv2d
 from lspm_kernels.ops.conv2d_batch_norm import conv2d_batch_norm, fold_batch_norm
 from lspm_kernels.ops.cross_entropy import cross_entropy
+from lspm_kernels.ops.embedding_bag import embedding_bag
+from lspm_kernels.ops.embedding_bag_update import (
+    embedding_bag_adagrad_,
+    embedding_bag_adam_,
+    embedding_bag_sgd_,
+)
 from lspm_kernels.ops.global_avg_pool import global_avg_pool
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from lspm_kernels.ops.max_pool2d import max_pool2d
@@ -23,6 +30,7 @@ from lspm_kernels.rating_blocks import RatingBlocks, rating_blocks
 
 __all__ = [
     "FallbackWarning",
+    "FusedEmbeddingBag",
     "PackedConv2d",
     "RatingBlocks",
     "add_layer_norm",
@@ -35,6 +43,10 @@ __all__ = [
     "conv2d",
     "conv2d_batch_norm",
     "cross_entropy",
+    "embedding_bag",
+    "embedding_bag_adagrad_",
+    "embedding_bag_adam_",
+    "embedding_bag_sgd_",
     "fold_batch_norm",
     "global_avg_pool",
     "layer_norm",

@@ -18,6 +18,8 @@ PUBLIC = {
     "max_pool2d": ["max_pool2d"],
     "global_avg_pool": ["global_avg_pool"],
     "cross_entropy": ["cross_entropy"],
+    "embedding_bag": ["embedding_bag"],
+    "embedding_bag_update": ["embedding_bag_sgd_", "embedding_bag_adagrad_", "embedding_bag_adam_"],
 }
 
 

@@ -1,0 +1,95 @@
+"""Bugs in embedding_bag, its updates and the module that trains by them."""
+
+import sys
+from functools import partial
+
+from mutations import Mutation
+
+setup = f"LSPM_ISAS=base LSPM_CUDA=0 {sys.executable} setup.py build_ext --inplace"
+build = ("sh", "-c", f"rm -rf lspm_kernels/_cpu && {setup}")
+BAGS, UPDATE, MODULE = (
+    (f"tests/ops/test_{name}.py", "-x", "-k", "not compile")
+    for name in ("embedding_bag", "embedding_bag_update", "fused_embedding_bag")
+)
+in_bags = partial(Mutation, file="csrc/cpu/bags.h", tests=BAGS, command=build)
+in_kernel = partial(in_bags, file="csrc/cpu/embedding_bag.cpp")
+in_update = partial(in_bags, file="csrc/cpu/embedding_bag_update.cpp", tests=UPDATE)
+in_checks = partial(Mutation, file="lspm_kernels/embedding_bag_checks.py", tests=BAGS)
+in_module = partial(Mutation, file="lspm_kernels/fused_embedding_bag.py", tests=MODULE)
+
+MUTATIONS = [
+    in_bags(
+        name="embedding_bag, cpu: padding counted in a mean",
+        old="count -= padded(p);",
+        new="count -= 0;",
+    ),
+    in_bags(
+        name="embedding_bag, cpu: an index below 0 passes",
+        old="largest <= Unsigned(std::numeric_limits<I>::max()) && ",
+        new="",
+        tests=("tests/ops/test_embedding_bag.py", "-x", "-k", "bad_arguments"),
+    ),
+    in_bags(
+        name="embedding_bag, cpu: offsets may fall",
+        old="if (offsets[b] < offsets[b - 1]) refuse",
+        new="if (false) refuse",
+    ),
+    in_bags(
+        name="embedding_bag, cpu: the second pass of the sort is left out",
+        old="for (int pass = 0; pass < passes; ++pass,",
+        new="for (int pass = 0; pass < std::min(passes, 1); ++pass,",
+    ),
+    in_bags(
+        name="embedding_bag, cpu: threads scatter before all have counted",
+        old="for (int64_t i = begin; i < end; ++i) ++mine[digit(from[i])];\n#pragma omp barrier",
+        new="for (int64_t i = begin; i < end; ++i) ++mine[digit(from[i])];",
+        tests=("tests/ops/test_embedding_bag.py", "tests/ops/test_embedding_bag_update.py", "-k", "threads"),
+    ),
+    in_bags(
+        name="embedding_bag, cpu: a row that spans two chunks is begun again in the second",
+        old="while (i && i < end && row(i) == row(i - 1)) ++i;",
+        new="",
+        tests=("tests/ops/test_embedding_bag_update.py", "tests/ops/test_embedding_bag.py", "-k", "threads"),
+    ),
+    in_kernel(
+        name="embedding_bag, cpu: rows after the last one that stands in a bag are not cleared",
+        old="last < sorted.count() ? sorted.row(last) : s.rows",
+        new="last < sorted.count() ? sorted.row(last) : 0",
+    ),
+    in_update(
+        name="embedding_bag_update, cpu: weight_decay is left out",
+        old="lanes.store(g + d, lanes.load(g + d) + lanes.load(row + d) * float(step_.weight_decay));",
+        new="lanes.store(g + d, lanes.load(g + d));",
+    ),
+    in_update(
+        name="embedding_bag_update, cpu: Adam's moments not corrected",
+        old="root_ = 1 / std::sqrt(1 - std::pow(step.beta2, double(step.step)));",
+        new="root_ = 1;",
+    ),
+    in_update(
+        name="embedding_bag_update, cpu: every vector rounded by the words of the first",
+        old="lane(from) + uint32_t(d / 4)",
+        new="lane(0) + uint32_t(d / 4)",
+    ),
+    in_update(
+        name="embedding_bag_update, cpu: infinity rounded at random",
+        old="return (bits & 0x7f800000u) == 0x7f800000u ? v : reinterpret_cast<F>(moved);",
+        new="return reinterpret_cast<F>(moved);",
+    ),
+    in_checks(
+        name="embedding_bag: a state of float16 passes",
+        old="    if state.dtype != wide:",
+        new="    if False:",
+        tests=UPDATE,
+    ),
+    in_module(
+        name="FusedEmbeddingBag: the weights' gradient is of the table after the step",
+        old="if ctx.needs_input_grad[4]:  # first",
+        new="ctx.module.update(dout, *ctx.saved_tensors)\n        if ctx.needs_input_grad[4]:  # first",
+    ),
+    in_module(
+        name="FusedEmbeddingBag: a table in evaluation is trained",
+        old="if not (self.training and torch.is_grad_enabled()):",
+        new="if not torch.is_grad_enabled():",
+    ),
+]
