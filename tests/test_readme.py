@@ -18,6 +18,12 @@ PUBLIC = {
     "max_pool2d": ["max_pool2d"],
     "global_avg_pool": ["global_avg_pool"],
     "cross_entropy": ["cross_entropy"],
+    "mf": ["mf"],
+    "top_k_scores": ["top_k_scores"],
+    "mf_sgd": ["mf_sgd_"],
+    "bpr": ["bpr_"],
+    "mf_als": ["mf_als_"],
+    "nmf": ["nmf_"],
     "embedding_bag": ["embedding_bag"],
     "embedding_bag_update": ["embedding_bag_sgd_", "embedding_bag_adagrad_", "embedding_bag_adam_"],
 }
