@@ -113,7 +113,8 @@ void add_row(const Depthwise& plan, const T* image, int64_t row, const Body* beg
              const float* weights, const Finish<T>& finish, T* y, int64_t out, Places<T>& places) {
   const Correlation& c = plan.c;
   const int64_t of_lane = plan.weights_of_lane(), depth = kReads == Reads::own ? 1 : plan.depth;
-  const bool ahead = end - begin == int64_t(plan.bodies.size()) && c.grid() * c.channels > kLargeImages;
+  const bool ahead = end - begin == int64_t(plan.bodies.size()) && !plan.runs.empty() &&
+                     c.grid() * c.channels > kLargeImages;
   for (int64_t first = 0; first < c.columns; first += kPixels, out += kPixels * c.out_pixel) {
     places.find(image, row, first, kPixels);
     const int64_t count = std::min<int64_t>(kPixels, c.columns - first);

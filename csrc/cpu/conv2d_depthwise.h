@@ -56,9 +56,9 @@ class Depthwise {
   // paired: products of bfloat16 go two at a time, where they can.
   Depthwise(const Correlation& correlation, bool paired) : c(correlation) {
     all_ = c.groups * c.filters;
-    reads = c.depth == 1 && c.filters == 1    ? Reads::own
-            : paired && can_pair(correlation) ? Reads::pairs
-                                              : Reads::group;
+    reads = c.depth == 1 && c.filters == 1 ? Reads::own
+            : paired && c.depth % 2 == 0   ? Reads::pairs
+                                           : Reads::group;
     depth = reads == Reads::pairs ? c.depth / 2 : c.depth;
     if (reads == Reads::own)
       own_bodies();
@@ -100,8 +100,6 @@ class Depthwise {
     std::vector<int64_t> from;
     std::shared_ptr<const std::vector<uint32_t>> order;
   };
-
-  static bool can_pair(const Correlation& c) { return c.depth % 2 == 0 && c.channels >= 4 * kLanes; }
 
   void own_bodies() {
     int64_t at = 0;

@@ -14,6 +14,13 @@ NORM_TESTS = ("tests/ops/test_conv2d_batch_norm.py", "-x")
 in_tiles = partial(Mutation, file="csrc/cpu/conv2d_tiles.h", tests=TESTS, command=BUILD)
 in_kernel = partial(Mutation, file="csrc/cpu/conv2d.cpp", tests=TESTS, command=BUILD)
 in_epilogue = partial(Mutation, file="csrc/cpu/conv2d_epilogue.h", tests=TESTS, command=BUILD)
+DEPTHWISE = {
+    "tests": ("tests/ops/test_conv2d_depthwise.py", "-x"),
+    "command": tuple(part.replace(",avx2,base", "") for part in BUILD),
+}
+in_plan = partial(Mutation, file="csrc/cpu/conv2d_depthwise.h", **DEPTHWISE)
+in_depthwise = partial(Mutation, file="csrc/cpu/conv2d_depthwise.cpp", **DEPTHWISE)
+in_depthwise_weight = partial(Mutation, file="csrc/cpu/conv2d_depthwise_weight.cpp", **DEPTHWISE)
 in_winograd = partial(Mutation, file="csrc/cpu/conv2d_winograd.h", tests=TESTS, command=BUILD)
 in_packed = partial(
     Mutation, file="lspm_kernels/packed_conv2d.py", tests=("tests/ops/test_packed_conv2d.py", "-x")
@@ -114,6 +121,36 @@ MUTATIONS = [
         name="conv2d cpu: tiles beyond the last column are written",
         old="std::min(2 * here, c.columns - 2 * column)",
         new="2 * here",
+    ),
+    in_plan(
+        name="depthwise cpu: pixels right of the image are those of the next row",
+        old="here >= 0 && here < c.width ?",
+        new="here >= 0 ?",
+    ),
+    in_plan(
+        name="depthwise cpu: lanes read the channels of the first group",
+        old="(filter + i) / c.filters * depth - first",
+        new="0 * i",
+    ),
+    in_depthwise(
+        name="depthwise cpu: weights of pairs in the order of memory",
+        old="lanes.store(block + i, lanes.load_ordered(block + i));",
+        new="lanes.store(block + i, lanes.load(block + i));",
+    ),
+    in_depthwise(
+        name="depthwise cpu: the residual of the first pixel for all",
+        old="lanes.load(residual + at)",
+        new="lanes.load(residual + out + filter)",
+    ),
+    in_depthwise_weight(
+        name="depthwise cpu: parts of the weight's gradient dropped",
+        old="for (int64_t part = 1; part < parts; ++part)",
+        new="for (int64_t part = 1; part < 1; ++part)",
+    ),
+    in_depthwise_weight(
+        name="depthwise cpu: pixels at the end of a row dropped from the weight's gradient",
+        old="if (j < columns)",
+        new="if (columns < j)",
     ),
     in_packed(
         name="PackedConv2d: weights that change are not packed again",
