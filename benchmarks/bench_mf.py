@@ -17,12 +17,17 @@ from lspm_kernels.ops import mf as table
 LARGE, SMALL = (138_493, 26_744, 64, 1_000_000), (7, 9, 5, 20)  # users, items, factors, pairs
 
 
-@functools.cache
+_drawn: dict[tuple, tuple[Tensor, Tensor]] = {}  # a dict, as torch.compile looks into no functools.cache
+
+
 def ids(users: int, items: int, pairs: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Some users and items are rated with much more often than others."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(2, pairs, generator=generator) ** 3 * torch.tensor([[users], [items]])
-    return tuple(drawn.long().to(device))
+    """Some users and items are drawn much more often than others."""
+    key = users, items, pairs, device
+    if key not in _drawn:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand(2, pairs, generator=generator) ** 3 * torch.tensor([[users], [items]])
+        _drawn[key] = tuple(drawn.long().to(device))
+    return _drawn[key]
 
 
 def ours(*tables: Tensor, backend: str, pairs: int) -> Tensor:
