@@ -29,7 +29,7 @@ def bags(
     padding_idx: int | None,
     include_last_offset: bool,
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], int, bool, int]:
-    """Checks all but the values of indices and offsets, of which kernels check those on a CPU.
+    """Checks all but what indices and offsets hold, which the kernels check before they write.
 
     Returns:
         indices, offsets and per_sample_weights as the kernels take them, flat and contiguous; how many bags;

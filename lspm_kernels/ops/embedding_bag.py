@@ -102,10 +102,10 @@ def embedding_bag(
 
     Args:
         weight: (N, D), float32, bfloat16 or float16; sums are in float32.
-        indices: (B, L), bags of L indices each, or (n,) beside offsets; int32 or int64. One outside 0 to
-            N - 1 is an error on a CPU; on a GPU, for which nothing waits, it makes its bag NaN.
+        indices: (B, L), bags of L indices each, or (n,) beside offsets; int32 or int64, from 0 to
+            N - 1.
         offsets: (B,), int32 or int64: where each bag begins in indices, from 0 on and never falling; a bag
-            ends where the next begins. On a GPU what they hold is not checked.
+            ends where the next begins.
         mode: "sum" or "mean".
         per_sample_weights: of indices' shape and weight's dtype, or None; with mode "sum" alone.
         padding_idx: an index that is no part of its bag, nor counted in its mean; below 0 it counts from N.

@@ -81,8 +81,8 @@ def embedding_bag_sgd_(
         weight.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device or value, or records gradients. On a CPU
-            nothing has changed then. On a GPU an index outside the table changes nothing.
+        ValueError: an argument has the wrong shape, dtype, device or value, or records gradients. Nothing has
+            changed then.
         NotImplementedError: the backend asked for does not take this call.
 
     Source: Khudia et al., "FBGEMM" (2021), whose table-batched embeddings have such exact optimizers.
