@@ -260,7 +260,7 @@ struct GroupChannels {
       U order;
       std::memcpy(&order, plan.order(at, d), sizeof order);
       return [order, from = plan.from(at, d)](const T* pixel) {
-        return permute(load(reinterpret_cast<const Element*>(pixel + from)), order);
+        return __builtin_shuffle(load(reinterpret_cast<const Element*>(pixel + from)), order);
       };
     };
     if constexpr (sizeof(V) > sizeof(F))

@@ -258,9 +258,6 @@ inline F shuffle(F a, F b, const Order& order) {
   return __builtin_shuffle(a, b, u);
 }
 
-// Lane i is lane order[i] of v, whose number is below kLanes.
-inline F permute(F v, U order) { return __builtin_shuffle(v, order); }
-
 // Where lanes i and i ^ kHalf change places between two vectors, what becomes of either.
 template <int kHalf>
 constexpr Order kExchangedLow{[](int i) { return i & kHalf ? kLanes + i - kHalf : i; }};
