@@ -113,6 +113,8 @@ void multiply_tiles(const Operand* left, const Operand* right, int64_t panel, fl
   constexpr auto kRows = std::make_integer_sequence<int, kTileRows>();
   constexpr auto kHalf = register_tiles<kTransposed, 1, Operand, kInOrder>(kRows),
                  kWhole = register_tiles<kTransposed, 2, Operand, kInOrder>(kRows);
+  // In order a sum has no parts beside it, which would make it shorter.
+  constexpr int64_t kRun = kInOrder ? std::min<int64_t>(kSumDepth, 64) : kSumDepth;
   const int64_t blocks = (rows + kTileRows - 1) / kTileRows;
   for (int64_t n = 0; n < columns; n += kPanel, right += panel, c += kPanel) {
     const auto& tiles = columns - n > kLanes ? kWhole : kHalf;
@@ -123,9 +125,8 @@ void multiply_tiles(const Operand* left, const Operand* right, int64_t panel, fl
       int64_t d = 0;
       do {
         tiles[next - row - 1](a + d * (kTransposed ? kStride<Operand> : 1), right + d * kPanel,
-                              std::min(kSumDepth, depth - d), c + row * c_stride, c_stride,
-                              accumulate || d > 0);
-      } while ((d += kSumDepth) < depth);
+                              std::min(kRun, depth - d), c + row * c_stride, c_stride, accumulate || d > 0);
+      } while ((d += kRun) < depth);
       row = next;
     }
   }

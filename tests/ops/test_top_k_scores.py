@@ -90,7 +90,9 @@ def check_scores(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 3000, 64, 10), (65, 900, 50, 100), (30, 300, 1030, 5)])
+@pytest.mark.parametrize(
+    "shape", [(1, 3000, 64, 10), (65, 900, 50, 100), (29, 700, 256, 20), (30, 300, 1030, 5)]
+)
 def test_against_the_reference(shape, dtype):
     check_scores(dtype, shape)
 
