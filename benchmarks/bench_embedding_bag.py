@@ -31,6 +31,13 @@ def indices(rows: int, bags: int, kind: str, device: torch.device, seed: int = 0
     return torch.searchsorted(share, drawn).clamp(max=rows - 1).to(device)
 
 
+@functools.cache
+def distinct(rows: int, count: int, kind: str) -> int:
+    """How many rows so many indices are of, on average."""
+    share = torch.arange(1, rows + 1, dtype=torch.float64).pow(-1.05 if kind == "zipf" else 0.0)
+    return round(float((1 - (1 - share / share.sum()).pow(count)).sum()))
+
+
 def torchs(weight: Tensor, bags: int, kind: str) -> Tensor:
     return F.embedding_bag(indices(weight.shape[0], bags, kind, weight.device), weight, mode="sum")
 
@@ -43,7 +50,7 @@ def ours(weight: Tensor, bags: int, kind: str, **options) -> Tensor:
 def case(mode: str, dtype: torch.dtype, rows: int, bags: int, kind: str) -> Case:
     # Rows of the table that stand in bags are read from memory once, and the backward writes a whole table;
     # what is met again comes from a cache.
-    hit = indices(rows, bags, kind, torch.device("cpu")).unique().numel()
+    hit = distinct(rows, bags * LENGTH, kind)
     moved = (hit + bags) * DIM * dtype.itemsize + 8 * bags * LENGTH
     if mode == TRAINING:
         moved += (rows + bags) * DIM * dtype.itemsize + 8 * bags * LENGTH

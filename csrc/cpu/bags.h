@@ -75,7 +75,7 @@ struct TypedBags {
         refuse("offsets must not exceed the number of indices " + std::to_string(s.indices), offsets[b]);
     }
     if (s.bags == 0 && s.indices) refuse("indices must be none where there is no bag", s.indices);
-    // Not over threads: of a third of a million indices, reading takes about as long as waking one up.
+    // Not over threads: waking one takes as long as reading a megabyte or so.
     using Unsigned = std::make_unsigned_t<I>;
     Unsigned largest = 0;
     for (int64_t p = 0; p < s.indices; ++p) largest = std::max(largest, Unsigned(indices[p]));
@@ -216,8 +216,7 @@ class SortedBags {
 
   template <class Fill>
   void sort(Fill fill, int bits, int threads) {
-    constexpr int kMostBits =
-        11;  // of a digit: 2048 lines are written to in turn, which the second-level cache holds
+    constexpr int kMostBits = 11;  // of a digit: 2048 lines written to in turn, for the second-level cache
     const int passes = (bits + kMostBits - 1) / kMostBits;
     const int width = passes ? (bits + passes - 1) / passes : 0;
     const int64_t n = bags_.s.indices, digits = int64_t{1} << width;
