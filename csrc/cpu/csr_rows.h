@@ -102,8 +102,10 @@ inline F dots(const float* const* rows, const float* x, int64_t stride) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       const float* row = rows[i] + c;
+      F part = kLanes > 4 ? sums[i] : F{};  // narrow vectors' sums are long, and rounding grows with it
 #pragma GCC unroll 4
-      for (int v = 0; v < kBlock; ++v) sums[i] += load(row + v * kLanes) * block[v];
+      for (int v = 0; v < kBlock; ++v) part += load(row + v * kLanes) * block[v];
+      sums[i] = kLanes > 4 ? part : sums[i] + part;
     }
   }
   for (; c < stride; c += kLanes) {

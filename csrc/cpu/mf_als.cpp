@@ -15,8 +15,12 @@ namespace lspm::cpu {
 namespace {
 
 // Rows of a tile: as many as half of a first-level cache of 48 KiB holds, but enough to spread over them the
-// reading and writing of the sums.
-int64_t tile_depth(int64_t stride) { return std::clamp<int64_t>(6144 / stride / kLanes * kLanes, 32, 256); }
+// reading and writing of the sums; and with narrow vectors, which come without fused multiply-add, few, since
+// rounding errors grow with a sum's length.
+int64_t tile_depth(int64_t stride) {
+  constexpr int64_t kMost = std::min(256, kLanes * kLanes);
+  return std::clamp<int64_t>(6144 / stride / kLanes * kLanes, std::min<int64_t>(32, kMost), kMost);
+}
 // One vector more than the rows have: a power of two would put them into few sets of the cache.
 int64_t tile_stride(int64_t k) { return whole_vectors(k) + kLanes; }
 
@@ -183,10 +187,10 @@ class ConjugateGradient {
  private:
   // to = from Y'Y, of as many rows; 0 where there is no Y'Y.
   void times_gram(const float* from, float* to, int64_t count) const {
-    if (!gram_)
-      std::fill_n(to, count * n_, 0.0f);
-    else
-      product_rows<false>(from, n_, 1, gram_, n_, n_, nullptr, to, n_, n_);
+    if (!gram_) std::fill_n(to, count * n_, 0.0f);
+    for (int64_t d = 0, most = tile_depth(1); gram_ && d < n_; d += most)
+      product_rows<false>(from + d, n_, 1, gram_ + d * n_, n_, std::min(most, n_ - d), d ? to : nullptr, to,
+                          n_, n_);
   }
 
   // to += the sum of w <y, p> y over the row's entries; kRest: b minus that sum.
@@ -204,9 +208,9 @@ class ConjugateGradient {
     for (int64_t c = 0, n = n_; c < n; c += kLanes) store(to + c, of(c));
   }
   float dot(const float* a, const float* b) const {
-    F products = {};
-    for (int64_t c = 0, n = n_; c < n; c += kLanes) products += load(a + c) * load(b + c);
-    return sum(products);
+    WideSum products;
+    for (int64_t c = 0, n = n_; c < n; c += kLanes) products.add(c, load(a + c) * load(b + c));
+    return float(products.total());
   }
 
   const Problem& p_;
