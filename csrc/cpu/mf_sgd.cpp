@@ -89,12 +89,12 @@ struct Job {
   // lr over the root of the squares, to which the row's mean squared gradient e * other - l2 * row is added.
   float rate(const Side<T>& s, const T* other, float e) const {
     if (kPlain || !s.squares) return step.lr;
-    F squares{};
+    WideSum squares;
     for_each_vector(shape.factors, [&](int64_t k, auto lanes) {
       const F g = e * lanes.load(other + k) - s.l2 * lanes.load(s.row + k);
-      squares += g * g;
+      squares.add(k, g * g);
     });
-    *s.squares += sum(squares) / float(shape.factors);
+    *s.squares += float(squares.total() / double(shape.factors));
     return *s.squares > 0 ? step.lr / std::sqrt(*s.squares) : step.lr;
   }
 

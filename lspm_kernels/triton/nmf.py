@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 2048  # elements: 16 a thread, with 4 warps
+_TILE = 512  # elements: 16 a thread of one warp
 
 
 @triton.jit
@@ -45,5 +45,5 @@ def update(factors, other_factors, indptr, indices, values, failed, reg, eps):
     with torch.cuda.device_of(factors):
         _update_kernel[(rows,)](
             factors, other_factors, indptr, indices, values, len(other_factors), k, reg, eps,
-            ENTRIES=_TILE // width, K=width,
+            ENTRIES=max(1, _TILE // width), K=width, num_warps=1,
         )  # fmt: skip
