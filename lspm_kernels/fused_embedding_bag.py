@@ -11,6 +11,8 @@ from lspm_kernels.ops import embedding_bag_update as updates
 from lspm_kernels.ops.embedding_bag import embedding_bag
 
 _OP = "FusedEmbeddingBag"
+# What torch.compile leaves alone, once there is a module: to import what does that takes a second.
+_untraced: list[Callable] = []
 _STATES = {"sgd": (), "adagrad": ("state_sum",), "adam": ("exp_avg", "exp_avg_sq")}
 
 
@@ -36,6 +38,18 @@ class _Fused(torch.autograd.Function):
             (dweights,) = torch.autograd.grad(ctx.out, ctx.leaf, dout, retain_graph=True)
         ctx.module.update(dout, *ctx.saved_tensors)
         return None, None, None, None, dweights
+
+
+def _forward(module, indices, offsets, per_sample_weights):
+    if not (module.training and torch.is_grad_enabled()):
+        return module.bags(indices, offsets, per_sample_weights)
+    anchor = torch.empty(0, requires_grad=True)
+    return _Fused.apply(anchor, module, indices, offsets, per_sample_weights)
+
+
+def _leave_untraced():
+    if not _untraced:
+        _untraced.append(torch.compiler.disable(_forward))
 
 
 class FusedEmbeddingBag(torch.nn.EmbeddingBag):
@@ -112,19 +126,17 @@ class FusedEmbeddingBag(torch.nn.EmbeddingBag):
             self.register_buffer(name, torch.zeros(like.shape, dtype=self._wide(), device=like.device))
         if optimizer == "adam":
             self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
+        _leave_untraced()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        _leave_untraced()
 
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
         """embedding_bag of input (B, L), or (n,) with offsets."""
-        return self._forward(input, offsets, per_sample_weights)
-
-    @torch.compiler.disable
-    def _forward(self, indices, offsets, per_sample_weights):
-        if not (self.training and torch.is_grad_enabled()):
-            return self.bags(indices, offsets, per_sample_weights)
-        anchor = torch.empty(0, requires_grad=True)
-        return _Fused.apply(anchor, self, indices, offsets, per_sample_weights)
+        return _untraced[0](self, input, offsets, per_sample_weights)
 
     def bags(self, indices: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> Tensor:
         """The output, without what trains the table."""

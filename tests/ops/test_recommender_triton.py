@@ -50,11 +50,22 @@ def rows_on_the_cpu(monkeypatch):
         monkeypatch.setattr(op, "BACKENDS", (here,))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_mf(driver, dtype):
+def check_mf(dtype):
     for shape in (SHAPES[1], (60, 4, 50, 33)):
         check(shape, dtype)
         check(shape, dtype, biased=False)
+
+
+@on_one_gpu
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_mf(driver, dtype):
+    check_mf(dtype)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_mf_of_every_dtype(driver, dtype):
+    check_mf(dtype)
 
 
 @on_one_gpu
