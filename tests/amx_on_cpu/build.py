@@ -1,5 +1,6 @@
 """Builds the CPU kernels as for AMX, over the model of its tiles; the processor needs AVX-512's bfloat16."""
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -32,19 +33,23 @@ def module():
     texts = [path.read_bytes() for path in (TILES, *sources, *sorted(csrc.rglob("*.h")))]
     texts += map(str.encode, SANITIZE)
     out = CACHE / hashlib.sha256(b"\0".join(texts)).hexdigest()[:16] / "_C.so"
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        objects = [out.parent / f"{path.stem}.o" for path in sources]
-        commands = [
-            ["g++", *FLAGS, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)
-        ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda command: subprocess.run(command, check=True), commands))
-        made = out.with_suffix(".made")
-        link = ["g++", "-shared", "-fopenmp", *SANITIZE, *map(str, objects), "-o", str(made)]
-        subprocess.run(link, check=True)
-        made.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the suite may be at it
+        if not out.exists():
+            _build(sources, out)
     spec = importlib.util.spec_from_file_location("_C", out)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def _build(sources, out):
+    objects = [out.parent / f"{path.stem}.o" for path in sources]
+    commands = [["g++", *FLAGS, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+    made = out.with_suffix(".made")
+    link = ["g++", "-shared", "-fopenmp", *SANITIZE, *map(str, objects), "-o", str(made)]
+    subprocess.run(link, check=True)
+    made.rename(out)
