@@ -89,7 +89,7 @@ MUTATIONS = [
     ),
     in_module(
         name="FusedEmbeddingBag: a table in evaluation is trained",
-        old="if not (self.training and torch.is_grad_enabled()):",
+        old="if not (module.training and torch.is_grad_enabled()):",
         new="if not torch.is_grad_enabled():",
     ),
 ]
