@@ -135,6 +135,11 @@ def seed(op: str, value: int | None) -> Tensor:
     """A seed, an int64 on the CPU; one of torch's default generator where value is None."""
     if value is None:
         return torch.randint(2**63 - 1, (), device="cpu")
+    seed_number(op, value)
+    return torch.tensor(value, dtype=torch.int64, device="cpu")
+
+
+def seed_number(op: str, value: int) -> None:
+    """Raises ValueError unless value can be a seed."""
     if not isinstance(value, int) or not 0 <= value < 2**63:
         raise ValueError(f"{op}: seed must be an integer from 0 to 2 ** 63 - 1, got {value!r}")
-    return torch.tensor(value, dtype=torch.int64, device="cpu")

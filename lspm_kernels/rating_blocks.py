@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lspm_kernels import compiled
+from lspm_kernels import checks, compiled
 
 _ROWS_OF_A_BLOCK = 2048  # of 64 float32 factors they fill half a megabyte, part of a second-level cache
 _SMALLEST, _LARGEST = 8, 64  # parts of a side: as many threads can work at once
@@ -51,6 +51,13 @@ class RatingBlocks:
     def copy(self) -> "RatingBlocks":
         """The same in memory of its own, as of ratings that lie in files."""
         return self._each(torch.clone)
+
+    def check_rows(self, op: str, users: int, items: int) -> None:
+        """Raises ValueError unless tables of so many rows have all that the ratings are of."""
+        for name, needed, size in (("user", self.num_users, users), ("item", self.num_items, items)):
+            if needed > size:
+                rule = f"have the {needed} rows that the RatingBlocks are of"
+                raise ValueError(f"{op}: {name}_factors must {rule}, got {size}")
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "RatingBlocks":
         tensors = {name: function(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
@@ -114,8 +121,8 @@ def rating_blocks(
         if out is None
         else _check_out(out, given)
     )
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
-        raise ValueError(f"rating_blocks: seed must be an integer from 0 to 2 ** 63 - 1, got {seed!r}")
+    if seed is not None:
+        checks.seed_number("rating_blocks", seed)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     parts = [_parts(t, size, grid, generator) for t, size in zip(given, sizes, strict=False)]
     offsets = torch.empty(grid * grid + 1, dtype=torch.int64)

@@ -102,8 +102,7 @@ def bpr_(
         checks.number("bpr_", name, value, 0, math.inf)
     if not lr:
         raise ValueError(f"bpr_: lr must be positive, got {lr!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"bpr_: seed must be an integer from 0 to 2 ** 63 - 1, got {seed!r}")
+    checks.seed_number("bpr_", seed)
     blocks = _blocks(users, items, sizes)
     indptr, indices = (None, None) if seen is None else _seen(seen, sizes[0])
     for name, t in (("users", blocks.users), ("seen[0]", indptr), ("seen[1]", indices)):
@@ -147,10 +146,7 @@ def _blocks(users, items, sizes):
         return rating_blocks(users, items, torch.ones(users.shape), num_users=sizes[0], num_items=sizes[1])
     if items is not None:
         raise ValueError("bpr_: items must be None beside RatingBlocks, which hold them")
-    for name, needed, size in zip(("user", "item"), (users.num_users, users.num_items), sizes, strict=True):
-        if needed > size:
-            rule = f"have the {needed} rows that the RatingBlocks are of"
-            raise ValueError(f"bpr_: {name}_factors must {rule}, got {size}")
+    users.check_rows("bpr_", *sizes)
     return users
 
 

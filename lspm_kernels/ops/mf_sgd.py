@@ -124,8 +124,7 @@ def mf_sgd_(
     step = _numbers(mean, lr, reg, l1)
     if loss not in LOSSES:
         raise ValueError(f"mf_sgd_: loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"mf_sgd_: seed must be an integer from 0 to 2 ** 63 - 1, got {seed!r}")
+    checks.seed_number("mf_sgd_", seed)
     blocks = _blocks(users, items, ratings, weight, sizes)
     if blocks.ratings.device != user_factors.device:
         got = blocks.ratings.device
@@ -193,8 +192,5 @@ def _blocks(users, items, ratings, weight, sizes):
         raise ValueError(
             "mf_sgd_: items, ratings and weight must be None beside RatingBlocks, which hold them"
         )
-    for name, needed, size in zip(("user", "item"), (users.num_users, users.num_items), sizes, strict=True):
-        if needed > size:
-            rule = f"have the {needed} rows that the RatingBlocks are of"
-            raise ValueError(f"mf_sgd_: {name}_factors must {rule}, got {size}")
+    users.check_rows("mf_sgd_", *sizes)
     return users

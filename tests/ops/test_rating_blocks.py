@@ -100,6 +100,7 @@ MISUSES = {
     "ratings must be finite, got nan": ((USERS, ITEMS, torch.tensor([1.0, float("nan")])), {}),
     "weight must be finite, got inf": ((USERS, ITEMS, RATINGS, torch.tensor([1.0, float("inf")])), {}),
     "weight must be at least 0, got -1.0": ((USERS, ITEMS, RATINGS, torch.tensor([1.0, -1.0])), {}),
+    "seed must be an integer from 0 to 2 ** 63 - 1, got -1": ((USERS, ITEMS, RATINGS), {"seed": -1}),
     "grid must be an integer from 1 to 256, got 0": ((USERS, ITEMS, RATINGS), {"grid": 0}),
     "grid must be an integer from 1 to 256, got 257": ((USERS, ITEMS, RATINGS), {"grid": 257}),
     "out must be contiguous, int32 and float32 as users and items, ratings and weight are, and as long": (
