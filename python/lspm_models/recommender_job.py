@@ -28,8 +28,8 @@ PREDICTS = ("ratings", "clicks")
 
 TRAINING = """\
 Train a recommender. Without any option it learns MovieLens-100k, from the package recbole, and what is known
-of its people and films. The run folder gets the ratings, checkpoints, log.csv, loss.png and TensorBoard
-events; Ctrl-C saves first. In brackets stands what holds without the option."""
+of its people and films. The run folder gets the ratings and checkpoints and, but for --model mf, log.csv,
+loss.png and TensorBoard events; Ctrl-C saves first. In brackets stands what holds without the option."""
 
 EXAMPLES = (
     "recommend.py train --config python/configs/recommender_ml100k.toml --out runs/films",
