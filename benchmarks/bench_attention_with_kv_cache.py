@@ -16,6 +16,7 @@ from harness import FORWARD, Case, Goal
 from lspm_kernels.ops import attention_with_kv_cache as table
 
 SHAPES = ((4, 12, 12, 4096, 64), (2, 16, 4, 4096, 128))  # B, H, H_kv, keys, D
+GPU_SHAPES = ((32, 32, 8, 8192, 128), (1, 32, 8, 65536, 128))
 PAGE = 16
 
 
@@ -49,7 +50,9 @@ def in_torch(q: Tensor, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, page
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def case(dtype: torch.dtype, shape: tuple[int, ...], paged: bool) -> Case:
+def case(
+    dtype: torch.dtype, shape: tuple[int, ...], paged: bool, goals: tuple[Goal, ...] = (Goal("roof", 80.0),)
+) -> Case:
     B, H, H_kv, keys, D = shape
     cache = (B * keys // PAGE, H_kv, PAGE, D) if paged else (B, H_kv, keys, D)
     sizes = (B, H, 1, D), cache, cache, (B, H_kv, 1, D), (B, H_kv, 1, D)
@@ -57,7 +60,7 @@ def case(dtype: torch.dtype, shape: tuple[int, ...], paged: bool) -> Case:
         "attention_with_kv_cache", FORWARD, dtype, f"{'paged-' * paged}B{B}-H{H}-{H_kv}-K{keys}-D{D}",
         lambda: [torch.randn(size).to(dtype) for size in sizes], table, functools.partial(ours, paged=paged),
         {"torch": functools.partial(in_torch, paged=paged)}, bytes=2 * B * H_kv * keys * D * dtype.itemsize,
-        flops=4 * B * H * keys * D, goals=(Goal("roof", 80.0),), roof="read", compiled=False,
+        flops=4 * B * H * keys * D, goals=goals, roof="read", compiled=False,
     )  # fmt: skip
 
 
@@ -67,10 +70,15 @@ def cases(smoke: bool = False) -> Iterator[Case]:
         yield case(dtype, shape, paged)
 
 
+def gpu_cases() -> Iterator[Case]:
+    for shape, paged in itertools.product(GPU_SHAPES, (False, True)):
+        yield case(torch.bfloat16, shape, paged, goals=())
+
+
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))
 def test_attention_with_kv_cache(benchmark, case, variant):
     command.run(benchmark, case, variant)
 
 
 if __name__ == "__main__":
-    sys.exit(command.main("attention_with_kv_cache", __doc__, cases))
+    sys.exit(command.main("attention_with_kv_cache", __doc__, cases, gpu_cases=gpu_cases))

@@ -18,6 +18,7 @@ from lspm_kernels.ops import batch_norm_act as table
 LARGE = (
     (8, 64, 112, 112), (8, 256, 56, 56), (8, 512, 28, 28), (8, 1024, 14, 14), (8, 2048, 7, 7),
 )  # fmt: skip
+GPU_LARGE = ((128, 64, 112, 112), (128, 256, 56, 56), (128, 1024, 14, 14))
 SMALL = ((2, 64, 4, 4),)  # where the overhead of a call is timed
 # Tensors of x's size that must be read and written, and operations on an element: training takes statistics,
 # normalises, sums twice, and computes the gradient.
@@ -64,10 +65,15 @@ def cases(smoke: bool = False) -> Iterator[Case]:
         yield from (case(mode, dtype, shape) for shape in shapes)
 
 
+def gpu_cases() -> Iterator[Case]:
+    for dtype, mode in itertools.product((torch.float32, torch.bfloat16), (FORWARD, TRAINING)):
+        yield from (case(mode, dtype, shape) for shape in GPU_LARGE)
+
+
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))
 def test_batch_norm_act(benchmark, case, variant):
     command.run(benchmark, case, variant)
 
 
 if __name__ == "__main__":
-    sys.exit(command.main("batch_norm_act", __doc__, cases))
+    sys.exit(command.main("batch_norm_act", __doc__, cases, gpu_cases=gpu_cases))

@@ -69,10 +69,14 @@ def cases(smoke: bool = False) -> Iterator[Case]:
         yield from (case(dtype, batch, shape) for shape in shapes)
 
 
+def gpu_cases() -> Iterator[Case]:
+    yield from (case(torch.bfloat16, 128, shape) for shape in SHAPES)
+
+
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))
 def test_conv2d_batch_norm(benchmark, case, variant):
     command.run(benchmark, case, variant)
 
 
 if __name__ == "__main__":
-    sys.exit(command.main("conv2d_batch_norm", __doc__, cases))
+    sys.exit(command.main("conv2d_batch_norm", __doc__, cases, gpu_cases=gpu_cases))

@@ -16,6 +16,7 @@ from harness import FORWARD, TRAINING, Case
 from lspm_kernels.ops import cross_entropy as table
 
 LARGE = ((256, 1000), (2048, 50257))  # ImageNet, and tokens of GPT-2
+GPU_LARGE = ((8192, 50257), (4096, 128256))
 SMOOTHING = {"cross_entropy": 0.0, "cross_entropy_smoothed": 0.1}
 
 
@@ -47,10 +48,15 @@ def cases(smoke: bool = False) -> Iterator[Case]:
         yield from (case(op, mode, dtype, *shape) for shape in shapes)
 
 
+def gpu_cases() -> Iterator[Case]:
+    for dtype, mode in itertools.product((torch.float32, torch.bfloat16), (FORWARD, TRAINING)):
+        yield from (case("cross_entropy", mode, dtype, *shape) for shape in GPU_LARGE)
+
+
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))
 def test_cross_entropy(benchmark, case, variant):
     command.run(benchmark, case, variant)
 
 
 if __name__ == "__main__":
-    sys.exit(command.main("cross_entropy", __doc__, cases))
+    sys.exit(command.main("cross_entropy", __doc__, cases, gpu_cases=gpu_cases))

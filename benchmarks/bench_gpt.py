@@ -16,6 +16,7 @@ from lspm_models.models.gpt import GPTConfig
 
 CONFIGS = machine.ROOT / "python" / "configs"
 BATCHES = {"gpt_demo": (8, 256), "gpt2_124m": (1, 256)}  # sequences and tokens of each
+GPU_BATCHES = {"gpt_demo": (64, 256), "gpt2_124m": (16, 1024)}
 
 
 def measure(training: Training, device: str, smoke: bool) -> list[dict]:
@@ -45,11 +46,18 @@ def cases(smoke: bool = False) -> Iterator[Training]:
         if smoke:
             yield Training("tiny", TINY, dtype, batch=1, tokens=TINY.context)
         else:
-            for name, (batch, tokens) in BATCHES.items():
-                config = tomllib.loads((CONFIGS / f"{name}.toml").read_text())
-                shape = GPTConfig(config["data"]["vocabulary_size"], **config["model"])
-                yield Training(name, shape, dtype, batch, tokens)
+            yield from (training(name, dtype, *size) for name, size in BATCHES.items())
+
+
+def gpu_cases() -> Iterator[Training]:
+    yield from (training(name, torch.bfloat16, *size) for name, size in GPU_BATCHES.items())
+
+
+def training(name: str, dtype: torch.dtype, batch: int, tokens: int) -> Training:
+    config = tomllib.loads((CONFIGS / f"{name}.toml").read_text())
+    shape = GPTConfig(config["data"]["vocabulary_size"], **config["model"])
+    return Training(name, shape, dtype, batch, tokens)
 
 
 if __name__ == "__main__":
-    sys.exit(command.main("gpt", __doc__, cases, measure))
+    sys.exit(command.main("gpt", __doc__, cases, measure, gpu_cases))

@@ -6,6 +6,7 @@ PATH, built with -DUSEAVX) factorises without biases and with a rate for each ro
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import command
 import machine
@@ -14,6 +15,7 @@ import torch
 
 import harness
 import lspm_kernels
+from lspm_kernels.ops import mf_sgd as table
 
 STEP = {"mean": 3.0, "lr": 0.005, "reg": 0.02}
 
@@ -22,20 +24,24 @@ def measure(run: sgd_passes.Pass, device: str, smoke: bool) -> list[dict]:
     """Checks one pass, then times passes in turn."""
     torch.manual_seed(0)
     blocks = sgd_passes.drawn(run.users, run.items, run.ratings)
-    waves, tables = sgd_passes.groups_of(blocks), run.tables()
+    waves = [tuple(t.to(device) for t in group) for group in sgd_passes.groups_of(blocks)]
+    tables, blocks = [t.to(device) for t in run.tables()], blocks.to(device)
+    kernels = [row.name for row in table.BACKENDS if row.device == device and row.missing() is None]
     if run.dtype == torch.float32:  # bfloat16 is rounded at random
         results = {d: [t.to(d, copy=True) for t in tables] for d in (torch.float64, torch.float32)}
         for copies in results.values():
             sgd_passes.torch_pass(*copies, waves, **STEP)
-        ours = [t.clone() for t in tables]
-        lspm_kernels.mf_sgd_(*ours, blocks, **STEP)
-        harness.compare("lspm-cpu", ours, results[torch.float64], results[torch.float32])
+        for name in kernels:
+            ours = [t.clone() for t in tables]
+            lspm_kernels.mf_sgd_(*ours, blocks, **STEP, backend=name)
+            harness.compare(f"lspm-{name}", ours, results[torch.float64], results[torch.float32])
     passes: dict[str, Callable] = {
-        "lspm-cpu": lambda: lspm_kernels.mf_sgd_(*tables, blocks, **STEP),
-        "torch": lambda: sgd_passes.torch_pass(*tables, waves, **STEP),
+        f"lspm-{name}": partial(lspm_kernels.mf_sgd_, *tables, blocks, **STEP, backend=name)
+        for name in kernels
     }
+    passes["torch"] = lambda: sgd_passes.torch_pass(*tables, waves, **STEP)
     turns = {name: harness.repeated(f, device) for name, f in passes.items()}
-    if sgd_passes.has_libmf() and not smoke:
+    if sgd_passes.has_libmf() and device == "cpu" and not smoke:
         turns["libmf"] = sgd_passes.libmf(blocks, run.factors, run.threads)
     threads = torch.get_num_threads()
     torch.set_num_threads(run.threads)
@@ -43,7 +49,7 @@ def measure(run: sgd_passes.Pass, device: str, smoke: bool) -> list[dict]:
         seconds = harness.interleave(turns, calls=1, rounds=1 if smoke else None)
     finally:
         torch.set_num_threads(threads)
-    rows = harness.summarise(str(run), ["lspm-cpu"], seconds)
+    rows = harness.summarise(str(run), [f"lspm-{name}" for name in kernels], seconds)
     for row in rows:
         row |= {
             "rate": run.ratings / row["median_us"],
@@ -65,6 +71,11 @@ def cases(smoke: bool = False) -> Iterator[sgd_passes.Pass]:
     yield sgd_passes.Pass("ml-1m", *sgd_passes.SHAPES["ml-1m"], 64, 2, torch.bfloat16)
 
 
+def gpu_cases() -> Iterator[sgd_passes.Pass]:
+    for dtype, factors in ((torch.float32, 64), (torch.float32, 128), (torch.bfloat16, 128)):
+        yield sgd_passes.Pass("ml-1m", *sgd_passes.SHAPES["ml-1m"], factors, 1, dtype)
+
+
 if __name__ == "__main__":
     machine.keep_freed_memory()
-    sys.exit(command.main("mf_sgd", __doc__, cases, measure))
+    sys.exit(command.main("mf_sgd", __doc__, cases, measure, gpu_cases))

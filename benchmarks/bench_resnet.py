@@ -27,17 +27,17 @@ def measure(run: Run, device: str, smoke: bool) -> list[dict]:
     variants = ("lspm", "torch") if smoke else run.variants
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)  # plain PyTorch would be timed against itself
-        steps = {variant: run.step(variant) for variant in variants}
-        found = steps["lspm"](), run.step("torch", exact=True)(), steps["torch"]()
+        steps = {variant: run.step(variant, device=device) for variant in variants}
+        found = steps["lspm"](), run.step("torch", True, device)(), steps["torch"]()
         harness.compare("lspm", *map(features_and_gradient, found))
     turns = {variant: harness.repeated(step, device) for variant, step in steps.items()}
-    memory = {variant: run.peak_bytes(variant) for variant in ("lspm", "torch")}
+    memory = {variant: run.peak_bytes(variant, device) for variant in ("lspm", "torch")}
     seconds = harness.interleave(turns, 1 if smoke else harness.calls_per_turn(turns), 1 if smoke else None)
     rows = harness.summarise(str(run), ["lspm"], seconds)
     for row in rows:
         row |= {"rate": run.batch / row["median_us"] * 1e6, "unit": "images/s"}
         row |= {"peak_bytes": memory.get(row["variant"]), "goals": []}
-    if not smoke:
+    if not smoke and device == "cpu":
         rows[0]["goals"] = goals(run, rows[0]["speedup"], memory)
     return rows
 
@@ -66,5 +66,10 @@ def cases(smoke: bool = False) -> Iterator[Run]:
         yield Run("training-step", "resnet18", dtype, 64, 32)
 
 
+def gpu_cases() -> Iterator[Run]:
+    for mode in ("inference", "training-step"):
+        yield Run(mode, "resnet50", torch.bfloat16, 128, 224)
+
+
 if __name__ == "__main__":
-    sys.exit(command.main("resnet", __doc__, cases, measure))
+    sys.exit(command.main("resnet", __doc__, cases, measure, gpu_cases))

@@ -14,6 +14,7 @@ from harness import FORWARD, RECORDED, TRAINING, Case
 from lspm_kernels.ops import rotary as table
 
 LARGE = ((4, 1024, 12, 64), (1, 4096, 32, 128))  # B, T, H, D: as a projection leaves them
+GPU_LARGE = ((8, 4096, 32, 128),)
 SMALL = ((8, 1, 32, 128),)  # decoding
 PASSES = {FORWARD: 1, RECORDED: 1, TRAINING: 2}
 
@@ -71,10 +72,15 @@ def cases(smoke: bool = False) -> Iterator[Case]:
             yield from (case(op, mode, dtype, s) for s in (SMALL if mode == RECORDED else shapes))
 
 
+def gpu_cases() -> Iterator[Case]:
+    for dtype, mode in itertools.product((torch.float32, torch.bfloat16), (FORWARD, TRAINING)):
+        yield from (case("rotary", mode, dtype, shape) for shape in (*GPU_LARGE, *SMALL))
+
+
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))
 def test_rotary(benchmark, case, variant):
     command.run(benchmark, case, variant)
 
 
 if __name__ == "__main__":
-    sys.exit(command.main("rotary", __doc__, cases))
+    sys.exit(command.main("rotary", __doc__, cases, gpu_cases=gpu_cases))

@@ -31,10 +31,16 @@ def main(
     description: str,
     cases: Callable[[bool], Iterable],
     measure: Callable[..., list[dict]] = harness.measure,
+    gpu_cases: Callable[[], Iterable] | None = None,
 ) -> int:
-    """Measures cases(smoke), prints the table, and returns the exit status: 1 where a kernel is wrong."""
+    """Measures cases(smoke), prints the table, and returns the exit status: 1 where a kernel is wrong.
+
+    gpu_cases() are what is measured on a GPU instead: of its size.
+    """
     options = parser(description).parse_args()
-    chosen = [c for c in cases(options.smoke) if any(fnmatch.fnmatchcase(str(c), p) for p in options.cases)]
+    on_gpu = gpu_cases is not None and options.device == "cuda" and not options.smoke
+    known = gpu_cases() if on_gpu else cases(options.smoke)
+    chosen = [c for c in known if any(fnmatch.fnmatchcase(str(c), p) for p in options.cases)]
     if not chosen:
         patterns = " ".join(options.cases)
         print(f"bench_{benchmark}.py: --cases must match a case, got {patterns}", file=sys.stderr)

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-MATMUL_SIZE = 2048
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 SLOWEST_KERNEL = 1e10  # FLOP/s: below, torch has none
 # What forces an instruction set upon us, upon torch and upon the libraries under it.
 FORCING = ("LSPM_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
@@ -174,9 +174,9 @@ def matmul_roof(dtype: torch.dtype, device: str = "cpu") -> tuple[Callable[[], o
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         return functools.partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * size**3
 
-    multiply, flops = small = product(MATMUL_SIZE // 8)
+    multiply, flops = small = product(MATMUL_SIZE[device] // 8)
     seconds = min(timeit.repeat(lambda: (multiply(), synchronize(device)), repeat=4, number=1))
-    return small if flops / seconds < SLOWEST_KERNEL else product(MATMUL_SIZE)
+    return small if flops / seconds < SLOWEST_KERNEL else product(MATMUL_SIZE[device])
 
 
 def _has_glibc() -> bool:

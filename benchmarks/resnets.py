@@ -67,18 +67,18 @@ class Run:
         given = images.to(self.dtype).float().numpy()
         return lambda: [torch.from_numpy(request.infer([given])[0])]
 
-    def peak_bytes(self, variant: str) -> int | None:
+    def peak_bytes(self, variant: str, device: str) -> int | None:
         """The most memory of a step at once, in a process of its own: what was freed here would serve."""
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_second_peak, (self, variant))
+            return pool.apply(_second_peak, (self, variant, device))
 
-    def step(self, variant: str, exact: bool = False) -> Callable[[], list[Tensor]]:
+    def step(self, variant: str, exact: bool = False, device: str = "cpu") -> Callable[[], list[Tensor]]:
         if variant == "openvino":
             return self.openvino()
-        model = self.model(variant, exact)
+        model = self.model(variant, exact).to(device)
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(self.batch, 3, self.size, self.size, generator=generator)
-        images = images.to(self.dtype).contiguous(memory_format=LAST)
+        images = images.to(device, self.dtype).contiguous(memory_format=LAST)
         images = images.double() if exact else images
         trains = self.mode != "inference"
         parameters = [p for _, p in sorted(model.named_parameters())]
@@ -93,7 +93,7 @@ class Run:
         return run
 
 
-def _second_peak(run: Run, variant: str) -> int | None:
-    step = run.step(variant)
-    machine.peak_bytes(step)  # with what only a first step does
-    return machine.peak_bytes(step)
+def _second_peak(run: Run, variant: str, device: str) -> int | None:
+    step = run.step(variant, device=device)
+    machine.peak_bytes(step, device)  # with what only a first step does
+    return machine.peak_bytes(step, device)

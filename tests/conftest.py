@@ -1,12 +1,27 @@
 """Settings of the whole suite."""
 
 import os
+import re
 
 # One competing process turns a parallel region of a millisecond into twelve when OpenMP's threads spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS is not deterministic
 
 import pytest
 import torch
+
+import lspm_kernels
+
+# "cuda needs dtype ..., got ...", or the op's table has no such row.
+REFUSAL = re.compile(r"\w+: (cuda|triton) needs |\w+: backend must be one of ")
+
+
+def pytest_generate_tests(metafunc):
+    """What is marked every_backend runs on the CPU and, where there is a GPU, on each of its backends too."""
+    if metafunc.definition.get_closest_marker("every_backend") and torch.cuda.is_available():
+        on_cpu = [] if metafunc.definition.get_closest_marker("gpu") else ["cpu"]
+        on_gpu = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]
+        metafunc.parametrize("backend_of_test", [*on_cpu, *on_gpu], indirect=True)
 
 
 def pytest_collection_modifyitems(items):
@@ -17,5 +32,30 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def backend_of_test(request):
+    """Makes a test's tensors on a GPU and runs one backend's kernels there, if that is what it was given."""
+    name = getattr(request, "param", "cpu")
+    if name == "cpu":
+        yield name
+        return
+    torch.set_default_device("cuda")
+    torch.backends.cudnn.allow_tf32 = False  # by default plain PyTorch errs as TF32 does
+    with lspm_kernels.use_backend(name):
+        yield name
+    torch.set_default_device(None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A call that a GPU's backend refuses, as its table says, is no failure of a test of every backend."""
+    try:
+        return (yield)
+    except (NotImplementedError, ValueError) as error:
+        if item.get_closest_marker("gpu") and REFUSAL.match(str(error)):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.fixture(autouse=True)
+def seeded(backend_of_test):
     torch.manual_seed(0)

@@ -60,6 +60,6 @@ def outputs_and_gradients(
 
 def _weights(output: Tensor) -> Tensor:
     """Gradients for an output: the same for every dtype, before they are rounded to it."""
-    generator = torch.Generator().manual_seed(output.numel())
-    weights = torch.randn(output.shape, generator=generator, dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(output.numel())
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float32, device="cpu")
     return weights.to(torch.bfloat16).to(output.dtype).to(output.device)

@@ -7,8 +7,9 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.use_deterministic_algorithms(True)
+def poisoned_memory(backend_of_test):
+    # On a GPU some of plain PyTorch's gradients have no deterministic form: there it only warns.
+    torch.use_deterministic_algorithms(True, warn_only=backend_of_test != "cpu")
     yield
     torch.use_deterministic_algorithms(False)
 

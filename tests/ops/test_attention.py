@@ -51,6 +51,7 @@ def check(given, view=lambda *t: t, **options):
     oracle.check(*forms, given)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -70,6 +71,7 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
             check(tensors(SHAPES[shape], dtype), causal=causal)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("scale", [1.0, 0.02, 0.0, -0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale(scale, dtype):
@@ -86,6 +88,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", VIEWS)
 def test_strides(name, dtype):
@@ -103,6 +106,7 @@ def test_only_a_last_dimension_with_gaps_is_copied(name):
     assert ("aten::copy_" in {event.key for event in profile.events()}) == (name == "last dimension apart")
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("factor", [1e-30, 1e-4, 30.0, 1e4])
 @pytest.mark.parametrize("causal", [False, True])
 def test_magnitudes(factor, causal):
@@ -111,6 +115,7 @@ def test_magnitudes(factor, causal):
     check([q, k, v * factor], causal=causal)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", range(3))
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,6 +137,7 @@ def test_what_is_not_finite_stays_where_a_query_sees_it():
     assert torch.equal(out[:, :, :256], clean[:, :, :256])
 
 
+@pytest.mark.every_backend
 def test_a_query_that_sees_no_key():
     q, k, v = (x.requires_grad_() for x in tensors((1, 2, 2, 400, 100, 16, 16)))
     out = lk.attention(q, k, v, causal=True)
@@ -140,6 +146,7 @@ def test_a_query_that_sees_no_key():
     assert (out[:, :, 300:] != 0).any(-1).all()
 
 
+@pytest.mark.every_backend
 def test_lse():
     q, k, v = tensors((2, 4, 2, 80, 50, 16, 24))
     _, lse = lk.attention(q, k, v, causal=True, scale=0.25, return_lse=True)
@@ -180,6 +187,7 @@ def test_memory_is_linear_in_the_length():
     assert float(done.stdout) < 64  # MiB; one head's scores alone would be 256
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])
 def test_compile(mode):
     torch._dynamo.reset()
@@ -206,6 +214,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.lspm.attention_backward.default, (*given, False, *sizes, *options))
 
 
+@pytest.mark.every_backend
 def test_second_derivative_is_an_error():
     q, k, v = (x.requires_grad_() for x in tensors())
     (gradient,) = torch.autograd.grad(lk.attention(q, k, v).pow(2).sum(), q, create_graph=True)
@@ -213,6 +222,7 @@ def test_second_derivative_is_an_error():
         torch.autograd.grad(gradient.sum(), q)
 
 
+@pytest.mark.every_backend
 def test_func_transforms():
     many = [torch.stack([x, x + 1, x * 2]) for x in tensors()]
     actual, expected = (
@@ -246,6 +256,7 @@ def test_export_fake_and_meta():
     assert lk.attention(*[x.to("meta") for x in given]).is_meta
 
 
+@pytest.mark.every_backend
 def test_defaults_are_torchs():
     given = tensors((2, 4, 2, 40, 40, 16, 24))
     for causal in (False, True):

@@ -86,6 +86,7 @@ def check(options, shape, dtype, **more):
     oracle.check(*(lambda *t, f=f: call(f, *t, **more) for f in (lk.attention, reference.attention)), given)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", OPTIONS)
@@ -93,6 +94,7 @@ def test_against_the_reference(name, shape, dtype):
     check(OPTIONS[name], shape, dtype)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_few_queries_without_a_gradient(name, dtype):
@@ -101,6 +103,7 @@ def test_few_queries_without_a_gradient(name, dtype):
     oracle.check(*forms, given, gradients=False)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("name", ["window", "mask", "sinks", "bias", "dropout", "everything"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_gradient_of_lse(name, shape):
@@ -116,6 +119,7 @@ def test_the_gradient_of_lse(name, shape):
     oracle.check(form(lk.attention), form(reference.attention), given)
 
 
+@pytest.mark.every_backend
 def test_lse_alone_has_a_gradient():
     given, call = case({}, SHAPES["small"], torch.float32)
     forms = (lambda *t, f=f: call(f, *t, return_lse=True)[1] for f in (lk.attention, reference.attention))
@@ -163,6 +167,7 @@ def test_the_share_of_dropout_is_not_rounded():
         assert (out != 0).all() if word >= threshold else (out == 0).all()
 
 
+@pytest.mark.every_backend
 def test_dropout_drops_its_share():
     q, k = torch.zeros(2, 3, 500, 8), torch.randn(2, 3, 500, 8)
     v = torch.ones(2, 3, 500, 8)
@@ -220,6 +225,7 @@ def test_a_compiled_dropout_draws_its_seed(mode):
     assert abs((dv * v).sum() - out.sum()) < 1e-3  # out is linear in v, under the forward's dropout alone
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
 def test_compile(mode):
     torch._dynamo.reset()
@@ -237,6 +243,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.lspm.attention.default, given)
 
 
+@pytest.mark.every_backend
 def test_masks_are_torchs():
     q, k, v = torch.randn(3, 2, 4, 40, 16)
     for mask in (torch.rand(2, 1, 40, 40) < 0.5, torch.randn(40, 40)):

@@ -72,6 +72,7 @@ def check(lengths, options, dtype=F32, **sizes):
     oracle.check(*forms, given)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("lengths", ["unequal", "more queries than keys", "shifts far apart"])
@@ -79,6 +80,7 @@ def test_against_the_reference(lengths, name, dtype):
     check(LENGTHS[lengths], OPTIONS[name], dtype)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_lengths(lengths):
     check(LENGTHS[lengths], {"causal": True}, F16)
@@ -95,6 +97,7 @@ def test_under_every_instruction_set(monkeypatch, isa):
         check(LENGTHS["unequal"], OPTIONS["everything"], dtype)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("name", ["causal", "everything"])
 def test_few_queries_without_a_gradient(name):
     given, call = case(LENGTHS["few queries"], OPTIONS[name], BF16)
@@ -102,6 +105,7 @@ def test_few_queries_without_a_gradient(name):
     oracle.check(*forms, given, gradients=False)
 
 
+@pytest.mark.every_backend
 def test_a_sequence_is_attention_of_it_alone():
     lengths = LENGTHS["unequal"]
     (q, k, v), call = case(lengths, {"causal": True})
@@ -113,6 +117,7 @@ def test_a_sequence_is_attention_of_it_alone():
         assert torch.equal(out[first:last], lk.attention(*parts, causal=True)[0].transpose(0, 1))
 
 
+@pytest.mark.every_backend
 def test_views_are_read_where_they_lie():
     qkv = torch.randn(40, 3, 4, 16)
     ends = starts((30, 10))
@@ -133,6 +138,7 @@ def test_same_bits_for_any_number_of_threads(dtype):
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_pages(name):
     """Packed queries against keys in pages."""
@@ -171,6 +177,7 @@ def test_memory_is_linear_in_the_length():
     assert float(done.stdout) < 64  # MiB; one head's scores of the longer sequence alone would be 309
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
 def test_compile(mode):
     torch._dynamo.reset()
@@ -205,6 +212,7 @@ def test_plain_pytorch_runs_what_no_kernel_takes():
     assert torch.equal(out, call(reference.attention_varlen, *given)[0])
 
 
+@pytest.mark.every_backend
 def test_dropout_counts_sequences():
     """What is dropped of sequence b is what attention drops of batch b."""
     q = torch.randn(2, 20, 1, 8)

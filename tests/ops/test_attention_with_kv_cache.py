@@ -21,9 +21,14 @@ KINDS = ["dense", "pages of 16", "pages of 256", "chosen", "padded"]
 OPTIONS = {
     "plain": {},
     "causal": {"causal": True},
-    "everything": {"window": (90, 3), "alibi_slopes": torch.rand(B, H), "softcap": 3.0, "scale": 0.3,
-                   "sinks": torch.randn(H)},
-}  # fmt: skip
+    "everything": {"window": (90, 3), "alibi_slopes": (B, H), "softcap": 3.0, "scale": 0.3, "sinks": (H,)},
+}
+
+
+def options_of(name):
+    """Slopes and sinks, of which the table gives the shape, at random."""
+    tensors = ("alibi_slopes", "sinks")
+    return {key: torch.rand(x) if key in tensors else x for key, x in OPTIONS[name].items()}
 
 
 def cache(kind, dtype):
@@ -59,6 +64,7 @@ def appended(x, new, table, lengths):
     return x
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("new", [0, 1, 40])
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,15 +76,14 @@ def test_against_the_reference(name, kind, new, dtype):
     k, v = (torch.randn(B, H_KV, new, dim).to(dtype) for dim in (D, DV))
     expected = [appended(x, y, table, lengths) for x, y in ((k_cache, k), (v_cache, v))]
     counts = [length + new - begin for length, begin in zip(lengths, begins, strict=True)]
+    more = options_of(name)
 
     def call(q, k, v):
-        return reference.attention_with_kv_cache(
-            q, k, v, begins, counts, table, **OPTIONS[name], return_lse=True
-        )
+        return reference.attention_with_kv_cache(q, k, v, begins, counts, table, **more, return_lse=True)
 
     out, lse = lk.attention_with_kv_cache(
         q, k_cache, v_cache, *((k, v) if new else ()), cache_seqlens=torch.tensor(lengths), **options,
-        **OPTIONS[name], return_lse=True,
+        **more, return_lse=True,
     )  # fmt: skip
     assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
     truth, plain = call(q.double(), *(x.double() for x in expected)), call(q, *expected)
@@ -100,6 +105,7 @@ def test_under_every_instruction_set(monkeypatch, isa):
         test_one_kernel_appends_as_torch_does("pages of 16", dtype)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_rotary_on_the_way(causal, interleaved):
@@ -174,6 +180,7 @@ def test_many_keys_are_appended_by_any_number_of_threads():
     assert torch.equal(caches[0][1, 1, :, 7:207], v[1]) and caches[0][:, 1, :, 207:].count_nonzero() == 0
 
 
+@pytest.mark.every_backend
 def test_step_by_step_is_the_whole():
     """A text generated token by token, in one cache, has the attention of the whole text at once."""
     q, k, v = torch.randn(2, H, 70, D), torch.randn(2, H_KV, 70, D), torch.randn(2, H_KV, 70, DV)
@@ -192,6 +199,7 @@ def test_step_by_step_is_the_whole():
     )
 
 
+@pytest.mark.every_backend
 def test_a_cache_lies_as_it_likes():
     """(B, S, H_kv, D) by its transpose: written in place, read where it lies, whole without cache_seqlens."""
     k_cache, v_cache = torch.randn(2, 50, H_KV, D), torch.randn(2, 50, H_KV, DV)
@@ -246,6 +254,7 @@ def test_same_bits_wherever_rows_lie(dtype):
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["dense", "pages of 16"])
 def test_compile(kind, mode):

@@ -42,6 +42,7 @@ def check(inputs, gradients=True, **options):
     oracle.check(ours, theirs, inputs, gradients=gradients)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,6 +52,7 @@ def test_against_the_reference(shape, dtype, activation, training):
         check(tensors(shape, dtype, residual=residual), training=training, activation=activation)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_what_may_be_absent(training):
     x, residual, weight, bias = tensors((3, 40, 5, 5))
@@ -60,11 +62,13 @@ def test_what_may_be_absent(training):
     check([x, residual, weight, bias], training=False, running=False)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_half_weights(dtype):
     check(tensors((3, 40, 5, 5), dtype, dtype), activation="silu")
 
 
+@pytest.mark.every_backend
 def test_a_residual_of_another_dtype():
     x, residual, weight, bias = tensors((3, 40, 5, 5), BF16)
     y = lk.batch_norm_act(x, weight, bias, residual=residual.float(), training=True)
@@ -72,6 +76,7 @@ def test_a_residual_of_another_dtype():
     torch.testing.assert_close(y, F.batch_norm(x.float(), None, None, weight, bias, True) + residual)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("wanted", range(4))
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
@@ -87,6 +92,7 @@ def test_one_gradient_alone(activation, training, wanted):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_layouts(training):
     x, residual, weight, bias = torch.randn(3, 40, 6, 5), torch.randn(6, 5, 3, 40), *torch.randn(2, 80)
@@ -99,6 +105,7 @@ def test_layouts(training):
     assert ops.batch_norm.channels_last(lies_so) is lies_so
 
 
+@pytest.mark.every_backend
 def test_misaligned_data():
     flat = torch.randn(2, 4 * 64 + 1)
     inputs = [flat[0, 1:].view(4, 64), flat[1, 1:].view(4, 64), *torch.randn(2, 65)[:, 1:]]
@@ -106,12 +113,14 @@ def test_misaligned_data():
     check(inputs, activation="relu")
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("scale", [1e-6, 1e6, 1e15])
 def test_magnitudes(scale):
     x, residual, weight, bias = tensors((3, 40, 5, 5))
     check([x * scale, residual, weight, bias], gradients=False)
 
 
+@pytest.mark.every_backend
 def test_a_large_mean_cancels_nothing():
     x, _, weight, bias = tensors((16, 20, 9, 9))
     check([x + 1000, None, weight, bias], gradients=False)
@@ -120,12 +129,14 @@ def test_a_large_mean_cancels_nothing():
     torch.testing.assert_close(running[1], (x + 1000).double().var((0, 2, 3)).float(), rtol=3e-6, atol=0)
 
 
+@pytest.mark.every_backend
 def test_an_outlier_among_the_first_rows():
     x, _, weight, bias = tensors((4, 5, 9, 9))
     x[0, :, 0, 0] = 1e4
     check([x, None, weight, bias], gradients=False)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_channel_that_is_not_finite_leaves_the_others_alone(value):
     x, _, weight, bias = tensors((4, 40, 5, 5))
@@ -136,6 +147,7 @@ def test_a_channel_that_is_not_finite_leaves_the_others_alone(value):
     check([x, None, weight, bias], activation="relu", training=False, gradients=False)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("momentum", [0.1, 1.0])
 def test_running_statistics(dtype, momentum):
@@ -154,6 +166,7 @@ def test_running_statistics(dtype, momentum):
         assert all(torch.equal(a, b) for a, b in zip(ours, before, strict=True))
 
 
+@pytest.mark.every_backend
 def test_as_torch_has_it():
     x, residual, weight, bias = tensors((3, 40, 5, 5))
     running = torch.rand(2, 40).unbind()
@@ -162,6 +175,7 @@ def test_as_torch_has_it():
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("shape", [(2, 0, 4, 4), (0, 3, 4, 4), (2, 3, 0, 4)], ids=str)
 def test_empty(shape):
     check(tensors(shape), activation="relu", training=False)

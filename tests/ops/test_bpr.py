@@ -47,6 +47,7 @@ def check(tables, blocks, seen=None, lr=0.05, reg=(0.1, 0.2, 0.3), seed=5):
     oracle.check(ours, expected, tables, gradients=False)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("factors", [1, 7, 16, 33, 64, 128, 200])
 @pytest.mark.parametrize("with_seen", [False, True])
 def test_oracle(factors, with_seen):
@@ -55,6 +56,7 @@ def test_oracle(factors, with_seen):
     check(tables, blocks, seen_by(users, items, 30) if with_seen else None)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("count", [0, 1, 9])
 def test_few_pairs_and_no_bias(count):
     tables, users, items = problem(count=count)
@@ -79,6 +81,7 @@ def test_same_bits_for_any_number_of_threads():
             assert torch.equal(a, b)
 
 
+@pytest.mark.every_backend
 def test_items_are_drawn_evenly_from_the_part_and_never_what_is_seen():
     """Without factors that matter, a bias falls as often as its item is drawn."""
     count = 40000
@@ -95,6 +98,7 @@ def test_items_are_drawn_evenly_from_the_part_and_never_what_is_seen():
     assert int(skipped) < 5  # (3 / 21) ** 8 of them
 
 
+@pytest.mark.every_backend
 def test_a_user_who_has_seen_all_is_skipped():
     tables, users, items = problem(users=2, items=3, count=6)
     users = torch.zeros(6, dtype=torch.int64)
@@ -117,6 +121,7 @@ def test_other_blocks_bring_other_items_together():
     assert len(together) > 300  # of 780 pairs; one square has some 80
 
 
+@pytest.mark.every_backend
 def test_it_learns_what_users_like():
     """Users of two kinds, each with items of its own."""
     users = torch.randint(100, (8000,))

@@ -55,12 +55,14 @@ def both(name, **options):
     )
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_against_the_reference(name, dtype):
     oracle.check(*both(name), tensors(name, dtype, bias=True))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["1x1", "3x3-strided", "7x7-stem"])
 def test_weights_in_channels_last_and_inputs_that_are_not(name, dtype):
@@ -68,6 +70,7 @@ def test_weights_in_channels_last_and_inputs_that_are_not(name, dtype):
     oracle.check(*both(name), [x, weight.to(memory_format=torch.channels_last)])
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "gelu", None])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gradients", [True, False])
@@ -85,6 +88,7 @@ def test_epilogue(activation, dtype, gradients):
     oracle.check(of(lk.conv2d), of(reference.conv2d), inputs, gradients=gradients)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
 def test_residual_and_activation_without_a_scale(activation):
     x, weight, bias = tensors("3x3-strided", bias=True)
@@ -96,6 +100,7 @@ def test_residual_and_activation_without_a_scale(activation):
     oracle.check(of(lk.conv2d), of(reference.conv2d), [x * 3, weight, bias, residual])
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("kernel", [(2, 3), (4, 5)])
 def test_padding_by_name(padding, kernel):
@@ -107,11 +112,13 @@ def test_padding_by_name(padding, kernel):
     )
 
 
+@pytest.mark.every_backend
 def test_one_image_without_a_batch():
     x, weight = torch.randn(8, 9, 10), torch.randn(6, 8, 3, 3)
     oracle.check(lk.conv2d, F.conv2d, [x, weight])
 
 
+@pytest.mark.every_backend
 def test_an_empty_batch_has_zero_gradients():
     x, weight = torch.randn(0, 8, 9, 10, requires_grad=True), torch.randn(6, 8, 3, 3, requires_grad=True)
     y = lk.conv2d(x, weight, padding=1)
@@ -120,6 +127,7 @@ def test_an_empty_batch_has_zero_gradients():
     assert x.grad.shape == x.shape and not weight.grad.any()
 
 
+@pytest.mark.every_backend
 def test_memory_formats():
     x, weight, _ = tensors()
     y = lk.conv2d(x, weight.requires_grad_(), padding=1)
@@ -128,6 +136,7 @@ def test_memory_formats():
     assert weight.grad.stride() == weight.stride()
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["3x3", "7x7-stem", "3x3-odd-channels", "stride-over-kernel"])
@@ -143,6 +152,7 @@ def test_what_is_not_finite_reaches_only_the_outputs_that_see_it(name, dtype, va
     assert not actual["output 0"].isfinite().all()
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("scale", [1e-15, 1e12])
 def test_magnitudes(scale):
     x, weight, _ = tensors()

@@ -46,6 +46,7 @@ def both(name, **options):
     return of(lk.conv2d_batch_norm), of(reference.conv2d_batch_norm)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
@@ -58,6 +59,7 @@ def test_against_the_reference(name, dtype, training):
     oracle.check(*leaves, given[:4])
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "gelu", None])
 @pytest.mark.parametrize("training", [True, False])
 def test_residual_and_activation(activation, training):
@@ -68,6 +70,7 @@ def test_residual_and_activation(activation, training):
     oracle.check(*leaves, [*given[:4], given[6]])
 
 
+@pytest.mark.every_backend
 def test_against_modules_over_steps():
     torch.manual_seed(0)
     conv, norm = torch.nn.Conv2d(8, 16, 3, padding=1), torch.nn.BatchNorm2d(16)
@@ -90,6 +93,7 @@ def test_against_modules_over_steps():
         torch.testing.assert_close(y, norm.eval()(conv(x)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.every_backend
 def test_a_large_mean_cancels_nothing():
     given = tensors("many-rows")
     given[0] = given[0] * 0.01 + 100
@@ -124,6 +128,7 @@ def test_every_instruction_set(isa, monkeypatch):
             oracle.check(*forms, tensors(name, dtype), gradients=False)
 
 
+@pytest.mark.every_backend
 def test_compile():
     torch._dynamo.reset()
     given = tensors()

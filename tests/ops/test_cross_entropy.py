@@ -65,6 +65,7 @@ def check_kind(kind, shape, dtype=F32, scale=1.0, **options):
     check(logits, *targets(shape, dtype, probabilities, weights), label_smoothing=smoothing, **options)
 
 
+@pytest.mark.every_backend
 @REDUCTIONS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -85,12 +86,14 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
             check_kind(kind, shape, dtype)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("scale", [1e-20, 30.0, 1000.0])
 def test_magnitudes(kind, scale):
     check_kind(kind, (9, 1100), scale=scale, reduction="sum")
 
 
+@pytest.mark.every_backend
 @REDUCTIONS
 @pytest.mark.parametrize("where", [0, 1024, 2049])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -102,6 +105,7 @@ def test_special_values(value, where, reduction):
     check(logits, target, label_smoothing=0.1, reduction=reduction, gradients=False)
 
 
+@pytest.mark.every_backend
 def test_logits_that_are_all_infinite_up_to_the_last():
     logits = torch.full((3, 2050), -float("inf"))
     logits[0, -1] = logits[1, 5] = 3.0
@@ -109,10 +113,12 @@ def test_logits_that_are_all_infinite_up_to_the_last():
     check(logits, target, reduction="none")
 
 
+@pytest.mark.every_backend
 def test_logits_far_below_0():
     check(torch.randn(3, 7) - 300, torch.tensor([0, 6, 3]))
 
 
+@pytest.mark.every_backend
 def test_torchs_own_defaults_and_classes_of_32_bits():
     logits, (target, weight) = torch.randn(6, 5), targets((6, 5), weights=True)
     torch.testing.assert_close(
@@ -123,6 +129,7 @@ def test_torchs_own_defaults_and_classes_of_32_bits():
     assert wide.dtype == F16  # beside weights of float32
 
 
+@pytest.mark.every_backend
 @REDUCTIONS
 def test_all_ignored(reduction):
     logits = torch.randn(3, 5, requires_grad=True)
@@ -133,6 +140,7 @@ def test_all_ignored(reduction):
     assert not gradient.any()
 
 
+@pytest.mark.every_backend
 def test_a_row_that_is_ignored_is_not_read():
     logits = torch.randn(3, 5)
     logits[1] = float("nan")
@@ -142,6 +150,7 @@ def test_a_row_that_is_ignored_is_not_read():
     assert loss.isfinite() and not gradient[1].any() and gradient[0].any()
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("shape", [(0, 5), (0, 5, 2)])
 @REDUCTIONS
 def test_no_rows(shape, reduction):

@@ -19,6 +19,7 @@ def check(x):
     oracle.check(lk.global_avg_pool, reference.global_avg_pool, [x])
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES + EMPTY)
 def test_against_the_reference(shape, dtype):
@@ -37,6 +38,7 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
         check((torch.randn(shape) + 3).to(dtype))
 
 
+@pytest.mark.every_backend
 def test_a_sum_of_many_pixels_rounds_little():
     check(torch.rand(1, 5, 300, 301) + 1)
 
@@ -46,6 +48,7 @@ def test_a_gradient_that_is_streamed():
         check(torch.randn(2, channels, 33, 65).to(dtype))  # more than 4 MiB, but for F16
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, 1e-30])
 def test_special_values(value):
     x = torch.randn(2, 19, 3, 5)

@@ -36,6 +36,7 @@ def tensors(shape=(6, 40), dtype=torch.float32, weight_dtype=None, weight=True, 
     return [x, residual, w if weight else None, b if bias else None]
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMS)
@@ -43,6 +44,7 @@ def test_against_the_reference(form, shape, dtype):
     oracle.check(*FORMS[form], tensors(shape, dtype))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("weight", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("form", FORMS)
@@ -50,24 +52,28 @@ def test_weight_and_bias_may_be_absent(form, weight, bias):
     oracle.check(*FORMS[form], tensors((9, 100), weight=weight, bias=bias))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_float32_weights_beside_half_inputs(dtype):
     oracle.check(*FORMS["add_layer_norm"], tensors((9, 100), dtype, torch.float32))
     oracle.check(*FORMS["layer_norm"], tensors((9, 100), dtype, torch.float32, weight=False))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 0, 4)])
 def test_empty(form, shape):
     oracle.check(*FORMS[form], tensors(shape))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("kept", [0, 1])
 def test_gradient_of_one_output_alone(kept):
     ours, theirs = FORMS["add_layer_norm"]
     oracle.check(lambda *t: ours(*t)[kept], lambda *t: theirs(*t)[kept], tensors())
 
 
+@pytest.mark.every_backend
 def test_frozen_weights_get_no_gradient():
     x, residual, weight, bias = tensors()
     x.requires_grad_()
@@ -77,6 +83,7 @@ def test_frozen_weights_get_no_gradient():
     torch.testing.assert_close(bias.grad, torch.full((40,), 6.0))
 
 
+@pytest.mark.every_backend
 def test_a_gradient_for_x_alone():
     x, _, weight, bias = tensors()
     y = lk.layer_norm(x.requires_grad_(), weight, bias)
@@ -84,6 +91,7 @@ def test_a_gradient_for_x_alone():
     torch.testing.assert_close(torch.autograd.grad(y.pow(2).sum(), x), expected)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("form", FORMS)
 def test_inputs_that_are_not_contiguous(form):
     def turned(f):
@@ -94,12 +102,14 @@ def test_inputs_that_are_not_contiguous(form):
     oracle.check(*map(turned, FORMS[form]), [x, residual, weight, bias])
 
 
+@pytest.mark.every_backend
 def test_misaligned_data():
     flat = torch.randn(4 * 64 + 1)
     x = flat[1:].view(4, 64)
     oracle.check(*FORMS["layer_norm"], [x, None, torch.randn(65)[1:], None])
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("form", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e15])
 def test_magnitudes(form, scale):
@@ -107,11 +117,13 @@ def test_magnitudes(form, scale):
     oracle.check(*FORMS[form], [x * scale, None, weight, bias], gradients=False)
 
 
+@pytest.mark.every_backend
 def test_a_large_mean_cancels_nothing():
     x, _, weight, bias = tensors((9, 1000))
     oracle.check(*FORMS["layer_norm"], [x + 1000, None, weight, bias], gradients=False)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_leaves_the_others_alone(value):
     x, _, weight, bias = tensors((4, 100))
@@ -151,12 +163,14 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
             oracle.check(*form, tensors(shape, dtype))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs_that_are_streamed(dtype):
     cols = 1024 if dtype == torch.float32 else 2048  # a little more than 4 MiB
     oracle.check(*FORMS["add_layer_norm"], tensors((1031, cols), dtype))
 
 
+@pytest.mark.every_backend
 def test_defaults_are_torchs():
     x, _, weight, bias = tensors()
     torch.testing.assert_close(lk.layer_norm(x, weight, bias), F.layer_norm(x, (40,), weight, bias))

@@ -42,6 +42,7 @@ def image(case, dtype=F32, values=None):
     return (torch.randn(shape) if values is None else torch.randint(values, shape)).to(dtype)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_against_torch(case, dtype):
@@ -67,6 +68,7 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
         assert torch.equal(with_indices(x)[1], torchs(x)[1])
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("case", ["the stem of a ResNet", "dilated"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_special_values(value, case):
@@ -78,6 +80,7 @@ def test_special_values(value, case):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_finite_number_comes_out_as_it_went_in(dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
@@ -87,6 +90,7 @@ def test_every_finite_number_comes_out_as_it_went_in(dtype):
     assert torch.equal(found, given)
 
 
+@pytest.mark.every_backend
 def test_a_window_all_of_whose_taps_lie_outside():
     x = torch.randn(1, 2, 2, 2, requires_grad=True)
     ours, theirs = (f(x, 2, 1, 1, 3, return_indices=True) for f in (lk.max_pool2d, F.max_pool2d))
@@ -95,6 +99,7 @@ def test_a_window_all_of_whose_taps_lie_outside():
     assert not torch.autograd.grad(ours[0].sum(), x)[0].any()
 
 
+@pytest.mark.every_backend
 def test_of_gradients_only_those_of_windows_that_took_an_element_reach_it():
     x = torch.tensor([[[1.0, 3.0, 3.0, 2.0]]], requires_grad=True)
     y = lk.max_pool2d(x, (1, 2), 1)

@@ -40,6 +40,7 @@ def check(shape, dtype, ids=None, biased=True, mean=0.5):
     oracle.check(*(bound(op, *ids, mean=mean) for op in (lk.mf, reference.mf)), tensors)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES + EMPTY)
 def test_against_the_reference(shape, dtype):
@@ -58,6 +59,7 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
         check(shape, dtype)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_sums_round_little(dtype):
     shape = (2, 3, 9, 40_000)
@@ -66,6 +68,7 @@ def test_long_sums_round_little(dtype):
     oracle.check(*(bound(op, *ids) for op in (lk.mf, reference.mf)), tensors)
 
 
+@pytest.mark.every_backend
 def test_one_bias_without_the_other():
     shape = SHAPES[1]
     u, i, a, b = tables(shape, F32)
@@ -77,6 +80,7 @@ def test_one_bias_without_the_other():
 IDS = pairs(SHAPES[1])
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("wanted", range(1, 16))
 def test_only_the_gradients_that_are_wanted(wanted):
     shape = (6, 9, 20, 50)
@@ -91,6 +95,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize(
     "shapes", [((5, 1), (5, 8)), ((4,), (3, 4)), ((), (3,)), ((2, 3, 4), (2, 3, 4)), ((), ())]
 )
@@ -101,12 +106,14 @@ def test_ids_of_any_shape_that_broadcast(shapes):
     assert lk.mf(*tensors[:2], users, items).shape == torch.broadcast_shapes(*shapes)
 
 
+@pytest.mark.every_backend
 def test_memory_that_is_not_contiguous():
     users, items = torch.randint(6, (10, 2))[:, 0], torch.randint(9, (10, 3))[:, 1]
     make = [torch.randn(20, 6).t(), torch.randn(9, 40)[:, ::2], torch.randn(6, 2)[:, 1], torch.randn(18)[::2]]
     oracle.check(*(bound(op, users, items) for op in (lk.mf, reference.mf)), make)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_special_values_stay_in_their_pairs(value):
     tensors = tables((6, 9, 20, 0), F32)
@@ -139,6 +146,7 @@ def test_same_bits_for_any_number_of_threads(dtype):
     assert torch.equal(part, results[0]["output 0"][17:50])
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("name, last", [("users", 5), ("items", 8)])
 @pytest.mark.parametrize("wrong", ["one more", -1, -(2**40), 2**40, 2**62])

@@ -48,6 +48,7 @@ def check(x, y, indptr, indices, values, weight=None, **options):
     oracle.check(ours, truth, [x, y, values, weight], gradients=False)
 
 
+@pytest.mark.every_backend
 @EACH_OBJECTIVE
 @EACH_SOLVER
 @pytest.mark.parametrize("k", K_OF_EACH_KIND)
@@ -56,6 +57,7 @@ def test_against_the_reference(k, solver, options):
         check(*factors(rows, columns, k), *matrix(rows, columns, entries, wide=k % 2), **solver, **options)
 
 
+@pytest.mark.every_backend
 @EACH_SOLVER
 def test_a_large_k_and_rows_of_many_tiles(solver):
     for k in (300, 512):
@@ -63,6 +65,7 @@ def test_a_large_k_and_rows_of_many_tiles(solver):
     check(*factors(4, 3000, 24), *matrix(4, 3000, 9000), **solver, **EXPLICIT)
 
 
+@pytest.mark.every_backend
 @EACH_SOLVER
 def test_options(solver):
     x, y = factors(20, 30, 17)
@@ -136,6 +139,7 @@ def test_no_half_sweep_makes_the_loss_larger(solver, options, weighted_reg):
     assert all(after < before for before, after in itertools.pairwise(losses)), losses
 
 
+@pytest.mark.every_backend
 @EACH_OBJECTIVE
 @EACH_SOLVER
 def test_rows_without_entries_become_0_and_empty_tensors_are_none(solver, options):
@@ -166,6 +170,7 @@ def test_a_matrix_that_is_not_positive_definite_is_an_error_that_names_its_row()
     assert lk.mf_als_(x, y, indptr, indices, values, reg=1e-3).isfinite().all()
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_huge_and_tiny_values(scale):
     (x, y), (indptr, indices, values) = factors(9, 20, 5), matrix(9, 20, 200)

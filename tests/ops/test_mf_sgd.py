@@ -55,6 +55,7 @@ def ours(tables, blocks, squares=None, lr=0.05, **options):
     return *tables, *(squares or ()), total
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("factors", FACTORS)
 def test_oracle(factors, options):
@@ -73,6 +74,7 @@ def test_oracle(factors, options):
     oracle.check(of(ours), of(expected), tables, gradients=False)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 2000])
 def test_any_number_of_ratings(count):
     tables, ratings = problem(count=count)
@@ -80,6 +82,7 @@ def test_any_number_of_ratings(count):
     oracle.check(lambda *t: ours(t, blocks), lambda *t: expected(t, blocks), tables, gradients=False)
 
 
+@pytest.mark.every_backend
 def test_without_biases():
     tables, ratings = problem()
     blocks = lk.rating_blocks(*ratings, num_users=40, num_items=30)
@@ -135,6 +138,7 @@ def test_ratings_alone_are_taken_in_the_order_of_their_blocks():
         assert torch.equal(x, y)
 
 
+@pytest.mark.every_backend
 def test_bfloat16_rounds_at_random_and_in_proportion():
     """A step of a hundredth of the distance between two numbers is taken one time in a hundred."""
     ids = torch.arange(20000)
@@ -156,6 +160,7 @@ def test_bfloat16_rounds_at_random_and_in_proportion():
     assert not torch.equal(step(1)[0], p)
 
 
+@pytest.mark.every_backend
 def test_bfloat16_is_float32_rounded_up_or_down():
     tables, (users, items, ratings, _) = problem(factors=37, users=50, items=50, count=50)
     users, items = torch.randperm(50), torch.randperm(50)  # no row twice
@@ -167,6 +172,7 @@ def test_bfloat16_is_float32_rounded_up_or_down():
         assert torch.equal(a, b) or (a - b.float()).abs().le(a.abs() * 2**-7 + 1e-38).all()
 
 
+@pytest.mark.every_backend
 def test_it_learns_a_table_of_low_rank():
     u, v = torch.randn(200, 4), torch.randn(150, 4)
     users, items = torch.randint(200, (12000,)), torch.randint(150, (12000,))
@@ -178,6 +184,7 @@ def test_it_learns_a_table_of_low_rank():
     assert losses[-1] < 0.02  # the noise is 0.01
 
 
+@pytest.mark.every_backend
 def test_what_is_not_finite_stays_so():
     for dtype in (torch.float32, torch.bfloat16):
         tables, ratings = problem()

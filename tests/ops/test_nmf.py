@@ -23,6 +23,7 @@ def check(x, y, indptr, indices, values, reg=0.06, eps=1e-12):
     oracle.check(ours, truth, [x, y, values], gradients=False)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("k", K_OF_EACH_KIND)
 def test_against_the_reference(k):
     for rows, columns, entries in ((1, 1, 1), (2, 50, 40), (40, 30, 900)):
@@ -42,6 +43,7 @@ def test_every_instruction_set(isa, monkeypatch):
         check(torch.rand(20, k), torch.rand(30, k), *matrix(20, 30, 500))
 
 
+@pytest.mark.every_backend
 def test_the_formula_entry_by_entry():
     """As Surprise writes it: one estimate, one numerator and one denominator for each entry and factor."""
     (indptr, indices, values), x, y = matrix(4, 5, 9), torch.rand(4, 3), torch.rand(5, 3)
@@ -70,6 +72,7 @@ def test_no_update_makes_the_objective_larger():
     assert all(after < before for before, after in itertools.pairwise(losses)), losses
 
 
+@pytest.mark.every_backend
 def test_zeros():
     indptr, indices = torch.tensor([0, 2, 4, 4, 6]), torch.tensor([0, 1, 0, 1, 2, 2])
     x, y, values = torch.rand(4, 5), torch.rand(3, 5), torch.rand(6)

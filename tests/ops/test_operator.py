@@ -12,6 +12,7 @@ import oracle
 from lspm_kernels.reference import layer_norm as reference
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])
 def test_compile(form, mode):
@@ -53,6 +54,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(backward, (y, y, total, saved, weight, None, False, True, "cpu"))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("form", FORMS)
 def test_second_derivative_is_an_error(form):
     x, residual, weight, bias = (t.requires_grad_() for t in tensors())

@@ -50,6 +50,7 @@ def check(shape, dtype=F32, table_dtype=None, view=lambda x: x, ours=lk.rotary, 
     oracle.check(*forms, [torch.randn(B, H, T, D).to(dtype)])
 
 
+@pytest.mark.every_backend
 @STYLES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -58,6 +59,7 @@ def test_against_the_reference(shape, dtype, interleaved):
     check(SHAPES[shape], dtype, F32, interleaved=interleaved)
 
 
+@pytest.mark.every_backend
 @STYLES
 def test_against_complex_numbers(interleaved):
     x, angles = torch.randn(2, 3, 7, 16), torch.rand(7, 8) * 7
@@ -81,6 +83,7 @@ def test_every_instruction_set(isa, dtype, interleaved, monkeypatch):
             check(SHAPES[shape], dtype, table_dtype, interleaved=interleaved, offsets=3)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("offsets", [None, 0, 4, 9, [9, 0], [3, 5]])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_offsets(offsets, dtype):
@@ -89,6 +92,7 @@ def test_offsets(offsets, dtype):
     check(SHAPES["no rows"], dtype, offsets=offsets)
 
 
+@pytest.mark.every_backend
 def test_offsets_are_positions():
     x, (cos, sin) = torch.randn(2, 3, 5, 8), tables(20, 8)
     whole = lk.rotary(x, cos, sin, offsets=torch.tensor([6, 11]))
@@ -110,6 +114,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.every_backend
 @STYLES
 @pytest.mark.parametrize("name", VIEWS)
 def test_strides(name, interleaved):
@@ -123,12 +128,14 @@ def test_strides(name, interleaved):
     assert ("aten::copy_" in {event.key for event in profile.events()}) == copied
 
 
+@pytest.mark.every_backend
 def test_tables_that_are_not_contiguous():
     x, (cos, sin) = torch.randn(2, 3, 5, 8), tables(10, 16)
     expected = reference.rotary(x, cos[::2, ::2], sin[::2, ::2])
     torch.testing.assert_close(lk.rotary(x, cos[::2, ::2], sin[::2, ::2]), expected)
 
 
+@pytest.mark.every_backend
 @STYLES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim, rotated", [(128, 128), (128, 64), (128, 72), (132, 64)])
@@ -150,6 +157,7 @@ def test_same_bits_for_any_number_of_threads(dtype, interleaved):
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
 
 
+@pytest.mark.every_backend
 @STYLES
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, 1e-30])
 def test_special_values(value, interleaved):

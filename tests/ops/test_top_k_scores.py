@@ -44,13 +44,12 @@ def check_exact(shape, dtype, biased=True, excluded=True):
     q, i = integers((B, D), dtype), integers((N, D), dtype)
     bias = integers((N,), F32) if biased else None
     lists = exclusions(B, N, 2 * N if N < 300 else 40) if excluded and N else (None, None)
-    ours = lk.top_k_scores(
-        q, i, k, item_bias=bias, exclude_indptr=lists[0], exclude_indices=lists[1], backend="cpu"
-    )
+    ours = lk.top_k_scores(q, i, k, item_bias=bias, exclude_indptr=lists[0], exclude_indices=lists[1])
     assert ours[0].dtype == F32 and ours[1].dtype == torch.int64 and ours[0].shape == (B, k)
     identical(ours, reference.top_k_scores(q, i, k, bias, *lists))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES + EMPTY)
 def test_equal_scores_go_by_index(shape, dtype):
@@ -89,6 +88,7 @@ def check_scores(dtype, shape):
     oracle.compare("scores of indices", scores, of_indices, plain)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape", [(1, 3000, 64, 10), (65, 900, 50, 100), (29, 700, 256, 20), (30, 300, 1030, 5)]
@@ -97,6 +97,7 @@ def test_against_the_reference(shape, dtype):
     check_scores(dtype, shape)
 
 
+@pytest.mark.every_backend
 def test_many_items_and_a_large_k():
     check_exact((2, 6000, 8, 1000), F32)
     check_exact((31, 3000, 3, 2999), BF16)
@@ -117,6 +118,7 @@ def check_special_values(dtype):
         identical(lk.top_k_scores(q, i, k, item_bias=bias), reference.top_k_scores(q, i, k, bias))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_comes_first_and_infinities_are_scores(dtype):
     check_special_values(dtype)
@@ -127,6 +129,7 @@ def test_nan_comes_first_and_infinities_are_scores(dtype):
     assert zeros[1].tolist() == [[0, 1, 2]]
 
 
+@pytest.mark.every_backend
 def test_a_row_that_excludes_all_and_a_slice_of_lists():
     q, i = integers((4, 8), F32), integers((70, 8), F32)
     indptr = torch.tensor([0, 70, 70, 72, 210], dtype=torch.int32)
@@ -158,6 +161,7 @@ def test_a_score_depends_on_its_query_and_item_alone(dtype):
     identical(moved, (whole[0], whole[1] + 13))
 
 
+@pytest.mark.every_backend
 def test_memory_that_is_not_contiguous_is_read_where_it_lies():
     wide = torch.randn(50, 200)
     q, i = wide[:9, 3:40], wide[:, 100:137]

@@ -1,0 +1,181 @@
+"""What only a GPU can show: streams, graphs, no waiting, offsets beyond 2^31, memory, the same bits again."""
+
+import pytest
+import torch
+
+import lspm_kernels as lk
+import oracle
+from lspm_kernels.reference import attention as attention_reference
+from lspm_kernels.reference import rotary as rotary_reference
+
+pytestmark = [pytest.mark.every_backend, pytest.mark.gpu]
+BF16 = torch.bfloat16
+
+
+def attention(causal=True, **options):
+    q, k, v = (torch.randn(2, 4, 200, 64).to(BF16) for _ in range(3))
+    return lambda q, k, v: lk.attention(q, k, v, causal=causal, **options), [q, k, v]
+
+
+def norm():
+    x, residual = torch.randn(2, 300, 768).to(BF16).unbind()
+    return lk.add_layer_norm, [x, residual, *torch.randn(2, 768).to(BF16).unbind()]
+
+
+def convolution():
+    x, weight = torch.randn(2, 64, 14, 14).to(BF16), torch.randn(32, 64, 3, 3).to(BF16) / 24
+    return lambda x, w: lk.conv2d(x, w, padding=1), [x.contiguous(memory_format=torch.channels_last), weight]
+
+
+def batch_norm():
+    x = torch.randn(4, 32, 14, 14).to(BF16).contiguous(memory_format=torch.channels_last)
+    return lambda x, w, b: lk.batch_norm_act(x, w, b, training=True), [x, *torch.randn(2, 32).unbind()]
+
+
+def pools():
+    x = torch.randn(2, 32, 16, 16).contiguous(memory_format=torch.channels_last)
+    return lambda x: (lk.max_pool2d(x, 3, 2, 1), lk.global_avg_pool(x)), [x]
+
+
+def loss():
+    target = torch.randint(1000, (64,))
+    return lambda x: lk.cross_entropy(x, target, label_smoothing=0.1), [torch.randn(64, 1000).to(BF16)]
+
+
+def rotation():
+    tables = torch.randn(2, 40, 16).unbind()
+    return lambda x: lk.rotary(x, *tables), [torch.randn(2, 3, 40, 64).to(BF16)]
+
+
+OPS = {f.__name__: f for f in (attention, norm, convolution, batch_norm, pools, loss, rotation)}
+of_each_op = pytest.mark.parametrize("op", OPS)
+
+
+def results(function, tensors):
+    return list(oracle.outputs_and_gradients(function, tensors).values())
+
+
+@of_each_op
+def test_the_same_bits_again(op):
+    function, tensors = OPS[op]()
+    first = results(function, tensors)
+    for _ in range(5):
+        for again, then in zip(results(function, tensors), first, strict=True):
+            assert torch.equal(again, then)
+
+
+@of_each_op
+def test_nothing_waits_for_the_gpu(op):
+    function, tensors = OPS[op]()
+    results(function, tensors)
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@of_each_op
+def test_work_is_queued_on_the_current_stream(op):
+    """A wait stands before it on that stream: queued elsewhere, it would read what is not yet written."""
+    function, tensors = OPS[op]()
+    expected = results(function, tensors)
+    places = [torch.full_like(t, float("nan")) for t in tensors]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for place, t in zip(places, tensors, strict=True):
+            place.copy_(t)
+        found = results(function, places)
+    torch.cuda.synchronize()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@of_each_op
+def test_captured_in_a_graph(op):
+    function, tensors = OPS[op]()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+
+    def step():
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return *outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(torch.randn_like(leaf) / 8)
+    graph.replay()
+    for ours, theirs in zip(captured, step(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_decoding_step_captured_in_a_graph_follows_lengths_on_the_gpu():
+    cache = [torch.randn(2, 4, 512, 64).to(BF16) for _ in range(2)]
+    plain = [c.clone() for c in cache]
+    q, k, v = (torch.randn(2, n, 1, 64).to(BF16) for n in (8, 4, 4))
+    lengths = torch.tensor([100, 300], dtype=torch.int32)
+
+    def step(caches, lengths):
+        return lk.attention_with_kv_cache(q, *caches, k, v, cache_seqlens=lengths)
+
+    step(cache, lengths)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(cache, lengths)
+    lengths.copy_(torch.tensor([511, 7]))
+    graph.replay()
+    assert torch.equal(out, step(plain, torch.tensor([511, 7], dtype=torch.int32)))
+
+
+def test_layer_norm_of_more_than_2_to_the_31_elements():
+    x = torch.empty(2**31 // 1024 + 5, 1024, dtype=BF16).uniform_(-1, 1)
+    weight, bias = torch.randn(2, 1024).to(BF16)
+    y = lk.layer_norm(x, weight, bias)
+    oracle.check(
+        lambda x: lk.layer_norm(x, weight, bias), lambda x: x * 0 + y[-9:], [x[-9:]], gradients=False
+    )
+
+
+def test_rotary_of_more_than_2_to_the_31_elements():
+    x = torch.empty(2, 2**20 // 8 + 3, 64, 128, dtype=BF16).uniform_(-1, 1).transpose(1, 2)
+    tables = torch.randn(2, x.shape[2], 64).unbind()
+    y = lk.rotary(x, *tables)
+    end = slice(-9, None)
+    expected = rotary_reference.rotary(x[-1:, -1:, end], *(t[end] for t in tables))
+    torch.testing.assert_close(y[-1:, -1:, end], expected)
+
+
+def test_attention_to_keys_beyond_2_to_the_31_elements():
+    k = torch.empty(1, 2, 2**31 // 256 + 100, 128, dtype=BF16).uniform_(-1, 1)
+    v, q = k.flip(1), torch.randn(1, 2, 3, 128).to(BF16)
+    near = lk.attention(q, k, v, window=(40, 0))
+    last = [t[:, :, -43:] for t in (k, v)]
+    torch.testing.assert_close(near, attention_reference.attention(q, *last, window=(40, 0)))
+
+
+def test_memory_of_attention_is_linear_in_the_length():
+    def peak(T):
+        q, k, v = (torch.randn(1, 2, T, 64, dtype=BF16, requires_grad=True) for _ in range(3))
+        bias = torch.randn(1, 1, 1, T, dtype=BF16)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = lk.attention(q, k, v, bias=bias, dropout_p=0.1, seed=1, softcap=20.0, window=(None, 5))
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(1024)
+    torch.use_deterministic_algorithms(False)
+    assert peak(16384) < 20 * peak(1024)
