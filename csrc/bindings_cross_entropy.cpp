@@ -47,7 +47,7 @@ void cross_entropy_forward(const TensorView& logits, const TensorView& target, c
   auto* ps = static_cast<float*>(optional(statistics, "statistics", logits, DType::f32, s.statistics()));
 #ifdef LSPM_CUDA
   auto* pr = static_cast<float*>(optional(row_losses, "row_losses", logits, DType::f32, 2 * s.rows));
-  if (!ps || !pr) TensorView::refuse("statistics", "be there, and row_losses");
+  if (!statistics || !row_losses) TensorView::refuse("statistics", "be there, and row_losses");
   py::gil_scoped_release unlocked;
   backend::cross_entropy_forward(call.logits, call.target, call.weight, pl, ps, pr, s, WHERE(logits, 0));
 #else

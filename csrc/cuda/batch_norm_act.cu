@@ -91,9 +91,11 @@ __device__ __forceinline__ float through(float g, float z, Activation activation
   }
 }
 
-// Turns each thread's values into their sums over threadIdx.y, added in order. Every thread calls.
+// Turns each thread's values into their sums over threadIdx.y, added as eight sums whose sum is taken by
+// twos: in one chain of up to 256 the last additions would round for all. Every thread calls.
 template <class S, int kWidth>
 __device__ __forceinline__ void column_sums(S (&values)[kWidth]) {
+  constexpr int kSums = 8;
   SHARED(S, tile, [kThreads * kWidth]);
   const int threads = blockDim.x * blockDim.y;
   __syncthreads();  // the previous call has read its values
@@ -102,9 +104,18 @@ __device__ __forceinline__ void column_sums(S (&values)[kWidth]) {
   __syncthreads();
 #pragma unroll
   for (int e = 0; e < kWidth; ++e) {
-    S sum = 0;
-    for (int y = 0; y < blockDim.y; ++y) sum += tile[e * threads + y * blockDim.x + threadIdx.x];
-    values[e] = sum;
+    S sums[kSums] = {};
+    for (int first = 0; first < blockDim.y; first += kSums) {
+#pragma unroll
+      for (int s = 0; s < kSums; ++s)
+        if (first + s < blockDim.y) sums[s] += tile[e * threads + (first + s) * blockDim.x + threadIdx.x];
+    }
+#pragma unroll
+    for (int half = kSums / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int s = 0; s < half; ++s) sums[s] += sums[s + half];
+    }
+    values[e] = sums[0];
   }
 }
 

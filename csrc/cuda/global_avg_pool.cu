@@ -1,7 +1,8 @@
 // The mean of every channel of an image, channels last.
 //
 // Forward: a block owns 32 vectors of up to 16 bytes of channels of one image; its 8 rows of threads take
-// every eighth pixel each, and shared memory brings their sums together in order. Backward: a thread owns a
+// every eighth pixel each, in runs whose sums are added, so that a sum of many pixels rounds little, and
+// shared memory brings the threads' sums together in order. Backward: a thread owns a
 // vector of one pixel. Bytes per element of s bytes: s either way.
 #include "../global_avg_pool.h"
 #include "common.cuh"
@@ -11,6 +12,7 @@ namespace {
 
 constexpr int kRows = 8;
 constexpr int kThreads = kRows * kWarp;
+constexpr int kRun = 32;    // pixels of a thread
 constexpr int kBlocks = 4;  // of a multiprocessor, at least: left to itself, ptxas aims at 5 and spills
 
 template <class T, int kWidth>
@@ -23,10 +25,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int64_t channel = (blockIdx.x % parts * kWarp + threadIdx.x) * kWidth;
   const bool own = channel < channels;  // threads past the last channel still meet the others
   Sums sums = {};
-  for (int64_t p = threadIdx.y; own && p < pixels; p += kRows) {
-    const Vec<T, kWidth> pixel = load<kWidth>(x + (image * pixels + p) * channels + channel);
+  for (int64_t first = threadIdx.y; own && first < pixels; first += kRows * kRun) {
+    const int64_t end = min(pixels, first + kRows * kRun);
+    Sums run = {};
+    for (int64_t p = first; p < end; p += kRows) {
+      const Vec<T, kWidth> pixel = load<kWidth>(x + (image * pixels + p) * channels + channel);
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e) sums.at[e] += to_float(pixel.at[e]);
+      for (int e = 0; e < kWidth; ++e) run.at[e] += to_float(pixel.at[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) sums.at[e] += run.at[e];
   }
 #pragma unroll
   for (int e = 0; e < kWidth; ++e) tile[threadIdx.y * kWarp + threadIdx.x].at[e] = sums.at[e];

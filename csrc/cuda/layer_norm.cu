@@ -219,7 +219,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
         const float normalised = (to_float(held[v].at[e]) - row_mean) * row_rstd;
-        const float dnormalised = to_float(grad[v].at[e]) * scale[v][e];
+        // Not fused with the subtraction: what is left of a row of equal products must be 0.
+        const float dnormalised = __fmul_rn(to_float(grad[v].at[e]), scale[v][e]);
         out[e] = (dnormalised - mean_total - normalised * mean_projection) * row_rstd;
       }
       if (dsum) {

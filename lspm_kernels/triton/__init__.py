@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+# Asked once: torch.compile cannot trace the question.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def kernel(name: str) -> Callable[..., None]:
     """The launcher of the kernel <op>_forward, <op>_backward or <op>_update, in the file <op>.py."""
@@ -20,6 +23,6 @@ def kernel(name: str) -> Callable[..., None]:
 
 def missing() -> str | None:
     """Why the Triton kernels cannot run here; None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "triton, which is not installed"
     return None if torch.cuda.is_available() else "a CUDA GPU, which this machine lacks"

@@ -73,7 +73,7 @@ def _forward_kernel(
     begin, end = keys_seen(first, tl.minimum(first + M, queries) - 1, window)
     row_begin, row_end = keys_seen(row, row, window)
     for start in range(begin // N * N, end, N):
-        k_tile = load_rows(k_head, start, keys, N, D, DIM, k.page_rows)
+        k_tile = load_rows(k_head, start, keys, N, D, DIM, k.page_rows, k.starts is not None)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision=_PRECISION)
         score, _ = scores(product, b, h, first, start, row_begin, row_end, window, extras, scalars, False)
         largest = tl.maximum(maximum, tl.max(score, 1))
@@ -83,7 +83,7 @@ def _forward_kernel(
         total = total * shrink + tl.sum(p, 1)
         if threshold is not None:
             p = tl.where(kept(b, h, first, start, seed, threshold, M, N), p, 0.0)
-        v_tile = load_rows(v_head, start, keys, N, DV, DIM_V, v.page_rows)
+        v_tile = load_rows(v_head, start, keys, N, DV, DIM_V, v.page_rows, v.starts is not None)
         p = p.to(v_tile.dtype)
         sums = tl.dot(p, v_tile, sums * shrink[:, None], input_precision=_PRECISION)
         maximum = largest

@@ -25,12 +25,12 @@ class Heads(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The rows of one head of one sequence."""
+    """The rows of one head of one sequence. None of it is None: Triton 3.6 returns no such tuple."""
 
     data: object
     row: object
-    start: object  # where there are many pages: in which row of them the sequence begins, or None for 0
-    pages: object
+    start: object  # where there are many pages: in which row of them the sequence begins
+    pages: object  # or, without pages, data once more
     page: object
 
 
@@ -85,17 +85,17 @@ def plane_of(tensor, b, h):
 def head_of(tensor, b, h):
     """Head h of sequence b."""
     data = tensor.data + h.to(tl.int64) * tensor.head
-    start = None
+    start = 0
     if tensor.starts is not None:
         start = tl.load(tensor.starts + b)
-    pages = None
+    pages = tensor.data
     if tensor.pages is not None:
         pages = tensor.pages + b.to(tl.int64) * tensor.page_columns
     if tensor.page_rows is None:
-        if pages is not None:
+        if tensor.pages is not None:
             b = tl.load(pages)
         data += b.to(tl.int64) * tensor.batch
-        if start is not None:
+        if tensor.starts is not None:
             data += start.to(tl.int64) * tensor.row
     return Head(data, tensor.row, start, pages, tensor.batch)
 
@@ -132,17 +132,19 @@ def rows_begin(tensor, b, h, heads, packed, queries):
 
 
 @triton.jit
-def place_of_rows(head, first, rows, ROWS: tl.constexpr, DIM: tl.constexpr, PAGE_ROWS: tl.constexpr):
+def place_of_rows(
+    head, first, rows, ROWS: tl.constexpr, DIM: tl.constexpr, PAGE_ROWS: tl.constexpr, STARTS: tl.constexpr
+):
     """Where `ROWS` rows from the first on lie, (ROWS, DIM)."""
     row = first + tl.arange(0, ROWS)
     data = head.data
     if PAGE_ROWS is not None:
-        if head.start is None and PAGE_ROWS % ROWS == 0:  # a whole tile lies in one page
+        if not STARTS and PAGE_ROWS % ROWS == 0:  # a whole tile lies in one page
             page = tl.load(head.pages + first // PAGE_ROWS)
             data += page.to(tl.int64) * head.page
         else:
             inside = row < rows
-            if head.start is not None:
+            if STARTS:
                 row += head.start
             page = tl.load(head.pages + row // PAGE_ROWS, mask=inside, other=0)
             data += (page.to(tl.int64) * head.page)[:, None]
@@ -160,17 +162,21 @@ def inside_rows(first, rows, ROWS: tl.constexpr, D: tl.constexpr, DIM: tl.conste
 
 @triton.jit
 def load_rows(
-    head, first, rows, ROWS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, PAGE_ROWS: tl.constexpr = None
-):
-    """ROWS rows of a head from the first on, (ROWS, DIM); zeros behind the last of `rows` and column D."""
-    places = place_of_rows(head, first, rows, ROWS, DIM, PAGE_ROWS)
+    head, first, rows, ROWS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, PAGE_ROWS: tl.constexpr = None,
+    STARTS: tl.constexpr = False,
+):  # fmt: skip
+    """ROWS rows of a head from the first on, (ROWS, DIM); zeros behind the last of `rows` and column D.
+
+    PAGE_ROWS: where they lie on pages of so many; STARTS: and the sequence does not begin with a page.
+    """
+    places = place_of_rows(head, first, rows, ROWS, DIM, PAGE_ROWS, STARTS)
     return tl.load(places, mask=inside_rows(first, rows, ROWS, D, DIM), other=0.0)
 
 
 @triton.jit
 def store_rows(head, first, rows, value, D: tl.constexpr, DIM: tl.constexpr):
     value = value.to(head.data.dtype.element_ty)
-    places = place_of_rows(head, first, rows, value.shape[0], DIM, None)
+    places = place_of_rows(head, first, rows, value.shape[0], DIM, None, False)
     tl.store(places, value, mask=inside_rows(first, rows, value.shape[0], D, DIM))
 
 

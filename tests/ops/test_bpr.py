@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from ops.blocks import rating_blocks
 
 import lspm_kernels as lk
 import oracle
@@ -52,7 +53,7 @@ def check(tables, blocks, seen=None, lr=0.05, reg=(0.1, 0.2, 0.3), seed=5):
 @pytest.mark.parametrize("with_seen", [False, True])
 def test_oracle(factors, with_seen):
     tables, users, items = problem(factors)
-    blocks = lk.rating_blocks(users, items, torch.ones(300), num_users=30, num_items=40)
+    blocks = rating_blocks(users, items, torch.ones(300), num_users=30, num_items=40)
     check(tables, blocks, seen_by(users, items, 30) if with_seen else None)
 
 
@@ -60,14 +61,14 @@ def test_oracle(factors, with_seen):
 @pytest.mark.parametrize("count", [0, 1, 9])
 def test_few_pairs_and_no_bias(count):
     tables, users, items = problem(count=count)
-    blocks = lk.rating_blocks(users, items, torch.ones(count), num_users=30, num_items=40)
+    blocks = rating_blocks(users, items, torch.ones(count), num_users=30, num_items=40)
     check(tables, blocks)
     check(tables[:2], blocks)
 
 
 def test_same_bits_for_any_number_of_threads():
     tables, users, items = problem(20, 300, 200, 20000)
-    blocks = lk.rating_blocks(users, items, torch.ones(20000))
+    blocks = rating_blocks(users, items, torch.ones(20000))
     results, threads = [], torch.get_num_threads()
     try:
         for n in (1, 2, 5, 2):
@@ -86,7 +87,7 @@ def test_items_are_drawn_evenly_from_the_part_and_never_what_is_seen():
     """Without factors that matter, a bias falls as often as its item is drawn."""
     count = 40000
     users, items = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
-    blocks = lk.rating_blocks(users, items, torch.ones(count), num_users=1, num_items=21, grid=1)
+    blocks = rating_blocks(users, items, torch.ones(count), num_users=1, num_items=21, grid=1)
     tables = torch.zeros(1, 1), torch.zeros(21, 1), torch.zeros(21)
     seen = torch.tensor([0, 3]), torch.tensor([0, 4, 7], dtype=torch.int32)
     _, skipped = lk.bpr_(*tables, blocks, seen=seen, lr=1e-6)
@@ -114,7 +115,7 @@ def test_other_blocks_bring_other_items_together():
     _, users, items = problem(count=2000)
     together = Counter()
     for seed in range(6):
-        blocks = lk.rating_blocks(users, items, torch.ones(2000), num_users=30, num_items=40, seed=seed)
+        blocks = rating_blocks(users, items, torch.ones(2000), num_users=30, num_items=40, seed=seed)
         for a, b in zip(blocks.part_offsets[:-1], blocks.part_offsets[1:], strict=True):
             part = blocks.part_items[a:b].tolist()
             together.update((x, y) for x in part for y in part if x < y)
@@ -128,7 +129,7 @@ def test_it_learns_what_users_like():
     items = torch.randint(40, (8000,)) * 2 + users % 2
     seen = seen_by(users, items, 100)
     tables = [0.1 * torch.randn(100, 8), 0.1 * torch.randn(80, 8), torch.zeros(80)]
-    blocks = lk.rating_blocks(users, items, torch.ones(8000), num_users=100, num_items=80)
+    blocks = rating_blocks(users, items, torch.ones(8000), num_users=100, num_items=80)
     losses = [
         lk.bpr_(*tables, blocks, seen=seen, lr=0.05, reg=0.002, seed=e)[0].item() / 8000 for e in range(25)
     ]
@@ -193,7 +194,7 @@ def test_misuse(message):
 
 def test_opcheck():
     tables, users, items = problem()
-    blocks = lk.rating_blocks(users, items, torch.ones(300), num_users=30, num_items=40)
+    blocks = rating_blocks(users, items, torch.ones(300), num_users=30, num_items=40)
     of = blocks.users, blocks.items, blocks.offsets, blocks.part_items, blocks.part_offsets
     outputs = torch.zeros(64), torch.zeros(64, dtype=torch.int32)
     arguments = (*tables, *of, None, None, *outputs, [0.1, 0.0, 0.0, 0.0], 0, "cpu")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from ops.blocks import rating_blocks
 
 import lspm_kernels as lk
 import oracle
@@ -62,7 +63,7 @@ def test_oracle(factors, options):
     options = dict(OPTIONS[options])
     adaptive = options.pop("squares", False)
     tables, ratings = problem(factors, count=120, weight=factors % 2 == 0)
-    blocks = lk.rating_blocks(*ratings, num_users=40, num_items=30)
+    blocks = rating_blocks(*ratings, num_users=40, num_items=30)
 
     def of(function):
         def call(*tables):
@@ -78,14 +79,14 @@ def test_oracle(factors, options):
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 2000])
 def test_any_number_of_ratings(count):
     tables, ratings = problem(count=count)
-    blocks = lk.rating_blocks(*ratings, num_users=40, num_items=30)
+    blocks = rating_blocks(*ratings, num_users=40, num_items=30)
     oracle.check(lambda *t: ours(t, blocks), lambda *t: expected(t, blocks), tables, gradients=False)
 
 
 @pytest.mark.every_backend
 def test_without_biases():
     tables, ratings = problem()
-    blocks = lk.rating_blocks(*ratings, num_users=40, num_items=30)
+    blocks = rating_blocks(*ratings, num_users=40, num_items=30)
 
     def of(function):
         return lambda p, q: [t for t in function([p, q, None, None], blocks) if t is not None]
@@ -109,7 +110,7 @@ def test_same_bits_for_any_number_of_threads(dtype, options):
     options = dict(OPTIONS[options])
     tables, ratings = problem(factors=20, users=300, items=200, count=20000)
     tables[:2] = [t.to(dtype) for t in tables[:2]]
-    blocks = lk.rating_blocks(*ratings)
+    blocks = rating_blocks(*ratings)
     results, threads = [], torch.get_num_threads()
     adaptive = options.pop("squares", False)
     try:
@@ -117,7 +118,7 @@ def test_same_bits_for_any_number_of_threads(dtype, options):
             torch.set_num_threads(n)
             assert all(
                 torch.equal(a, b)
-                for a, b in zip(vars(lk.rating_blocks(*ratings)).values(), vars(blocks).values(), strict=True)
+                for a, b in zip(vars(rating_blocks(*ratings)).values(), vars(blocks).values(), strict=True)
                 if isinstance(a, torch.Tensor)
             )
             squares = [torch.ones(300), torch.ones(200)] if adaptive else None
@@ -132,7 +133,7 @@ def test_same_bits_for_any_number_of_threads(dtype, options):
 def test_ratings_alone_are_taken_in_the_order_of_their_blocks():
     tables, ratings = problem()
     a, b = [t.clone() for t in tables], [t.clone() for t in tables]
-    blocks = lk.rating_blocks(*ratings, num_users=40, num_items=30)
+    blocks = rating_blocks(*ratings, num_users=40, num_items=30)
     assert lk.mf_sgd_(*a, *ratings[:3], lr=0.05) == lk.mf_sgd_(*b, blocks, lr=0.05)
     for x, y in zip(a, b, strict=True):
         assert torch.equal(x, y)
@@ -178,7 +179,7 @@ def test_it_learns_a_table_of_low_rank():
     users, items = torch.randint(200, (12000,)), torch.randint(150, (12000,))
     ratings = (u[users] * v[items]).sum(1) + 3 + 0.1 * torch.randn(12000)
     tables = [0.1 * torch.randn(200, 8), 0.1 * torch.randn(150, 8), torch.zeros(200), torch.zeros(150)]
-    blocks = lk.rating_blocks(users, items, ratings)
+    blocks = rating_blocks(users, items, ratings)
     losses = [lk.mf_sgd_(*tables, blocks, mean=3.0, lr=0.02, reg=0.002) / 12000 for _ in range(60)]
     assert losses[0] > 3.5
     assert losses[-1] < 0.02  # the noise is 0.01
@@ -196,7 +197,7 @@ def test_what_is_not_finite_stays_so():
 
 def test_opcheck():
     tables, ratings = problem()
-    blocks = lk.rating_blocks(*ratings, num_users=40, num_items=30)
+    blocks = rating_blocks(*ratings, num_users=40, num_items=30)
     arguments = (*tables, None, None, blocks.users, blocks.items, blocks.ratings, None, blocks.offsets)
     step = [0.0, 0.05, 0.05, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0]
     losses = torch.zeros(blocks.offsets.numel() - 1)

@@ -131,6 +131,7 @@ def test_a_decoding_step_captured_in_a_graph_follows_lengths_on_the_gpu():
         return lk.attention_with_kv_cache(q, *caches, k, v, cache_seqlens=lengths)
 
     step(cache, lengths)
+    step(plain, lengths)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -163,7 +164,17 @@ def test_attention_to_keys_beyond_2_to_the_31_elements():
     v, q = k.flip(1), torch.randn(1, 2, 3, 128).to(BF16)
     near = lk.attention(q, k, v, window=(40, 0))
     last = [t[:, :, -43:] for t in (k, v)]
-    torch.testing.assert_close(near, attention_reference.attention(q, *last, window=(40, 0)))
+    truth, plain = (
+        attention_reference.attention(*(t.to(dtype) for t in (q, *last)), window=(40, 0))
+        for dtype in (torch.float64, BF16)
+    )
+    oracle.compare("out", near, truth, plain)
+
+
+def test_an_id_that_is_none_makes_a_rating_nan():
+    users, items = torch.randn(6, 8), torch.randn(9, 8)
+    ratings = lk.mf(users, items, torch.tensor([0, 6, 5, -1, 3]), torch.tensor([0, 1, 9, 2, 8]))
+    assert ratings.isnan().tolist() == [False, True, True, True, False]
 
 
 def test_memory_of_attention_is_linear_in_the_length():

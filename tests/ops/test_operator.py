@@ -56,11 +56,11 @@ def test_opcheck(dtype):
 
 @pytest.mark.every_backend
 @pytest.mark.parametrize("form", FORMS)
-def test_second_derivative_is_an_error(form):
+def test_second_derivative_is_an_error(form, backend_of_test):
     x, residual, weight, bias = (t.requires_grad_() for t in tensors())
     outputs = FORMS[form][0](x, residual, weight, bias)
     y = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-    for output in (y, torch.ops.lspm.layer_norm(x, weight, bias, 1e-5, True, "cpu")[0]):
+    for output in (y, torch.ops.lspm.layer_norm(x, weight, bias, 1e-5, True, backend_of_test)[0]):
         (gradient,) = torch.autograd.grad(output.pow(2).sum(), x, create_graph=True)
         with pytest.raises(
             NotImplementedError, match="layer_norm_backward: a second derivative is not implemented"
