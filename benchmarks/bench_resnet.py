@@ -44,7 +44,7 @@ def measure(run: Run, device: str, smoke: bool) -> list[dict]:
 
 def goals(run: Run, speedup: dict[str, float], memory: dict[str, int]) -> list[dict]:
     """What is asked for against the better of torch's two ways, against OpenVINO, and of memory."""
-    best = min(speedup["torch"], speedup["compile"])
+    best = min(speedup["torch"], speedup.get("compile", float("inf")))
     small = run.mode != "inference" and run.size < SMALL
     found = [("speedup", SMALL_SPEEDUP if small else SPEEDUPS[run.mode, run.dtype], best)]
     if "openvino" in speedup:

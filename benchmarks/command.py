@@ -1,6 +1,7 @@
 """What every benchmark file is: a script that prints one table, and tests that pytest-benchmark runs."""
 
 import argparse
+import dataclasses
 import fnmatch
 import functools
 import sys
@@ -22,6 +23,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     arguments.add_argument("--smoke", action="store_true", help="tiny shapes, one round: is it right?")
     arguments.add_argument("--json", type=Path, metavar="PATH", help="put the rows into this result file")
     arguments.add_argument("--cases", nargs="+", metavar="PATTERN", default=["*"], help="only these cases")
+    arguments.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes longest"
+    )
     arguments.add_argument("--device", choices=("cpu", "cuda"), default=_device())
     return arguments
 
@@ -40,6 +44,8 @@ def main(
     options = parser(description).parse_args()
     on_gpu = gpu_cases is not None and options.device == "cuda" and not options.smoke
     known = gpu_cases() if on_gpu else cases(options.smoke)
+    if options.no_compile:
+        known = (dataclasses.replace(c, compiled=False) if hasattr(c, "compiled") else c for c in known)
     chosen = [c for c in known if any(fnmatch.fnmatchcase(str(c), p) for p in options.cases)]
     if not chosen:
         patterns = " ".join(options.cases)
@@ -56,9 +62,9 @@ def main(
             rows += [row | about | again for row in measure(case, options.device, options.smoke)]
         except harness.WrongError as wrong:
             rows.append({"case": str(case), "variant": "lspm", "wrong": str(wrong)} | about | again)
+        if options.json:  # at once: who is interrupted keeps what was measured
+            results.save(options.json, rows)
     print(tables.table(rows))
-    if options.json:
-        results.save(options.json, rows)
     return 1 if any("wrong" in row for row in rows) else 0
 
 

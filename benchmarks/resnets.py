@@ -26,6 +26,7 @@ class Run:
     dtype: torch.dtype
     batch: int
     size: int
+    compiled: bool = True
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -52,7 +53,7 @@ class Run:
     def variants(self) -> tuple[str, ...]:
         """Who is timed: OpenVINO too, which only infers, where it is installed."""
         peer = self.mode == "inference" and importlib.util.find_spec("openvino")
-        return ("lspm", "torch", "compile", *(("openvino",) if peer else ()))
+        return ("lspm", "torch", *["compile"] * self.compiled, *["openvino"] * bool(peer))
 
     def openvino(self) -> Callable[[], list[Tensor]]:
         """Torchvision's model of float32 weights in OpenVINO, which takes the dtype as a hint."""

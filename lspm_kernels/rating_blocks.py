@@ -123,12 +123,13 @@ def rating_blocks(
     )
     if seed is not None:
         checks.seed_number("rating_blocks", seed)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
     parts = [_parts(t, size, grid, generator) for t, size in zip(given, sizes, strict=False)]
-    offsets = torch.empty(grid * grid + 1, dtype=torch.int64)
+    # Whatever torch's default device is.
+    offsets = torch.empty(grid * grid + 1, dtype=torch.int64, device="cpu")
     compiled.cpu.mf_sgd_blocks(*given, *parts, *out, offsets, torch.get_num_threads())
     part_items = parts[1].argsort(stable=True).to(torch.int32)
-    part_offsets = torch.zeros(grid + 1, dtype=torch.int64)
+    part_offsets = torch.zeros(grid + 1, dtype=torch.int64, device="cpu")
     torch.cumsum(torch.bincount(parts[1], minlength=grid), 0, out=part_offsets[1:])
     return RatingBlocks(*out, offsets, part_items, part_offsets, *sizes)
 
@@ -140,7 +141,9 @@ def _parts(ids: Tensor, size: int, grid: int, generator: torch.Generator | None)
     about as many.
     """
     counts = torch.bincount(ids, minlength=size)
-    rank = counts if generator is None else (counts + 1) * (0.5 + 0.5 * torch.rand(size, generator=generator))
+    rank = counts
+    if generator is not None:
+        rank = (counts + 1) * (0.5 + 0.5 * torch.rand(size, generator=generator, device="cpu"))
     order = rank.argsort(descending=True, stable=True)
     loads = [(0.0, part) for part in range(grid)]
     chosen = []
@@ -148,8 +151,8 @@ def _parts(ids: Tensor, size: int, grid: int, generator: torch.Generator | None)
         load, part = loads[0]
         chosen.append(part)
         heapq.heapreplace(loads, (load + count + 0.125, part))
-    parts = torch.empty(size, dtype=torch.uint8)
-    parts[order] = torch.tensor(chosen, dtype=torch.uint8)
+    parts = torch.empty(size, dtype=torch.uint8, device="cpu")
+    parts[order] = torch.tensor(chosen, dtype=torch.uint8, device="cpu")
     return parts
 
 

@@ -1,9 +1,10 @@
 // Cross entropy with an online softmax (Milakov and Gimelshein 2018).
 //
-// A block owns a row, or four where rows are short. Each thread reads its share of the row once, in vectors
-// of up to 16 bytes, and keeps sums relative to the largest logit it has seen; shuffles and shared memory
-// bring them together in a fixed order. One block then adds up the losses of rows. The backward reads a row
-// once and writes it once. Bytes per logit of s bytes: forward s, backward 2 s; with probabilities s more.
+// A block owns a row, or four where rows are short. Each thread reads its share of the row once, in aligned
+// vectors of 16 bytes of which a row of odd length may fill but a part, and keeps sums relative to the
+// largest logit it has seen; shuffles and shared memory bring them together in a fixed order. One block then
+// adds up the losses of rows. The backward reads a row once and writes it once. Bytes per logit of s bytes:
+// forward s, backward 2 s; with probabilities s more.
 #include "../cross_entropy.h"
 #include "common.cuh"
 
@@ -81,6 +82,30 @@ __device__ __forceinline__ Sums row_sums(Sums sums) {
   return total;
 }
 
+// Where the first aligned vector that holds something of a row begins: with its class 0 or before.
+template <int kWidth, class T>
+__device__ __forceinline__ int first_vector(const T* row) {
+  return -int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kWidth);
+}
+__device__ __forceinline__ bool within(int64_t c, int64_t classes) { return uint64_t(c) < uint64_t(classes); }
+
+// Classes c to c + kWidth of a row; `outside` stands for those that it has not.
+template <int kWidth, class T>
+__device__ __forceinline__ Vec<T, kWidth> load_within(const T* row, int64_t c, int64_t classes, T outside) {
+  if (c >= 0 && c + kWidth <= classes) return load<kWidth>(row + c);
+  Vec<T, kWidth> vector;
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) vector.at[e] = within(c + e, classes) ? row[c + e] : outside;
+  return vector;
+}
+template <int kWidth, class T>
+__device__ __forceinline__ void store_within(T* row, int64_t c, int64_t classes, Vec<T, kWidth> vector) {
+  if (c >= 0 && c + kWidth <= classes) return store(row + c, vector);
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e)
+    if (within(c + e, classes)) row[c + e] = vector.at[e];
+}
+
 template <class T, int kWidth, bool kSpread>
 __global__ void __launch_bounds__(kMostThreads)
     cross_entropy_forward_kernel(const T* __restrict__ logits, Target<T> target, T* loss, float* statistics,
@@ -89,8 +114,9 @@ __global__ void __launch_bounds__(kMostThreads)
   const bool read = row < rows && target.known(row);  // the others still take part in the sums
   const T* const x = logits + row * classes;
   Sums sums = {-INFINITY, 0.0f, 0.0f, 0.0f};
-  for (int64_t c = int64_t(threadIdx.x) * kWidth; read && c < classes; c += int64_t(blockDim.x) * kWidth) {
-    const Vec<T, kWidth> vector = load<kWidth>(x + c);
+  const int64_t first = first_vector<kWidth>(x) + int(threadIdx.x) * kWidth;
+  for (int64_t c = first; read && c < classes; c += int64_t(blockDim.x) * kWidth) {
+    const Vec<T, kWidth> vector = load_within<kWidth>(x, c, classes, from_float<T>(-INFINITY));
     float most = sums.largest;
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) most = fmaxf(most, to_float(vector.at[e]));
@@ -100,7 +126,7 @@ __global__ void __launch_bounds__(kMostThreads)
     for (int e = 0; e < kWidth; ++e) {
       const float value = to_float(vector.at[e]) - shift;
       sums.exps += __expf(value);
-      if (kSpread) {
+      if (kSpread && within(c + e, classes)) {
         const float part = target.spread(row, c + e);
         sums.products += part * value;
         sums.q += part;
@@ -159,20 +185,21 @@ __global__ void __launch_bounds__(kMostThreads)
   const int64_t wanted = target.classes && read ? target.classes[row] : -1;
   const float hit = wanted < 0 ? 0.0f : scale * ((1.0f - target.smoothing) * target.weight_of(wanted));
   const T* const x = logits + row * classes;
-  for (int64_t c = int64_t(threadIdx.x) * kWidth; c < classes; c += int64_t(blockDim.x) * kWidth) {
+  const int64_t first = first_vector<kWidth>(x) + int(threadIdx.x) * kWidth;
+  for (int64_t c = first; c < classes; c += int64_t(blockDim.x) * kWidth) {
     Vec<T, kWidth> vector = {};
-    if (read) vector = load<kWidth>(x + c);
+    if (read) vector = load_within<kWidth>(x, c, classes, T{});
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
       float gradient = q;  // 0 where the row is ignored, NaN where its class is none
       if (read) {
         gradient = __expf((to_float(vector.at[e]) - largest) - log) * (scale * q);
-        if (kSpread) gradient -= target.spread(row, c + e) * scale;
+        if (kSpread && within(c + e, classes)) gradient -= target.spread(row, c + e) * scale;
         if (c + e == wanted) gradient -= hit;
       }
       vector.at[e] = from_float<T>(gradient);
     }
-    store(dlogits + row * classes + c, vector);
+    store_within(dlogits + row * classes, c, classes, vector);
   }
 }
 
@@ -202,15 +229,11 @@ void cross_entropy_forward(const void* logits, const void* target, const float* 
   with_types("cross_entropy_forward", s.dtype, "dtype", s.dtype, [&](auto types) {
     using T = typename decltype(types)::Data;
     constexpr int kWidth = kVectorBytes / sizeof(T);
-    const bool wide = s.classes % kWidth == 0 && aligned_for_vectors(logits);
     const bool spread = s.probabilities || s.smoothing > 0, mean = s.reduction == Reduction::mean;
-    auto* kernel =
-        wide ? cross_entropy_forward_kernel<T, kWidth, false> : cross_entropy_forward_kernel<T, 1, false>;
-    if (spread)
-      kernel =
-          wide ? cross_entropy_forward_kernel<T, kWidth, true> : cross_entropy_forward_kernel<T, 1, true>;
+    auto* kernel = spread ? cross_entropy_forward_kernel<T, kWidth, true>
+                          : cross_entropy_forward_kernel<T, kWidth, false>;
     const DeviceGuard guard(device);
-    const dim3 block = block_shape(s.classes / (wide ? kWidth : 1));
+    const dim3 block = block_shape(s.classes / kWidth);
     const bool reduced = s.reduction != Reduction::none;
     if (s.rows > 0)
       launch({unsigned((s.rows + block.y - 1) / block.y), block, 0, cudaStream_t(stream)}, kernel,
@@ -229,7 +252,8 @@ void cross_entropy_backward(const void* dloss, const void* logits, const void* t
     using T = typename decltype(types)::Data;
     if (s.rows == 0 || s.classes == 0) return;
     constexpr int kWidth = kVectorBytes / sizeof(T);
-    const bool wide = s.classes % kWidth == 0 && aligned_for_vectors(logits, dlogits);
+    const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+    const bool wide = (address(logits) - address(dlogits)) % kVectorBytes == 0;  // alike in every row
     auto* kernel =
         wide ? cross_entropy_backward_kernel<T, kWidth, false> : cross_entropy_backward_kernel<T, 1, false>;
     if (s.probabilities || s.smoothing > 0)

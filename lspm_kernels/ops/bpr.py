@@ -143,7 +143,8 @@ def _blocks(users, items, sizes):
         for name, t in (("users", users), ("items", items)):
             if not isinstance(t, Tensor):
                 raise ValueError(f"bpr_: {name} must be a tensor, got {type(t).__name__}")
-        return rating_blocks(users, items, torch.ones(users.shape), num_users=sizes[0], num_items=sizes[1])
+        pairs = users.cpu(), items.cpu(), torch.ones(users.shape, device="cpu")
+        return rating_blocks(*pairs, num_users=sizes[0], num_items=sizes[1]).to(users.device)
     if items is not None:
         raise ValueError("bpr_: items must be None beside RatingBlocks, which hold them")
     users.check_rows("bpr_", *sizes)

@@ -187,7 +187,9 @@ def _blocks(users, items, ratings, weight, sizes):
         for name, t in (("items", items), ("ratings", ratings)):
             if not isinstance(t, Tensor):
                 raise ValueError(f"mf_sgd_: {name} must be a tensor beside users, got {type(t).__name__}")
-        return rating_blocks(users, items, ratings, weight, num_users=sizes[0], num_items=sizes[1])
+        on_cpu = (t.cpu() if isinstance(t, Tensor) else t for t in (users, items, ratings, weight))
+        blocks = rating_blocks(*on_cpu, num_users=sizes[0], num_items=sizes[1])
+        return blocks.to(ratings.device)
     if items is not None or ratings is not None or weight is not None:
         raise ValueError(
             "mf_sgd_: items, ratings and weight must be None beside RatingBlocks, which hold them"

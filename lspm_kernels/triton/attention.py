@@ -18,6 +18,7 @@ from lspm_kernels.triton.attention_tiles import (
     BACKWARD,
     FORWARD,
     HIDDEN,
+    ON_SM_90,
     REGISTERS,
     Extras,
     Scalars,
@@ -266,11 +267,14 @@ def _dbias_kernel(
         tl.store(at, sums, mask=(row < queries)[:, None] & (key < keys)[None, :])
 
 
-def _tile(table, dims, q, extras, scalars, threshold):
+def _tile(kernel, dims, q, extras, scalars, threshold):
     dim = max(dims["DIM"], dims["DIM_V"])
     added = any(t.data is not None for t in (extras.bias, extras.mask))
     scored = added or scalars.softcap is not None or threshold is not None
-    return table[next(d for d in (64, 128, 256) if dim <= d), q.element_size(), scored]
+    key = next(d for d in (64, 128, 256) if dim <= d), q.element_size(), scored
+    if triton.runtime.driver.active.get_current_target().arch == 90 and (kernel, *key) in ON_SM_90:
+        return ON_SM_90[kernel, *key]
+    return (FORWARD if kernel == "forward" else BACKWARD)[key]
 
 
 def _options(tile):
@@ -335,7 +339,7 @@ def forward(q, k, v, bias, mask, slopes, sinks, out, lse, statistics, sequences,
     s, B, inputs, sizes, scalars, dims = _arguments(
         q, k, v, bias, mask, slopes, sinks, sequences, window, scalars
     )
-    tile = _tile(FORWARD, dims, q, inputs[-1], scalars, sizes[-1])
+    tile = _tile("forward", dims, q, inputs[-1], scalars, sizes[-1])
     with torch.cuda.device_of(q):
         _forward_kernel[(B * q.shape[1] * triton.cdiv(s.queries, tile.M),)](
             *inputs, as_heads(out, s.query_starts), lse, statistics, s.key_counts, *sizes, scalars, **dims,
@@ -358,13 +362,12 @@ def backward(
         q, k, v, bias, mask, slopes, sinks, sequences, window, scalars
     )
     packed, H, group = sizes[:3]
-    tile = _tile(BACKWARD, dims, q, inputs[-1], scalars, sizes[-1])
+    tile, dq_tile = (_tile(kernel, dims, q, inputs[-1], scalars, sizes[-1]) for kernel in ("dkdv", "dq"))
     query_tiles, key_tiles = triton.cdiv(s.queries, tile.M), triton.cdiv(s.keys, tile.N)
     dout, dq, out = (as_heads(x, s.query_starts) for x in (dout, dq, out))
     dk, dv = (as_heads(x, s.key_starts) for x in (dk, dv))
     delta, dots = delta
     inputs = (*inputs, statistics, dots)
-    rest = {**dims, **_options(tile)}
     with torch.cuda.device_of(q):
         _dots_kernel[(B * H * query_tiles,)](
             dout, out, dlse, dots, packed, H, s.queries, DV=dims["DV"], DIM_V=dims["DIM_V"], M=tile.M,
@@ -372,9 +375,9 @@ def backward(
         )  # fmt: skip
         if s.keys:
             grid = (B * (H // group) * key_tiles,)
-            _dkdv_kernel[grid](dout, *inputs, s.key_counts, dk, dv, *sizes, scalars, **rest)
-        _dq_kernel[(B * H * query_tiles,)](
-            dout, dlse, *inputs, s.key_counts, dq, delta, *sizes, scalars, **rest
+            _dkdv_kernel[grid](dout, *inputs, s.key_counts, dk, dv, *sizes, scalars, **dims, **_options(tile))
+        _dq_kernel[(B * H * triton.cdiv(s.queries, dq_tile.M),)](
+            dout, dlse, *inputs, s.key_counts, dq, delta, *sizes, scalars, **dims, **_options(dq_tile)
         )
         if dbias is not None:
             tile = tile._replace(M=16)  # the sums of a tile take registers beside all the rest
