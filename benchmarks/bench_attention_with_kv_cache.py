@@ -15,9 +15,8 @@ import lspm_kernels
 from harness import FORWARD, Case, Goal
 from lspm_kernels.ops import attention_with_kv_cache as table
 
-SHAPES = ((4, 12, 12, 4096, 64), (2, 16, 4, 4096, 128))  # B, H, H_kv, keys, D
+PAGE, SHAPES = 16, ((4, 12, 12, 4096, 64), (2, 16, 4, 4096, 128))  # B, H, H_kv, keys, D
 GPU_SHAPES = ((32, 32, 8, 8192, 128), (1, 32, 8, 65536, 128))
-PAGE = 16
 
 
 def pages(cache: Tensor, B: int) -> Tensor:
@@ -50,9 +49,7 @@ def in_torch(q: Tensor, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, page
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def case(
-    dtype: torch.dtype, shape: tuple[int, ...], paged: bool, goals: tuple[Goal, ...] = (Goal("roof", 80.0),)
-) -> Case:
+def case(dtype: torch.dtype, shape: tuple[int, ...], paged: bool) -> Case:
     B, H, H_kv, keys, D = shape
     cache = (B * keys // PAGE, H_kv, PAGE, D) if paged else (B, H_kv, keys, D)
     sizes = (B, H, 1, D), cache, cache, (B, H_kv, 1, D), (B, H_kv, 1, D)
@@ -60,7 +57,7 @@ def case(
         "attention_with_kv_cache", FORWARD, dtype, f"{'paged-' * paged}B{B}-H{H}-{H_kv}-K{keys}-D{D}",
         lambda: [torch.randn(size).to(dtype) for size in sizes], table, functools.partial(ours, paged=paged),
         {"torch": functools.partial(in_torch, paged=paged)}, bytes=2 * B * H_kv * keys * D * dtype.itemsize,
-        flops=4 * B * H * keys * D, goals=goals, roof="read", compiled=False,
+        flops=4 * B * H * keys * D, goals=(Goal("roof", 80.0),), roof="read", compiled=False,
     )  # fmt: skip
 
 
@@ -70,9 +67,8 @@ def cases(smoke: bool = False) -> Iterator[Case]:
         yield case(dtype, shape, paged)
 
 
-def gpu_cases() -> Iterator[Case]:
-    for shape, paged in itertools.product(GPU_SHAPES, (False, True)):
-        yield case(torch.bfloat16, shape, paged, goals=())
+def gpu_cases() -> list[Case]:
+    return [case(torch.bfloat16, shape, paged) for shape in GPU_SHAPES for paged in (False, True)]
 
 
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))

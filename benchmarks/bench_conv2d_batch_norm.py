@@ -1,6 +1,5 @@
 """Convolution, batch norm, ReLU and residual of ResNet-50 in training, against PyTorch's own modules."""
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -46,13 +45,8 @@ def case(dtype: torch.dtype, batch: int, shape: tuple[int, ...]) -> Case:
         x, weight, residual = (torch.randn(s) for s in images)
         residual += 16 * residual.sign()  # at ReLU's kink, rounding decides what the gradient is
         x, weight, residual = (t.to(dtype).contiguous(memory_format=LAST) for t in (x, weight, residual))
-        return [
-            x,
-            weight / (channels * kernel**2) ** 0.5,
-            torch.rand(filters) + 0.5,
-            torch.randn(filters),
-            residual,
-        ]
+        weight /= (channels * kernel**2) ** 0.5
+        return [x, weight, torch.rand(filters) + 0.5, torch.randn(filters), residual]
 
     pixels = batch * out**2
     name = f"B{batch}-{channels}-{filters}-k{kernel}-{size}-s{stride}"
@@ -71,8 +65,7 @@ def cases(smoke: bool = False) -> Iterator[Case]:
 
 
 def gpu_cases() -> Iterator[Case]:
-    for shape in SHAPES:
-        yield dataclasses.replace(case(torch.bfloat16, 128, shape), compiled=False)
+    yield from (case(torch.bfloat16, 128, shape) for shape in SHAPES)
 
 
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))

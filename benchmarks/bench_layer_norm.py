@@ -14,9 +14,8 @@ import lspm_kernels
 from harness import FORWARD, RECORDED, TRAINING, Case, Goal
 from lspm_kernels.ops import layer_norm as table
 
-LARGE = ((4096, 768), (4096, 1024), (4096, 4096))
-SMALL = ((1, 768), (64, 768))
-GPU_LARGE = ((32768, 768), (16384, 4096))
+LARGE, SMALL = ((4096, 768), (4096, 1024), (4096, 4096)), ((1, 768), (64, 768))
+GPU_SHAPES = ((32768, 768), (16384, 4096), SMALL[1])
 
 
 def torch_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,11 +33,9 @@ OPS = {
 TENSORS = {"layer_norm": (2, 3), "rms_norm": (2, 3), "add_layer_norm": (4, 4)}
 OPERATIONS = {"layer_norm": (8, 15), "rms_norm": (4, 11), "add_layer_norm": (9, 16)}
 SPEEDUPS = {
-    ("layer_norm", FORWARD, torch.float32): 0.95,
-    ("layer_norm", FORWARD, torch.bfloat16): 2.0,
-    ("add_layer_norm", TRAINING, torch.float32): 1.8,
-    ("add_layer_norm", TRAINING, torch.bfloat16): 2.0,
-}
+    ("layer_norm", FORWARD, torch.float32): 0.95, ("layer_norm", FORWARD, torch.bfloat16): 2.0,
+    ("add_layer_norm", TRAINING, torch.float32): 1.8, ("add_layer_norm", TRAINING, torch.bfloat16): 2.0,
+}  # fmt: skip
 EXTRA_MICROSECONDS = {FORWARD: 5.0, RECORDED: 12.0}  # of a call on one row
 ROOF_PERCENT = 85.0
 
@@ -47,12 +44,12 @@ def case(op: str, mode: str, dtype: torch.dtype, rows: int, cols: int) -> Case:
     ours, torchs, tensors, vectors = OPS[op]
     shapes = [(rows, cols)] * tensors + [(cols,)] * vectors
     large = (rows, cols) not in SMALL
-    goals = [Goal("roof", ROOF_PERCENT)] if large and (rows, cols) not in GPU_LARGE else []
-    if (rows, cols) in LARGE and (op, mode, dtype) in SPEEDUPS:
+    goals = [Goal("roof", ROOF_PERCENT)] if large else []
+    if large and (op, mode, dtype) in SPEEDUPS:
         goals.append(Goal("speedup", SPEEDUPS[op, mode, dtype]))
     if rows == 1 and mode in EXTRA_MICROSECONDS:
         goals.append(Goal("extra_us", EXTRA_MICROSECONDS[mode]))
-    passes = 2 if mode == TRAINING else 1
+    passes = 1 + (mode == TRAINING)
     return Case(
         op, mode, dtype, f"{rows}x{cols}", lambda: [torch.randn(shape).to(dtype) for shape in shapes],
         table, ours, {"torch": torchs}, bytes=sum(TENSORS[op][:passes]) * rows * cols * dtype.itemsize,
@@ -62,17 +59,16 @@ def case(op: str, mode: str, dtype: torch.dtype, rows: int, cols: int) -> Case:
 
 def cases(smoke: bool = False) -> Iterator[Case]:
     large, small = (((33, 256),), SMALL[:1]) if smoke else (LARGE, SMALL)
-    for op in OPS:
-        for dtype in (torch.float32, torch.bfloat16):
-            for mode in (FORWARD, TRAINING):
-                yield from (case(op, mode, dtype, *shape) for shape in large)
-            for mode in (FORWARD, RECORDED, TRAINING):
-                yield from (case(op, mode, dtype, *shape) for shape in small)
+    for op, dtype in itertools.product(OPS, (torch.float32, torch.bfloat16)):
+        for mode in (FORWARD, TRAINING):
+            yield from (case(op, mode, dtype, *shape) for shape in large)
+        for mode in (FORWARD, RECORDED, TRAINING):
+            yield from (case(op, mode, dtype, *shape) for shape in small)
 
 
-def gpu_cases() -> Iterator[Case]:
-    for op, mode in itertools.product(OPS, (FORWARD, TRAINING)):
-        yield from (case(op, mode, torch.bfloat16, *shape) for shape in (*GPU_LARGE, SMALL[1]))
+def gpu_cases() -> list[Case]:
+    kinds = itertools.product(OPS, (FORWARD, TRAINING), GPU_SHAPES)
+    return [case(op, mode, torch.bfloat16, *shape) for op, mode, shape in kinds]
 
 
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))

@@ -14,35 +14,31 @@ from harness import FORWARD, RECORDED, TRAINING, Case
 from lspm_kernels.ops import rotary as table
 
 LARGE = ((4, 1024, 12, 64), (1, 4096, 32, 128))  # B, T, H, D: as a projection leaves them
-GPU_LARGE = ((8, 4096, 32, 128),)
-SMALL = ((8, 1, 32, 128),)  # decoding
-PASSES = {FORWARD: 1, RECORDED: 1, TRAINING: 2}
+GPU_LARGE, SMALL = (8, 4096, 32, 128), ((8, 1, 32, 128),)  # decoding
+OPS, PASSES = ("rotary", "rotary_interleaved"), {FORWARD: 1, RECORDED: 1, TRAINING: 2}
 
 
 @functools.cache
 def tables(tokens: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    frequencies = 10_000.0 ** -(torch.arange(0, size, 2, device=device) / size)
-    angles = torch.arange(1, tokens + 1, device=device)[:, None] * frequencies  # position 0 does not turn
+    positions = torch.arange(1, tokens + 1, device=device)[:, None]  # position 0 does not turn
+    angles = positions * 10_000.0 ** -(torch.arange(0, size, 2, device=device) / size)
     return angles.cos(), angles.sin()
 
 
-def ours(x: torch.Tensor, backend: str, interleaved: bool) -> torch.Tensor:
-    given = tables(x.shape[1], x.shape[3], x.device)
-    return lspm_kernels.rotary(x.transpose(1, 2), *given, interleaved=interleaved, backend=backend)
+def ours(x: torch.Tensor, **options: object) -> torch.Tensor:
+    return lspm_kernels.rotary(x.transpose(1, 2), *tables(x.shape[1], x.shape[3], x.device), **options)
 
 
 def formula(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """In float32 at least, as the op says."""
     cos, sin = tables(x.shape[1], x.shape[3], x.device)
-    wide = x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))  # at least, as the op says
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)
-    turned = a * cos - b * sin, b * cos + a * sin
-    return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
+    y = a * cos - b * sin, b * cos + a * sin
+    return (torch.stack(y, -1).flatten(-2) if interleaved else torch.cat(y, -1)).to(x.dtype)
 
 
-@functools.cache
+@functools.cache  # the tables as transformers keeps them: in x's dtype, an angle for each dimension
 def doubled(*key, dtype: torch.dtype, interleaved: bool) -> list[torch.Tensor]:
-    """The tables as transformers keeps them: in x's dtype, an angle for each dimension."""
     return [torch.stack((t, t), 2 if interleaved else 1).flatten(1).to(dtype) for t in tables(*key)]
 
 
@@ -66,15 +62,13 @@ def case(op: str, mode: str, dtype: torch.dtype, shape: tuple[int, int, int, int
 
 
 def cases(smoke: bool = False) -> Iterator[Case]:
-    shapes = (((2, 9, 3, 64),) if smoke else LARGE) + SMALL
-    for op, dtype in itertools.product(("rotary", "rotary_interleaved"), (torch.float32, torch.bfloat16)):
-        for mode in PASSES:
-            yield from (case(op, mode, dtype, s) for s in (SMALL if mode == RECORDED else shapes))
+    large = ((2, 9, 3, 64),) if smoke else LARGE
+    for op, dtype, mode in itertools.product(OPS, (torch.float32, torch.bfloat16), PASSES):
+        yield from (case(op, mode, dtype, s) for s in (*(() if mode == RECORDED else large), *SMALL))
 
 
-def gpu_cases() -> Iterator[Case]:
-    for mode in (FORWARD, TRAINING):
-        yield from (case("rotary", mode, torch.bfloat16, shape) for shape in (*GPU_LARGE, *SMALL))
+def gpu_cases() -> list[Case]:
+    return [case(OPS[0], m, torch.bfloat16, s) for m in (FORWARD, TRAINING) for s in (GPU_LARGE, *SMALL)]
 
 
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))

@@ -41,10 +41,9 @@ namespace cuda {
 // and there is no dbias. There are fewer than 2^30 queries and keys, and at most 65535 batches and heads. A
 // failure of CUDA throws std::runtime_error.
 //
-// splits: where few queries would leave a GPU idle, among how many blocks their keys are divided: worth more
-// than 1 where batch * kv_heads blocks are few, and obeyed where queries * group() is at most 64 and there is
-// neither bias, mask, slopes nor dropout. scratch: (splits, rows(), value_dim + 2), or null where splits
-// is 1.
+// scratch: (splits, rows(), value_dim + 2); or null. With it, where queries * group() is at most 64 and there
+// is neither bias, mask, slopes nor dropout, one block takes all queries of a group of heads and its keys are
+// divided among `splits`: worth more than 1 where batch * kv_heads blocks would leave a GPU idle.
 void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& v,
                        const AttentionExtras& extras, const HeadsView& out, float* lse, float* statistics,
                        float* scratch, int64_t splits, const AttentionShape& shape, int device, void* stream);

@@ -94,7 +94,7 @@ def pick(
     rows = _admitted.get(key)
     if rows is None:
         rows = _admitted[key] = tuple(row for row in backends if row.refusal_of(args[0]) is None)
-    if first is not None:
+    if first is not None and len(rows) > 1:
         rows = sorted(rows, key=lambda row: row.name != first)
     for row in rows:
         if all(limit.holds(*args) for limit in row.limits):

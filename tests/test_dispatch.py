@@ -41,6 +41,13 @@ def test_the_first_row_that_admits_the_call():
     assert name_of(torch.ones(2, 4).bfloat16()) == "wide"
 
 
+def test_a_row_that_goes_first_where_it_admits_the_call():
+    x = torch.ones(2, 4)
+    assert dispatch.pick("op", TABLE, None, x, first="wide").name == "wide"
+    assert dispatch.pick("op", TABLE, None, x, first="absent").name == "small"
+    assert dispatch.pick("op", TABLE, "small", x, first="wide").name == "small"
+
+
 def test_no_row_warns_once_for_each_reason_and_names_them_all():
     reasons = (
         "op: small needs dtype float32, got float64; op: absent needs dtype float32, got float64; "

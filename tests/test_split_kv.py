@@ -12,11 +12,13 @@ from lspm_kernels import compiled, split_kv
     ("blocks", "rows", "keys", "parts"),
     [
         (12, 1, 4096, 16),  # as many as leave each 256 keys
-        (48, 4, 100_000, 5),  # two blocks to each of 132 multiprocessors
+        (48, 4, 100_000, 5),  # 240 blocks, of 264 that run at a time on 132 multiprocessors
+        (8, 4, 65_536, 30),
+        (160, 4, 8192, 3),  # two rounds; with one part 104 of 264 would have no block
         (1000, 1, 100_000, 1),  # enough blocks without
         (1, 1, 200, 1),
         (1, 64, 4096, 16),
-        (1, 65, 4096, 1),  # more rows than a block takes
+        (1, 65, 4096, 0),  # more rows than a block takes
         (0, 1, 4096, 16),
     ],
 )
@@ -41,8 +43,9 @@ def call(monkeypatch, sequences=None, slopes=None, dropout=0.0, queries=1):
 
 def test_scratch_has_a_place_for_every_part(monkeypatch):
     assert call(monkeypatch).shape == (16, 16, 34)
-    counts = torch.ones(64, dtype=torch.int32)  # 64 sequences of 4 key heads: 256 blocks leave one part
-    assert call(monkeypatch, (None, None, counts, None, 1, 4096)) is None
+    counts = torch.ones(64, dtype=torch.int32)  # 64 sequences of 4 key heads, each read by two
+    assert call(monkeypatch, (None, None, counts, None, 1, 4096)).shape[0] == 1
+    assert call(monkeypatch, (None, None, counts, None, 1, 400)) is None
     assert call(monkeypatch, (torch.ones(3), torch.ones(3), None, None, 1, 1000)).shape[0] == 3
 
 

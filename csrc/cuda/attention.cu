@@ -170,7 +170,7 @@ void attention_forward(const HeadsView& q, const HeadsView& k, const HeadsView& 
                        float* scratch, int64_t splits, const AttentionShape& shape, int device,
                        void* stream) {
   if (shape.rows() == 0) return;
-  const bool divided = splits > 1 && decodes(shape, extras);
+  const bool divided = scratch && decodes(shape, extras);
   const ForwardCall call = {
       attention_call(shape, extras, {&q, &k, &v, &out}, divided), q, k, v, out, lse, statistics};
   const DeviceGuard guard(device);

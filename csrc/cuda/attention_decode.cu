@@ -1,9 +1,10 @@
 // Attention of few queries to many keys (Dao et al., "Flash-Decoding", 2023), as where a cache is decoded.
 //
 // A block owns one part of the keys of one key head, and all queries of all heads that read it: at most 64
-// rows of one tile, so that keys and values are read once. What is in registers and shared memory is as in
-// the forward; each part's maxima, denominators and sums go to scratch, and a warp for each row adds up the
-// parts in their order. Bytes moved: k and v once, and 4 (value_dim + 2) for each row and part, twice.
+// rows of one tile, so that keys and values are read once. Reading them is all that takes time: while one
+// tile of both is multiplied, the next is on its way. What is in registers is as in the forward; each part's
+// maxima, denominators and sums go to scratch, and a warp for each row adds up the parts in their order.
+// Bytes moved: k and v once, and 4 (value_dim + 2) for each row and part, twice.
 #include "../attention.h"
 #include "attention_tiles.cuh"
 
@@ -16,7 +17,7 @@ template <int kPadded>
 struct Parts {
   static constexpr int kDim = kPadded, kWarps = kDecodeRows / 16, kThreads = kWarps * kWarp;
   static constexpr int kKeys = kDim > 128 ? 32 : 64;
-  static constexpr int kElements = (kDecodeRows + 2 * kKeys) * kDim;
+  static constexpr int kStage = 2 * kKeys * kDim, kElements = kDecodeRows * kDim + 2 * kStage;
 };
 template <int kPadded, bool>
 using DecodeTile = Parts<kPadded>;
@@ -33,8 +34,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   constexpr int kDim = Tile::kDim, kKeys = Tile::kKeys, kTiles = kKeys / 8, kChunks = kDim / kChunk;
   DYNAMIC_SHARED(memory);
   T* const q_tile = reinterpret_cast<T*>(memory);
-  T* const k_tile = q_tile + kDecodeRows * kDim;
-  T* const v_tile = k_tile + kKeys * kDim;
+  T* const stages = q_tile + kDecodeRows * kDim;  // two, each of keys and of values
 
   const int part = blockIdx.x, kv_head = blockIdx.y, batch = blockIdx.z, group = int(call.shape.group());
   const AttentionShape shape = call.shape.of(batch);
@@ -47,6 +47,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   const int end_key = (first + int(int64_t(tiles) * (part + 1) / parts)) * kKeys;
   const Rows<T> k(call.k, batch, kv_head, window.keys, shape.head_dim);
   const Rows<T> v(call.v, batch, kv_head, window.keys, shape.value_dim);
+  const auto load_stage = [&](int stage, int start) {
+    T* const to = stages + stage * Tile::kStage;
+    load_tile<true, kDim, kKeys, Tile::kThreads>(to, k, start, call.aligned);
+    load_tile<true, kDim, kKeys, Tile::kThreads>(to + kKeys * kDim, v, start, call.aligned);
+    ptx::cp_async_commit();
+  };
 
   if (begin_key < end_key) {
     for (int i = threadIdx.x; i < kDecodeRows * kChunks; i += Tile::kThreads) {
@@ -60,8 +66,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         chunk.at[e] = inside && col + e < shape.head_dim ? from[col + e] : from_float<T>(0.0f);
       store(q_tile + row * kDim + (col ^ row % 8 * kChunk), chunk);
     }
-    load_tile<true, kDim, kKeys, Tile::kThreads>(k_tile, k, begin_key, call.aligned);
-    ptx::cp_async_commit();
+    load_stage(0, begin_key);
   }
   const Share<16, 8> share = {int(threadIdx.x / kWarp) * 16};
   const bool works = share.first < rows;  // other warps only copy
@@ -70,22 +75,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
 #pragma unroll
   for (int h = 0; h < 2; ++h) query[h] = (share.row(0, h) + lane_row()) / group;
   float maximum[1][2] = {{-INFINITY, -INFINITY}}, total[1][2] = {}, sums[1][kDim / 8][4] = {};
-  for (int start = begin_key; start < end_key; start += kKeys) {
+  for (int start = begin_key, stage = 0; start < end_key; start += kKeys, stage ^= 1) {
     ptx::cp_async_wait<0>();
-    __syncthreads();  // the keys have come, and every warp is done with the values before
-    load_tile<true, kDim, kKeys, Tile::kThreads>(v_tile, v, start, call.aligned);
-    ptx::cp_async_commit();
-    float s[1][kTiles][4];
-    if (works)
-      multiply_transpose<kDim>(
-          s, k_tile, [&](uint32_t (&a)[1][4], int i) { load_rows<kDim>(a, q_tile, share, place, i); });
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // the values have come, and every warp is done with the keys
-    if (start + kKeys < end_key) {
-      load_tile<true, kDim, kKeys, Tile::kThreads>(k_tile, k, start + kKeys, call.aligned);
-      ptx::cp_async_commit();
-    }
+    __syncthreads();  // this stage has come, and every warp is done with the other
+    if (start + kKeys < end_key) load_stage(stage ^ 1, start + kKeys);
     if (!works) continue;
+    const T* const k_tile = stages + stage * Tile::kStage;
+    const T* const v_tile = k_tile + kKeys * kDim;
+    float s[1][kTiles][4];
+    multiply_transpose<kDim>(
+        s, k_tile, [&](uint32_t (&a)[1][4], int i) { load_rows<kDim>(a, q_tile, share, place, i); });
     const Scores scores(call, window, shape, batch, kv_head);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {

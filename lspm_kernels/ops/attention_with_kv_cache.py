@@ -87,7 +87,8 @@ def attention_with_kv_cache(
         softcap=softcap,
     )  # fmt: skip
     scale = D**-0.5 if scale is None else float(scale)
-    row = dispatch.pick(_OP, BACKENDS, backend, q, k_cache, v_cache, heads, None)
+    first = dense.first_for(q.shape[2])
+    row = dispatch.pick(_OP, BACKENDS, backend, q, k_cache, v_cache, heads, None, first=first)
     if (cos is None) != (sin is None) or (cos is not None and k is None):
         raise ValueError(f"{_OP}: cos must come with sin and k, got {checks.shape(cos)}")
     steps = left is not None or right is not None

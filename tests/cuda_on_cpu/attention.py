@@ -79,7 +79,7 @@ class Layout(NamedTuple):
 class Device:
     """Tensors in device memory, as the structs that the kernels take."""
 
-    def __init__(self, library, misaligned=(), splits=1, where=(0, None)):
+    def __init__(self, library, misaligned=(), splits=0, where=(0, None)):
         self.library, self.misaligned, self.splits, self.where = library, misaligned, splits, where
 
     def pointer(self, tensor):
@@ -130,8 +130,9 @@ class Attention(torch.autograd.Function):
         ctx.extras = Extras(*extras, device.pointer(sinks))
         ctx.out, read = device.output("out", q.new_empty(*q.shape[:3], v.shape[3]), layout.query_starts)
         lse, statistics = device.library.empty(q.shape[:3]), device.library.empty((2, *q.shape[:3]))
-        scratch = device.library.empty((device.splits, *q.shape[:3], v.shape[3] + 2))
-        outputs = lse, statistics, scratch, device.splits
+        parts = (device.splits, *q.shape[:3], v.shape[3] + 2)
+        scratch = device.library.empty(parts) if device.splits else None
+        outputs = lse, statistics, scratch, max(1, device.splits)
         device.call("attention_forward", *ctx.inputs, ctx.extras, ctx.out, *outputs, ctx.shape)
         ctx.device, ctx.layout = device, layout
         ctx.save_for_backward(q, k, v, sinks, statistics.tensor())

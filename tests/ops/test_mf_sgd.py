@@ -46,7 +46,7 @@ def expected(
         lr=spread(lr, 2), reg=spread(reg, 4), l1=spread(l1, 2), nonnegative=nonnegative,
         logistic=loss == "logistic",
     )  # fmt: skip
-    return *tables, *(s for s in squares if s is not None), total.to(tables[0].dtype)
+    return *tables, *(s for s in squares if s is not None), total.to("cpu", tables[0].dtype)
 
 
 def ours(tables, blocks, squares=None, lr=0.05, **options):
@@ -95,7 +95,7 @@ def test_without_biases():
         tables = [None if t is None else t.clone() for t in tables]
         none = (None, None)
         total = reference.mf_sgd(*tables, *none, blocks.users, blocks.items, blocks.ratings, lr=(0.05, 0.05))
-        return *tables, total.to(tables[0].dtype)
+        return *tables, total.to("cpu", tables[0].dtype)
 
     def kernel_call(tables, blocks):
         tables = [None if t is None else t.clone() for t in tables]

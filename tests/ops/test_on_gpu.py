@@ -178,15 +178,11 @@ def test_an_id_that_is_none_makes_a_rating_nan():
 
 
 def test_memory_of_attention_is_linear_in_the_length():
-    def peak(T):
-        q, k, v = (torch.randn(1, 2, T, 64, dtype=BF16, requires_grad=True) for _ in range(3))
-        bias = torch.randn(1, 1, 1, T, dtype=BF16)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        out = lk.attention(q, k, v, bias=bias, dropout_p=0.1, seed=1, softcap=20.0, window=(None, 5))
-        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-        return torch.cuda.max_memory_allocated() - before
-
-    peak(1024)
-    torch.use_deterministic_algorithms(False)
-    assert peak(16384) < 20 * peak(1024)
+    T = 16384
+    q, k, v = (torch.randn(1, 2, T, 64, dtype=BF16, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 1, 1, T, dtype=BF16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = lk.attention(q, k, v, bias=bias, dropout_p=0.1, seed=1, softcap=20.0, window=(None, 5))
+    torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert torch.cuda.max_memory_allocated() - before < 64 * 2**20  # one head's scores alone would be 512 MiB
