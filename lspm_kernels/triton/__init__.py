@@ -6,8 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-# Asked once: torch.compile cannot trace the question.
-_INSTALLED = importlib.util.find_spec("triton") is not None
+
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
+
+
+_INSTALLED = _is_installed()  # asked once: torch.compile cannot trace the question
 
 
 def kernel(name: str) -> Callable[..., None]:
