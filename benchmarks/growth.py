@@ -1,10 +1,10 @@
 """Ratings of any number, generated and sorted on disk, and a picture of the speed of passes over them."""
 
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine
 import torch
 from results import Rows
 
@@ -48,8 +48,9 @@ class Growth:
 
 
 def peak_mebibytes(run: Growth, folder: Path) -> float:
+    """Of this process, whose getrusage() would begin with what its parent had."""
     lspm_kernels.mf_sgd_(*run.tables(), run.written(folder), **STEP)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return machine.resident_bytes("VmHWM") / 2**20
 
 
 def plot(rows: Rows, path: Path, about: str) -> None:

@@ -111,9 +111,9 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int | Non
     _set_malloc(mmap_threshold=2**17, trim_threshold=2**17)
     ctypes.CDLL(None).malloc_trim(0)
     reset.write_text("5")  # sets VmHWM to VmRSS: proc(5)
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     function()
-    peak = _resident_bytes("VmHWM")
+    peak = resident_bytes("VmHWM")
     keep_freed_memory()
     return max(0, peak - before)
 
@@ -191,7 +191,8 @@ def _set_malloc(mmap_threshold: int, trim_threshold: int) -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, trim_threshold)
 
 
-def _resident_bytes(field: str) -> int:
+def resident_bytes(field: str) -> int:
+    """A field of Linux's /proc/self/status: VmRSS, or VmHWM, the most it was."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{field}:\s*(\d+) kB", status, re.M)[1]) * 1024
 
