@@ -32,6 +32,24 @@ class Pass:
     threads: int
     dtype: torch.dtype = torch.float32
     op: str = "mf_sgd"
+    roof = "copy"
+
+    @property
+    def rows(self) -> int:
+        """Of factors that a rating changes: bpr's pair comes with an item that was not chosen."""
+        return 3 if self.op == "bpr" else 2
+
+    @property
+    def bytes(self) -> int:
+        """Each rating's ids and value read once, each table read and written once: more, where a block's rows
+        are more than the caches hold."""
+        factors = (self.users + self.items) * self.factors * self.dtype.itemsize
+        return 12 * self.ratings + 2 * factors
+
+    @property
+    def flops(self) -> int:
+        """A product of rows, and of every factor changed the step and its shrinking."""
+        return self.ratings * self.factors * (2 + 4 * self.rows)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

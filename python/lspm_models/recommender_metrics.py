@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lspm_models.data.interactions import Interactions
+import lspm_kernels
+from lspm_models.data.interactions import Interactions, offsets_of
 
 MOST_SCORES = 1 << 24  # scores at once, 64 MiB
 
@@ -78,6 +79,34 @@ def top_items(
         position += len(chunk)
         step = max(1, MOST_SCORES // found.shape[1])
     return torch.cat(parts)
+
+
+def top_products(
+    products: tuple[Tensor, Tensor, Tensor | None],
+    users: Tensor,
+    count: int,
+    seen: Interactions | None = None,
+) -> Tensor:
+    """Ranks the whole catalogue as top_items does, where scores are products: without a matrix of scores.
+
+    Args:
+        products: vectors of the users (U, D) and of all items (I, D), and (I,) what is added to an item's
+            scores, or None.
+        users, count, seen: as top_items has them.
+    """
+    of_users, of_items, bias = products
+    lists = None, None
+    if seen is not None:
+        offsets, order = seen.by_user()
+        _, places = spread(offsets, users)
+        counts = offsets[users + 1] - offsets[users]
+        lists = (t.to(of_users.device) for t in (offsets_of(counts), seen.items[order[places]]))
+    indptr, indices = lists
+    _, items = lspm_kernels.top_k_scores(
+        of_users, of_items, min(count, len(of_items)), item_bias=bias, exclude_indptr=indptr,
+        exclude_indices=indices,
+    )  # fmt: skip
+    return torch.nn.functional.pad(items.to(users.device), (0, count - items.shape[1]), value=-1)
 
 
 def spread(offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

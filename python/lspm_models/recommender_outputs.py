@@ -55,6 +55,14 @@ class Recommending:
             raise ValueError(f"output: count must be at least 1, got {self.count}")
 
 
+def top_items(trained: Trained, users: Tensor, count: int, seen: Interactions | None) -> Tensor:
+    """Ranks the whole catalogue for users (U,), as metrics.top_items does."""
+    model, device = trained.model, device_of(trained)
+    if hasattr(model, "products"):
+        return metrics.top_products(model.products(users.to(device)), users, count, seen)
+    return metrics.top_items(lambda some: model.scores(some.to(device)).cpu(), users, count, seen)
+
+
 @torch.no_grad()
 def recommendations(trained: Trained, output: Recommending, report: Callable[[str], None]) -> None:
     """Reports what a user liked most, and what is recommended.
@@ -64,13 +72,7 @@ def recommendations(trained: Trained, output: Recommending, report: Callable[[st
     """
     known = trained.training
     user = known.user_ids.internal([output.user], "recommend: user")
-    device = device_of(trained)
-    ranked = metrics.top_items(
-        lambda users: trained.model.scores(users.to(device)).cpu(),
-        user,
-        output.count,
-        None if output.seen else known,
-    )[0]
+    ranked = top_items(trained, user, output.count, None if output.seen else known)[0]
     items = ranked[ranked >= 0]
     rated = (known.users == user).nonzero()[:, 0]
     best = rated[known.ratings[rated].argsort(descending=True, stable=True)[:3]]
@@ -79,6 +81,7 @@ def recommendations(trained: Trained, output: Recommending, report: Callable[[st
     if not len(items):
         report("nothing is left to recommend: the user has rated everything")
         return
+    device = device_of(trained)
     predicted = trained.model.predict(user.expand(len(items)).to(device), items.to(device)).tolist()
     width = max(len(known.title(int(item))) for item in items)
     for place, (item, value) in enumerate(zip(items.tolist(), predicted, strict=True), 1):
@@ -147,7 +150,7 @@ def predictions(trained: Trained) -> Tensor:
 
 def quality(trained: Trained, predicted: Tensor, k: int) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Returns metrics of the users with a liked item set aside, beside `users` and `ranked`, and of all."""
-    training, held_out, device = trained.training, trained.held_out, device_of(trained)
+    training, held_out = trained.training, trained.held_out
     ratings, liked = held_out.ratings, held_out.ratings >= trained.data.positive
     found: dict[str, float] = {}
     if trained.predicts == "ratings":
@@ -161,9 +164,7 @@ def quality(trained: Trained, predicted: Tensor, k: int) -> tuple[dict[str, Tens
     users = relevant.users.unique()
     of_users: dict[str, Tensor] = {"users": users}
     if len(users):
-        ranked = metrics.top_items(
-            lambda some: trained.model.scores(some.to(device)).cpu(), users, k, training
-        )
+        ranked = top_items(trained, users, k, training)
         of_users |= metrics.ranking_metrics(ranked, users, relevant)
         of_users |= {"novelty": metrics.novelty(ranked, training), "ranked": ranked}
         names = {"map": "MAP", "ndcg": "NDCG", "mrr": "MRR", "hit_rate": "hit rate"}

@@ -81,6 +81,17 @@ def test_the_whole_catalogue_is_ranked_a_few_users_at_a_time(ranking, monkeypatc
     assert max(sizes) == 3
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_products_rank_as_their_scores_do(ranking, biased):
+    training, _, _, users = ranking
+    of_users, of_items = torch.randn(40, 6), torch.randn(30, 6)
+    bias = torch.randn(30) if biased else None
+    scores = of_users @ of_items.T + (bias if biased else 0)
+    for count, seen in ((5, training), (40, training), (5, None)):
+        ranked = metrics.top_products((of_users[users], of_items, bias), users, count, seen)
+        assert torch.equal(ranked, metrics.top_items(lambda some: scores[some], users, count, seen))
+
+
 def test_ndcg_against_scikit_learn(ranking):
     sklearn = pytest.importorskip("sklearn.metrics")
     _, held_out, scores, users = ranking

@@ -13,7 +13,7 @@ from lspm_models.data.rating_splits import k_fold
 from lspm_models.data.ratings import RatingBatches, RatingConfig, RatingData
 from lspm_models.fit_config import FitConfig
 from lspm_models.models.recommender import KINDS, MLP, Recommender, RecommenderConfig
-from lspm_models.models.recommender_fields import Fields, History, damped_biases, embedding_sum
+from lspm_models.models.recommender_fields import Fields, History, damped_biases
 from lspm_models.models.two_tower import TwoTower, TwoTowerConfig, in_batch_softmax
 from lspm_models.recommender_job import DeepOptions, TowerOptions
 from lspm_models.tasks.recommendation import ClickPrediction, RatingRegression, Retrieval
@@ -26,15 +26,6 @@ SMALL = {"width": 8, "hidden": 16}
 def parts(tmp_path_factory):
     found = read_interactions(write_recbole(tmp_path_factory.mktemp("ratings") / "tiny"))
     return next(k_fold(found, 5))
-
-
-def test_sums_of_embeddings():
-    weight, scales = torch.randn(5, 3), torch.randn(4)
-    values, offsets = torch.tensor([4, 0, 4, 2]), torch.tensor([0, 1, 1])
-    found = embedding_sum(weight, values, offsets, scales)
-    rows = weight[values] * scales[:, None]
-    assert torch.allclose(found, torch.stack((rows[0], torch.zeros(3), rows[1:].sum(0))))
-    assert torch.allclose(embedding_sum(weight, values, offsets)[2], weight[values[1:]].sum(0))
 
 
 def test_damped_biases_are_at_rest():

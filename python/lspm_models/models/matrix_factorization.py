@@ -168,6 +168,11 @@ class MatrixFactorization:
         t = self._fitted().tables
         return t.user_factors[users] @ t.item_factors.T + t.item_bias + t.user_bias[users][:, None] + t.mean
 
+    def products(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors (B, K) of users and (I, K) of all items, and what an item's scores have beside products."""
+        t = self._fitted().tables
+        return t.user_factors[users], t.item_factors, t.item_bias
+
     def recommend(
         self, users: Sequence, n: int = 10, *, filter_seen: bool = True
     ) -> list[list[Recommendation]]:

@@ -6,26 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lspm_kernels
 from lspm_models.data.interactions import Features, Interactions, offsets_of
 from lspm_models.recommender_metrics import spread
 
 DEVIATION = 0.05  # of new embeddings; their products begin far below a rating's deviation
 DAMPING = 5.0  # ratings at the mean that every user and item begins with
-
-
-def embedding_sum(weight: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None = None) -> Tensor:
-    """Sums rows of a table, bag by bag.
-
-    Args:
-        weight: (V, D).
-        values: (M,) int64 rows of the table, bag after bag.
-        offsets: (B,) int64, where each bag begins.
-        scales: (M,) of each row, or None for ones.
-
-    Returns:
-        (B, D); zeros where a bag is empty.
-    """
-    return F.embedding_bag(values, weight, offsets, mode="sum", per_sample_weights=scales)
 
 
 def damped_biases(training: Interactions, rounds: int = 10) -> tuple[float, Tensor, Tensor]:
@@ -101,8 +87,10 @@ class History(nn.Module):
         within, places = within[kept], places[kept]
         counts = torch.bincount(within, minlength=len(rows))
         begins, partners = counts.cumsum(0) - counts, self.partners[places]
-        met = embedding_sum(self.met, partners, begins)
-        rated = embedding_sum(self.rated, partners, begins, self.residuals[places])
+        met = lspm_kernels.embedding_bag(self.met, partners, begins)
+        rated = lspm_kernels.embedding_bag(
+            self.rated, partners, begins, per_sample_weights=self.residuals[places].to(self.rated.dtype)
+        )
         return torch.stack((met, rated), 1) * (counts + 1.0).rsqrt()[:, None, None], counts
 
 
@@ -155,8 +143,7 @@ class Fields(nn.Module):
             _, places = spread(offsets, rows)
             counts = offsets[rows + 1] - offsets[rows]
             values = getattr(self, f"values_{name}")[places]
-            total = embedding_sum(table, values, counts.cumsum(0) - counts)
-            found.append(total / counts.clamp(min=1)[:, None])
+            found.append(lspm_kernels.embedding_bag(table, values, counts.cumsum(0) - counts, mode="mean"))
         embeddings, numbers = torch.stack(found, 1), self.numbers[rows]
         if self.history is not None:
             met, counts = self.history(rows, others)

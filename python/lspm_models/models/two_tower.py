@@ -88,6 +88,10 @@ class TwoTower(nn.Module):
         """Vectors (I, D) of all items."""
         return self.items(torch.arange(len(self.items.fields.id), device=self.items.fields.id.device))
 
+    def products(self, users: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Vectors (B, D) of users and (I, D) of all items, whose products rank as scores() do."""
+        return self.users(users), self.vectors(), None
+
     def scores(self, users: Tensor) -> Tensor:
         """Cosines over the temperature (B, I) of users (B,) with all items."""
         return self.users(users) @ self.vectors().T / self.config.temperature

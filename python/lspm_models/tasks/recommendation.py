@@ -163,6 +163,10 @@ class Retrieval(Recommendation):
         losses = in_batch_softmax(logits, self.met(users, items), self.log_shares[items])
         return weighted_mean(losses, targets[:, 1])
 
+    def products(self, users: Tensor) -> tuple[Tensor, Tensor, None]:
+        """What recommender_metrics.top_products ranks by."""
+        return self.model.products(users)
+
     def met(self, users: Tensor, items: Tensor) -> Tensor:
         """Tells which of items (M,) each of users (B,) has met in training, (B, M) bool."""
         names, columns = items.unique(return_inverse=True)

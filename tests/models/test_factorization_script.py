@@ -1,0 +1,135 @@
+"""recommend.py with --model mf, as a person uses it: epochs of its own, checkpoints, resuming, Ctrl-C."""
+
+import json
+import re
+import shutil
+import signal
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+
+import pytest
+import recommend
+import torch
+from test_pretrain import refused, run  # noqa: F401
+from tiny_ratings import write_recbole
+
+from lspm_models.checkpoint import checkpoints, read_tensors
+from lspm_models.models.matrix_factorization import MatrixFactorization
+from lspm_models.recommender_job import load_recommender
+
+METHODS = ["sgd", "als", "nmf", "svd", "bpr", "implicit-als"]
+EPOCHS = ("--epochs", 4, "--save-every", 1, "--keep-checkpoints", 9, "--factors", 6)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_recbole(tmp_path_factory.mktemp("ratings") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A run of each method and what it said."""
+    folder, runs = tmp_path_factory.mktemp("factorised"), {}
+    for method in METHODS:
+        arguments = ("train", "--model", "mf", "--method", method, "--data", data, *EPOCHS)
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
+            patch.setattr(sys, "argv", ["recommend.py", *map(str, (*arguments, "--out", folder / method))])
+            assert recommend.main() == 0
+        runs[method] = folder / method, out.getvalue()
+    return runs
+
+
+def tensors(path):
+    return read_tensors(checkpoints(path / "checkpoints")[-1] / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_says_what_it_does_and_where_everything_is(trained, method):
+    path, out = trained[method]
+    errors = ", of the ratings set aside RMSE \\d\\.\\d{4}, MAE \\d\\.\\d{4}"
+    errors = "" if method in ("bpr", "implicit-als") else errors
+    for pattern in (
+        r"ratings    tiny: 480 to train on, 120 set aside, 40 users, 30 items\n",
+        rf"model      {method}, 6 factors, 4 epochs\n",
+        rf"epoch    4  loss -?\d+\.\d{{4}}{errors}\n",
+        r"trained    4 epochs",
+        r"try it     python python/recommend\.py evaluate .*\n",
+    ):
+        assert re.search(pattern, out), pattern
+    assert [p.name for p in checkpoints(path / "checkpoints")] == [f"step-{n:08d}" for n in range(1, 5)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_it_has_the_same_bits(run, trained, tmp_path, method):  # noqa: F811
+    path = trained[method][0]
+    shutil.copytree(path, tmp_path / "again")
+    for late in checkpoints(tmp_path / "again/checkpoints")[2:]:
+        shutil.rmtree(late)
+    code, out, err = run(recommend, "train", "--resume", tmp_path / "again")
+    assert (code, err) == (0, "") and "epoch    3" in out and "epoch    2" not in out
+    expected = tensors(path)
+    for name, tensor in tensors(tmp_path / "again").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_it_stops_at_ctrl_c_and_goes_on_with_the_same_bits(run, data, trained, tmp_path, monkeypatch):  # noqa: F811
+    own = MatrixFactorization.fit
+
+    def fit(model, interactions, after_epoch):
+        def interrupted(epoch, *rest):
+            if epoch == 2:
+                signal.raise_signal(signal.SIGINT)
+            return after_epoch(epoch, *rest)
+
+        return own(model, interactions, interrupted)
+
+    out = ("--out", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(MatrixFactorization, "fit", fit)
+        code, said, _ = run(recommend, "train", "--model", "mf", "--data", data, *EPOCHS, *out)
+    assert code == 128 + signal.SIGINT
+    go_on = f"  python python/recommend.py train --resume {out[1]}"
+    assert f"interrupted after epoch 2, which is saved; go on with\n{go_on}" in said
+    assert run(recommend, "train", "--resume", out[1])[0] == 0
+    expected = tensors(trained["sgd"][0])
+    assert all(torch.equal(t, expected[name]) for name, t in tensors(out[1]).items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_recommends_what_is_new_to_the_user(run, trained, method):  # noqa: F811
+    path = trained[method][0]
+    code, out, err = run(recommend, "recommend", path, "--user", 7, "--count", 40)
+    assert (code, err) == (0, "")
+    found = load_recommender(path)
+    known, user = found.training, int(found.training.user_ids.internal([7]))
+    seen = {known.title(int(item)) for item in known.items[known.users == user]}
+    titles = re.findall(r"^ +\d+  (Film No\. \d+) ", out, re.M)
+    assert len(titles) + len(seen) == 30 and not seen & set(titles)
+    scores = found.model.scores(torch.tensor([user]))[0, [known.titles.index(t) for t in titles]]
+    assert torch.allclose(scores, scores.sort(descending=True).values)
+
+
+@pytest.mark.parametrize("method", ["sgd", "bpr"])
+def test_it_says_how_good_it_is(run, trained, method):  # noqa: F811
+    path = trained[method][0]
+    assert run(recommend, "evaluate", path, "--k", 5)[0] == 0
+    found = json.loads((path / "metrics.json").read_text())
+    assert {"AUC", "NDCG@5", "coverage@5"} <= set(found)
+    assert ("RMSE" in found) == (method == "sgd")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--factors 0", r"mf: factors must be at least 1, got 0"),
+        ("--method svm", r"--method: invalid choice: 'svm' .*"),
+        ("--epochs 0", r"training: epochs must be at least 1, got 0"),
+        ("--lr -1", r"mf: lr must be positive, got -1\.0"),
+    ],
+)
+def test_a_mistake_is_one_line(run, data, tmp_path, arguments, message):  # noqa: F811
+    out = ("--out", tmp_path / "run")
+    call = ("train", "--model", "mf", "--data", data, *arguments.split(), *out)
+    refused(run(recommend, *call), rf"recommend\.py train: {message}")
+    assert not (tmp_path / "run").exists()
