@@ -71,6 +71,8 @@ def plot(rows: Rows, path: Path, about: str) -> None:
                 [p[across] for p in points], [p[side] for p in points], marker="o", label=f"from {side}"
             )
         axis.set_xscale("log")
+        axis.set_xticks([p[across] for p in points], [f"{p[across]:,}" for p in points], minor=False)
+        axis.minorticks_off()
         axis.set_xlabel(f"{across}, {fixed} {value:,}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("million updates a second")

@@ -67,8 +67,8 @@ MUTATIONS = [
     ),
     in_fields(
         name="fields: the sum of a row's values",
-        old="counts.clamp(min=1)[:, None]",
-        new="counts.clamp(max=1)[:, None]",
+        old=', mode="mean"',
+        new=', mode="sum"',
     ),
     in_model(
         name="deepfm: the squares stay in the square of the sum",
