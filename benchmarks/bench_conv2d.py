@@ -27,8 +27,7 @@ def torchs(x: Tensor, weight: Tensor, scale=None, shift=None, residual=None, *, 
     y = F.conv2d(x, weight, None, stride, weight.shape[-1] // 2)
     if scale is None:
         return y
-    constants = torch.zeros_like(scale), torch.ones_like(scale)
-    # An epsilon of 0, but on a GPU torch asks for more.
+    constants = torch.zeros_like(scale), torch.ones_like(scale)  # eps is as good as 0: torch asks for more
     return F.relu(F.batch_norm(y, *constants, scale, shift, eps=1e-30) + residual)
 
 
