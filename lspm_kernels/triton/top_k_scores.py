@@ -53,7 +53,7 @@ def _forward_kernel(
     for start in range(0, items_count, ITEMS):
         item = start + tl.arange(0, ITEMS).to(tl.int64)
         live = item < items_count
-        negative = tl.zeros((QUERIES, ITEMS), tl.float32)
+        total = tl.zeros((QUERIES, ITEMS), tl.float32)
         for begin in range(0, dim, DIM):
             d = begin + tl.arange(0, DIM)
             inside = d < dim
@@ -67,9 +67,7 @@ def _forward_kernel(
                 mask=live[None, :] & inside[:, None],
                 other=0.0,
             )
-            # A part's sum on its own rounds less than one chain; added, Triton would make it one again.
-            negative -= tl.dot(a, b, input_precision="ieee")
-        total = 0.0 - negative
+            total = tl.dot(a, b, total, input_precision="ieee")
         if item_bias is not None:
             total += tl.load(item_bias + item, mask=live, other=0.0)[None, :]
         keys = tl.where(live[None, :] & exists[:, None], _keys(total, item[None, :]), _NONE)
