@@ -108,9 +108,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
 #endif
   bind_mf_sgd(m);
   bind_pool(m);
-#ifndef LSPM_CUDA
   bind_recommender(m);
-#endif
   bind_rotary(m);
   bind_conv2d(m);
 }
