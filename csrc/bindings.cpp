@@ -103,14 +103,10 @@ PYBIND11_MODULE(MODULE_NAME, m) {
 #endif
   bind_batch_norm_act(m);
   bind_cross_entropy(m);
-#ifndef LSPM_CUDA
   bind_mf_als(m);
-#endif
   bind_mf_sgd(m);
   bind_pool(m);
-#ifndef LSPM_CUDA
   bind_recommender(m);
-#endif
   bind_rotary(m);
   bind_conv2d(m);
 }

@@ -1,5 +1,4 @@
-// mf_als and nmf: two factors, and the entries of a sparse matrix between their rows.
-#ifndef LSPM_CUDA
+// nmf and on a CPU mf_als: two factors, and the entries of a sparse matrix between their rows.
 #include <pybind11/stl.h>
 
 #include "bindings.h"
@@ -39,6 +38,7 @@ struct Views {
   }
 };
 
+#ifndef LSPM_CUDA
 void mf_als_update(const TensorView& factors, const TensorView& other_factors, const TensorView& indptr,
                    const TensorView& indices, const OptionalView& values, const OptionalView& weight,
                    const TensorView& failed, float reg, float reg_exponent, float alpha, bool implicit,
@@ -65,20 +65,26 @@ void mf_als_loss(const TensorView& factors, const TensorView& other_factors, con
   backend::mf_als_loss(v.factors, v.other_factors, v.csr, pv, pw, pl, v.k,
                        {reg, reg_exponent, alpha, implicit, 0}, threads);
 }
+#endif
 
 void nmf_update(const TensorView& factors, const TensorView& other_factors, const TensorView& indptr,
                 const TensorView& indices, const TensorView& values, const TensorView& failed, float reg,
-                float eps, int threads) {
+                float eps, [[maybe_unused]] int threads) {
   const Views v(factors, other_factors, indptr, indices);
   auto* pv = static_cast<float*>(values.contiguous("values", factors, DType::f32, v.csr.entries));
-  auto* pf = static_cast<int64_t*>(failed.contiguous("failed", factors, DType::i64, 1));
+  [[maybe_unused]] auto* pf = static_cast<int64_t*>(failed.contiguous("failed", factors, DType::i64, 1));
   py::gil_scoped_release unlocked;
+#ifdef LSPM_CUDA  // whose kernel says nothing of rows that failed, as nothing is read on a GPU
+  backend::nmf_update(v.factors, v.other_factors, v.csr, pv, v.k, reg, eps, WHERE(factors, threads));
+#else
   backend::nmf_update(v.factors, v.other_factors, v.csr, pv, pf, v.k, reg, eps, threads);
+#endif
 }
 
 }  // namespace
 
 void bind_mf_als(py::module_& m) {
+#ifndef LSPM_CUDA
   m.def("mf_als_loss", &mf_als_loss, py::arg("factors"), py::arg("other_factors"), py::arg("indptr"),
         py::arg("indices"), py::arg("values").none(true), py::arg("weight").none(true), py::arg("loss"),
         py::arg("reg"), py::arg("reg_exponent"), py::arg("alpha"), py::arg("implicit"), py::arg("threads"));
@@ -86,8 +92,8 @@ void bind_mf_als(py::module_& m) {
         py::arg("indices"), py::arg("values").none(true), py::arg("weight").none(true), py::arg("failed"),
         py::arg("reg"), py::arg("reg_exponent"), py::arg("alpha"), py::arg("implicit"), py::arg("steps"),
         py::arg("threads"));
+#endif
   m.def("nmf_update", &nmf_update, py::arg("factors"), py::arg("other_factors"), py::arg("indptr"),
         py::arg("indices"), py::arg("values"), py::arg("failed"), py::arg("reg"), py::arg("eps"),
         py::arg("threads"));
 }
-#endif

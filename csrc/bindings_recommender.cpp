@@ -1,4 +1,4 @@
-// mf and top_k_scores.
+// mf, and on a CPU top_k_scores.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -7,8 +7,6 @@
 #include "bindings.h"
 #include "mf.h"
 #include "top_k_scores.h"
-
-#ifndef LSPM_CUDA
 
 namespace py = pybind11;
 using lspm::DType;
@@ -47,17 +45,18 @@ struct MfCall {
 
 void mf_forward(const TensorView& user_factors, const TensorView& item_factors, const OptionalView& user_bias,
                 const OptionalView& item_bias, const TensorView& users, const TensorView& items,
-                const TensorView& ratings, float mean, int threads) {
+                const TensorView& ratings, float mean, [[maybe_unused]] int threads) {
   const MfCall call(user_factors, item_factors, user_bias, item_bias, users, items);
   void* pr = ratings.contiguous("ratings", user_factors, call.shape.dtype, call.shape.pairs);
   py::gil_scoped_release unlocked;
-  backend::mf_forward(call.tables, call.users, call.items, mean, pr, call.shape, threads);
+  backend::mf_forward(call.tables, call.users, call.items, mean, pr, call.shape,
+                      WHERE(user_factors, threads));
 }
 
 void mf_backward(const TensorView& dratings, const TensorView& user_factors, const TensorView& item_factors,
                  const TensorView& users, const TensorView& items, const OptionalView& duser_factors,
                  const OptionalView& ditem_factors, const OptionalView& duser_bias,
-                 const OptionalView& ditem_bias, int threads) {
+                 const OptionalView& ditem_bias, [[maybe_unused]] int threads) {
   const MfCall call(user_factors, item_factors, std::nullopt, std::nullopt, users, items);
   const auto& s = call.shape;
   void* pdr = dratings.contiguous("dratings", user_factors, s.dtype, s.pairs);
@@ -67,9 +66,10 @@ void mf_backward(const TensorView& dratings, const TensorView& user_factors, con
       optional(duser_bias, "duser_bias", user_factors, s.dtype, s.users),
       optional(ditem_bias, "ditem_bias", user_factors, s.dtype, s.items)};
   py::gil_scoped_release unlocked;
-  backend::mf_backward(pdr, call.tables, call.users, call.items, gradients, s, threads);
+  backend::mf_backward(pdr, call.tables, call.users, call.items, gradients, s, WHERE(user_factors, threads));
 }
 
+#ifndef LSPM_CUDA
 // The rows of a matrix with a contiguous last dimension.
 const void* rows(const TensorView& x, const char* name, const TensorView& beside) {
   if (x.dim() != 2) TensorView::refuse(name, "have 2 dimensions");
@@ -102,6 +102,7 @@ void top_k_scores_forward(const TensorView& queries, const TensorView& items, co
   py::gil_scoped_release unlocked;
   backend::top_k_scores_forward(pq, pi, pb, x, ps, pn, s, threads);
 }
+#endif
 
 }  // namespace
 
@@ -113,9 +114,9 @@ void bind_recommender(py::module_& m) {
         py::arg("users"), py::arg("items"), py::arg("duser_factors").none(true),
         py::arg("ditem_factors").none(true), py::arg("duser_bias").none(true),
         py::arg("ditem_bias").none(true), py::arg("threads"));
+#ifndef LSPM_CUDA
   m.def("top_k_scores_forward", &top_k_scores_forward, py::arg("queries"), py::arg("items"),
         py::arg("item_bias").none(true), py::arg("exclude_indptr").none(true),
         py::arg("exclude_indices").none(true), py::arg("scores"), py::arg("indices"), py::arg("threads"));
-}
-
 #endif
+}

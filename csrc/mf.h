@@ -31,4 +31,16 @@ void mf_backward(const void* dratings, const MfTables<const void>& tables, const
                  const int64_t* items, const MfTables<void>& gradients, const MfShape& shape, int threads);
 }  // namespace cpu
 
+namespace cuda {
+// The same on GPU `device`, queued on `stream`, a cudaStream_t. An id that is none makes its rating NaN, and
+// the gradient of its pair's other row of factors. A failure of CUDA throws std::runtime_error.
+void mf_forward(const MfTables<const void>& tables, const int64_t* users, const int64_t* items, float mean,
+                void* ratings, const MfShape& shape, int device, void* stream);
+// The gradients of one table, users' or items', whose ids do not descend; of both it throws
+// std::invalid_argument.
+void mf_backward(const void* dratings, const MfTables<const void>& tables, const int64_t* users,
+                 const int64_t* items, const MfTables<void>& gradients, const MfShape& shape, int device,
+                 void* stream);
+}  // namespace cuda
+
 }  // namespace lspm

@@ -6,11 +6,20 @@
 
 #include "csr.h"
 
-namespace lspm::cpu {
+namespace lspm {
 
+namespace cpu {
 // factors: (rows, K). other_factors: (columns, K). values: (entries). failed: the first row with an index
 // that is none, which stays as it was; -1 where there is none.
 void nmf_update(float* factors, const float* other_factors, const Csr& csr, const float* values,
                 int64_t* failed, int64_t k, float reg, float eps, int threads);
+}  // namespace cpu
 
-}  // namespace lspm::cpu
+namespace cuda {
+// The same for k of at most 1024 on GPU `device`, queued on `stream`, a cudaStream_t; an index that is none
+// counts as a row of zeros. A failure of CUDA throws std::runtime_error.
+void nmf_update(float* factors, const float* other_factors, const Csr& csr, const float* values, int64_t k,
+                float reg, float eps, int device, void* stream);
+}  // namespace cuda
+
+}  // namespace lspm

@@ -16,10 +16,34 @@ _ROWS = Limit(
     lambda user_factors, item_factors: max(len(user_factors), len(item_factors)) < 2**31,
     lambda user_factors, item_factors: max(len(user_factors), len(item_factors)),
 )
+_cuda_backward = compiled.cuda_kernel("mf_backward")
+
+
+def _sorted_backward(dratings, user_factors, item_factors, users, items, *gradients):
+    """The CUDA kernel's, which takes one table's gradients at a time and pairs in the order of its rows."""
+    duser_factors, ditem_factors, duser_bias, ditem_bias = gradients
+    pairs = dratings.view(-1), users.view(-1), items.view(-1)
+    for ids, of_table in (
+        (users, (duser_factors, None, duser_bias, None)),
+        (items, (None, ditem_factors, None, ditem_bias)),
+    ):
+        if any(g is not None for g in of_table):
+            # Stable, so that a row's pairs stay in their order.
+            order = ids.view(-1).sort(stable=True).indices
+            gradient, *both_ids = (t[order] for t in pairs)
+            _cuda_backward(gradient, user_factors, item_factors, *both_ids, *of_table)
+
+
+def _backward_of(name, kernel):
+    return _sorted_backward if name == "cuda" else kernel("mf_backward")
+
+
+# On a GPU cuda comes first, as it divides a row of many pairs among more threads: predicted, not measured.
 BACKENDS = tuple(
-    Backend(name, device, _FLOATS, kernel("mf_forward"), kernel("mf_backward"), missing, (_ROWS,))
+    Backend(name, device, _FLOATS, kernel("mf_forward"), _backward_of(name, kernel), missing, (_ROWS,))
     for name, device, kernel, missing in (
         ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing),
+        ("cuda", "cuda", compiled.cuda_kernel, compiled.cuda_missing),
         ("triton", "cuda", triton.kernel, triton.missing),
     )
 )
@@ -101,7 +125,7 @@ def mf(
         user_bias: (U,), user_factors' dtype, or None.
         item_bias: (I,), user_factors' dtype, or None.
         mean: the rating of all, a number.
-        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         ratings: user_factors' dtype, under autocast too; the shape that users and items broadcast to.

@@ -14,9 +14,14 @@ _FLOATS = (torch.float32,)
 _ON_A_GPU = (
     Limit("K of at most 1024", lambda factors: factors.size(1) <= 1024, lambda factors: factors.size(1)),
 )
-BACKENDS = (
-    Backend("cpu", "cpu", _FLOATS, compiled.cpu_kernel("nmf_update"), None, compiled.nothing_missing),
-    Backend("triton", "cuda", _FLOATS, triton.kernel("nmf_update"), None, triton.missing, _ON_A_GPU),
+# On a GPU cuda comes first, as it divides a row of many entries among more threads: predicted, not measured.
+BACKENDS = tuple(
+    Backend(name, device, _FLOATS, kernel("nmf_update"), None, missing, limits)
+    for name, device, kernel, missing, limits in (
+        ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing, ()),
+        ("cuda", "cuda", compiled.cuda_kernel, compiled.cuda_missing, _ON_A_GPU),
+        ("triton", "cuda", triton.kernel, triton.missing, _ON_A_GPU),
+    )
 )
 
 
@@ -63,7 +68,7 @@ def nmf_(
         values: (nnz,), factors' dtype, at least 0.
         reg: at least 0.
         eps: positive; what stands under the fraction where all else there is 0.
-        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         factors.

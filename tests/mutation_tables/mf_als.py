@@ -13,6 +13,9 @@ in_cholesky = partial(in_als, file="csrc/cpu/cholesky.h")
 in_rows = partial(in_als, file="csrc/cpu/csr_rows.h")
 in_nmf = partial(in_als, file="csrc/cpu/nmf.cpp")
 in_op = partial(Mutation, file="lspm_kernels/ops/mf_als.py", tests=CPU)
+in_nmf_cuda = partial(
+    Mutation, file="csrc/cuda/nmf.cu", tests=("tests/ops/test_nmf_cuda.py", "-x", "-k", "not asan")
+)
 in_checks = partial(in_op, file="lspm_kernels/csr_checks.py")
 
 MUTATIONS = [
@@ -90,5 +93,30 @@ MUTATIONS = [
         name="mf_als, checks: the last index too large",
         old="if low < 0 or high >= columns:",
         new="if low < 0 or high > columns:",
+    ),
+    in_nmf_cuda(
+        name="nmf, cuda: a column one past the last",
+        old="uint64_t(column) < uint64_t(csr.columns)",
+        new="uint64_t(column) <= uint64_t(csr.columns)",
+    ),
+    in_nmf_cuda(
+        name="nmf, cuda: the first sums of warps are overwritten by the second",
+        old="      __syncthreads();  // every warp has read p, and the next part takes the place\n",
+        new="",
+    ),
+    in_nmf_cuda(
+        name="nmf, cuda: what is below the fraction is of one group of lanes",
+        old="    below.add_groups();\n",
+        new="",
+    ),
+    in_nmf_cuda(
+        name="nmf, cuda: each entry of a long row once for each warp",
+        old="group, kWarps * groups);",
+        new="group, groups);",
+    ),
+    in_nmf_cuda(
+        name="nmf, cuda: the regularisation of one entry",
+        old="if (group == 0) fraction.update(p, row, of.k, float(begins[n + 1] - begins[n]) * reg, eps);",
+        new="if (group == 0) fraction.update(p, row, of.k, reg, eps);",
     ),
 ]

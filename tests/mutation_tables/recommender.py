@@ -17,6 +17,9 @@ def build(isa):
 in_top = partial(Mutation, file="csrc/cpu/top_k_scores.cpp", tests=CPU, command=build("avx2"))
 in_mf = partial(in_top, file="csrc/cpu/mf.cpp")
 in_op = partial(Mutation, tests=CPU)
+in_mf_cuda = partial(
+    Mutation, file="csrc/cuda/mf.cu", tests=("tests/ops/test_mf_cuda.py", "-x", "-k", "not asan")
+)
 
 MUTATIONS = [
     in_top(
@@ -97,5 +100,36 @@ MUTATIONS = [
         file="lspm_kernels/ops/mf.py",
         old="wanted = ctx.needs_input_grad[:4]",
         new="wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:1:-1])",
+    ),
+    in_mf_cuda(
+        name="mf, cuda: an id one past the last",
+        old="uint64_t(id) < uint64_t(rows)",
+        new="uint64_t(id) <= uint64_t(rows)",
+    ),
+    in_mf_cuda(
+        name="mf, cuda: another row that is none counts as zeros",
+        old="(known ? gradient : NAN)",
+        new="gradient",
+    ),
+    in_mf_cuda(
+        name="mf, cuda: only the last run of a group's pairs",
+        old="total.add(run);",
+        new="total = run;",
+    ),
+    in_mf_cuda(
+        name="mf, cuda: warps' sums are read before they are there",
+        old="      __syncthreads();\n      if (warp == 0 && first_group) {",
+        new="      if (warp == 0 && first_group) {",
+    ),
+    in_mf_cuda(
+        name="mf, cuda: vectors of gradients that are not aligned",
+        old="aligned_for_vectors(table.others, table.dfactors)",
+        new="aligned_for_vectors(table.others)",
+    ),
+    in_mf_cuda(
+        name="mf, cuda: pairs in the order of users for both tables",
+        file="lspm_kernels/ops/mf.py",
+        old="order = ids.view(-1).sort",
+        new="order = users.view(-1).sort",
     ),
 ]

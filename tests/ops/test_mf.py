@@ -228,6 +228,6 @@ def test_the_binding_refuses_what_would_touch_other_memory():
 
 
 def test_only_the_rows_of_the_table_run():
-    assert [row.name for row in ops.BACKENDS] == ["cpu", "triton"]
+    assert [row.name for row in ops.BACKENDS] == ["cpu", "cuda", "triton"]
     with pytest.warns(lk.FallbackWarning, match="mf: cpu needs dtype float32, bfloat16, float16"):
         assert lk.mf(U.double(), V.double(), N, N).dtype == torch.float64

@@ -109,4 +109,4 @@ def test_compile_and_opcheck():
 
 
 def test_only_the_rows_of_the_table_run():
-    assert [row.name for row in ops.BACKENDS] == ["cpu", "triton"]
+    assert [row.name for row in ops.BACKENDS] == ["cpu", "cuda", "triton"]
