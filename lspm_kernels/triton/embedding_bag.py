@@ -22,7 +22,7 @@ _WARPS = 2
 # Columns of a tile, at least and at most. On sm_90 sums of fewer go through shared memory by a stmatrix whose
 # lanes write the same words twice.
 _DIM = 32, 128
-CHUNK = 64  # sorted places
+_CHUNK = 64  # sorted places
 # Fused, the lanes of a warp that add a product to each other's get sums that differ in the last bit.
 _EXACT = {"enable_fp_fusion": False}
 
@@ -94,18 +94,18 @@ def _shares_kernel(
 
 
 @triton.jit
-def begins_at(ordered, place, row):
+def _begins_at(ordered, place, row):
     """Whether those of a row begin at this sorted place."""
     return (place == 0) | (tl.load(ordered + place - 1, mask=place > 0, other=-1) != row)
 
 
 @triton.jit
-def has_gradient(row, rows, padding_idx):
+def _has_gradient(row, rows, padding_idx):
     return _is_row(row, rows) & (row != padding_idx)
 
 
 @triton.jit
-def sum_of_part(
+def _sum_of_part(
     dout, ordered, order, bag_of, scales, shares, first, row, dim, count, d,
     CHUNK: tl.constexpr, ENTRIES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
@@ -131,16 +131,16 @@ def sum_of_part(
 
 
 @triton.jit
-def last_row_of(chunk, ordered, ends, CHUNK: tl.constexpr):
+def _last_row_of(chunk, ordered, ends, CHUNK: tl.constexpr):
     """The last row of a chunk, where its places end, and whether they begin in this chunk."""
     first = chunk * CHUNK
     row = tl.load(ordered + first + CHUNK - 1).to(tl.int64)
-    begins = (tl.load(ordered + first) != row) | begins_at(ordered, first, row)
+    begins = (tl.load(ordered + first) != row) | _begins_at(ordered, first, row)
     return row, tl.load(ends + chunk), begins
 
 
 @triton.jit
-def sum_of_parts(parts, chunk, end, dim, d, CHUNK: tl.constexpr, ENTRIES: tl.constexpr, DIM: tl.constexpr):
+def _sum_of_parts(parts, chunk, end, dim, d, CHUNK: tl.constexpr, ENTRIES: tl.constexpr, DIM: tl.constexpr):
     """What the parts of a row add up to that begins in a chunk and goes on to the sorted place `end`."""
     total = tl.zeros((ENTRIES, DIM), tl.float32)
     after = tl.cdiv(end, CHUNK)
@@ -160,9 +160,9 @@ def _parts_kernel(
     first = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * DIM + tl.arange(0, DIM)
     row = tl.load(ordered + first).to(tl.int64)
-    begins = begins_at(ordered, first, row)
-    if (begins | (first % CHUNK == 0)) & has_gradient(row, rows, padding_idx):
-        sums, goes_on = sum_of_part(
+    begins = _begins_at(ordered, first, row)
+    if (begins | (first % CHUNK == 0)) & _has_gradient(row, rows, padding_idx):
+        sums, goes_on = _sum_of_part(
             dout, ordered, order, bag_of, scales, shares, first, row, dim, count, d, CHUNK, ENTRIES, DIM
         )
         if begins & ~goes_on:
@@ -179,9 +179,9 @@ def _rows_kernel(
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * DIM + tl.arange(0, DIM)
-    row, end, begins = last_row_of(chunk, ordered, ends, CHUNK)
-    if begins & (end > (chunk + 1) * CHUNK) & has_gradient(row, rows, padding_idx):
-        sums = sum_of_parts(parts, chunk, end, dim, d, CHUNK, ENTRIES, DIM)
+    row, end, begins = _last_row_of(chunk, ordered, ends, CHUNK)
+    if begins & (end > (chunk + 1) * CHUNK) & _has_gradient(row, rows, padding_idx):
+        sums = _sum_of_parts(parts, chunk, end, dim, d, CHUNK, ENTRIES, DIM)
         tl.store(dweight + row * dim + d, sums.to(dweight.dtype.element_ty), mask=d < dim)
 
 
@@ -214,7 +214,7 @@ def forward(weight, indices, offsets, per_sample_weights, out, padding_idx, mean
     """
     bags, dim = out.shape
     if out.numel():
-        tile = tile_of(dim)
+        tile = _tile_of(dim)
         grid = bags, triton.cdiv(dim, tile["DIM"])
         tables = weight, indices, offsets, per_sample_weights, out
         numbers = len(weight), dim, *_sizes(indices, offsets, bags), padding_idx
@@ -231,24 +231,27 @@ def backward(dout, weight, indices, offsets, per_sample_weights, dweight, dweigh
             if dweight.numel() and count:
                 _table(dout, indices, offsets, per_sample_weights, dweight, padding_idx, mean)
         if dweights is not None and count:
-            tile = tile_of(dim)
+            tile = _tile_of(dim)
             grid = (triton.cdiv(count, tile["ENTRIES"]),)
-            given = dout, weight, indices, bags_of(indices, offsets, bags), dweights
+            given = dout, weight, indices, _bags_of(indices, offsets, bags), dweights
             _weights_kernel[grid](*given, len(weight), dim, count, padding_idx, **tile)
 
 
 def _table(dout, indices, offsets, per_sample_weights, dweight, padding_idx, mean):
-    (rows, dim), count, tile = dweight.shape, indices.numel(), tile_of(dweight.shape[1])
-    terms, parts, ends = sorted_terms(dout, indices, offsets, per_sample_weights, padding_idx, mean)
+    (rows, dim), count, tile = dweight.shape, indices.numel(), _tile_of(dweight.shape[1])
+    terms, parts, ends = _sorted_terms(dout, indices, offsets, per_sample_weights, padding_idx, mean)
     blocks = triton.cdiv(dim, tile["DIM"])
-    _parts_kernel[(count, blocks)](*terms, parts, dweight, rows, dim, count, padding_idx, CHUNK=CHUNK, **tile)
+    # How many parts there are the GPU alone knows; the program of a place that begins none ends at once.
+    _parts_kernel[(count, blocks)](
+        *terms, parts, dweight, rows, dim, count, padding_idx, CHUNK=_CHUNK, **tile
+    )
     if len(ends):
         given = parts, terms[1], ends, dweight, rows, dim, padding_idx
-        _rows_kernel[(len(ends), blocks)](*given, CHUNK=CHUNK, **tile)
+        _rows_kernel[(len(ends), blocks)](*given, CHUNK=_CHUNK, **tile)
 
 
-def sorted_terms(dout, indices, offsets, per_sample_weights, padding_idx, mean):
-    """What sum_of_part takes first; room for parts; where the last row of each chunk but the last ends."""
+def _sorted_terms(dout, indices, offsets, per_sample_weights, padding_idx, mean):
+    """What _sum_of_part takes first; room for parts; where the last row of each chunk but the last ends."""
     bags, dim = dout.shape
     shares = None
     if mean and bags:
@@ -256,14 +259,14 @@ def sorted_terms(dout, indices, offsets, per_sample_weights, padding_idx, mean):
         sizes = _sizes(indices, offsets, bags)
         _shares_kernel[(bags,)](indices, offsets, shares, *sizes, padding_idx, ENTRIES=32, num_warps=1)
     ordered, order = indices.sort(stable=True)
-    ends = torch.searchsorted(ordered, ordered[CHUNK - 1 : -1 : CHUNK].contiguous(), right=True)
+    ends = torch.searchsorted(ordered, ordered[_CHUNK - 1 : -1 : _CHUNK].contiguous(), right=True)
     # Of each chunk, that of a row that began before it and that of one that goes on after it.
     parts = dout.new_empty(2 * len(ends) + 2, dim, dtype=torch.float32)
-    bag_of = bags_of(indices, offsets, bags)
+    bag_of = _bags_of(indices, offsets, bags)
     return (dout, ordered, order, bag_of, per_sample_weights, shares), parts, ends
 
 
-def bags_of(indices, offsets, bags):
+def _bags_of(indices, offsets, bags):
     """The bag of each index, int32; -1 where it is in none."""
     count, device = indices.numel(), indices.device
     if offsets is None:
@@ -278,6 +281,6 @@ def _sizes(indices, offsets, bags):
     return bags, 0 if offsets is None else offsets.numel(), count, count // bags
 
 
-def tile_of(dim):
+def _tile_of(dim):
     cols = min(max(triton.next_power_of_2(dim), _DIM[0]), _DIM[1])
     return {"ENTRIES": _TILE // cols, "DIM": cols, "num_warps": _WARPS, **_EXACT}

@@ -107,6 +107,11 @@ MUTATIONS = [
         new="part = 2 * at",
     ),
     in_triton(
+        name="embedding_bag, triton: the weight of padding has a gradient",
+        old="own = exists & ~_is_padding(index, padding_idx)",
+        new="own = exists",
+    ),
+    in_triton(
         name="embedding_bag, triton: rows in no bag are not cleared",
         old="dweight.zero_()",
         new="pass",
