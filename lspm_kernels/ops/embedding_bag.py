@@ -104,9 +104,9 @@ def embedding_bag(
     out[b] = sum over the indices p of bag b of per_sample_weights[p] * weight[indices[p]], or, with mode
     "mean", that without weights divided by the number of indices in the bag. An empty bag gives 0.
 
-    The gradient of weight is dense, and its rows are added up in the order of the indices: the same bits on
-    every run and any number of threads. To train a large table without a gradient, see
-    embedding_bag_adagrad_ and FusedEmbeddingBag.
+    The gradient of weight is dense, and its rows are added up in the order of the indices, on a GPU in parts
+    that depend on the indices alone: the same bits on every run and any number of threads. To train a large
+    table without a gradient, see embedding_bag_adagrad_ and FusedEmbeddingBag.
 
     Args:
         weight: (N, D), float32, bfloat16 or float16; sums are in float32.
