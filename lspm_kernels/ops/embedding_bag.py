@@ -3,17 +3,25 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import compiled, dispatch
+from lspm_kernels import compiled, dispatch, triton
 from lspm_kernels import embedding_bag_checks as checks
-from lspm_kernels.dispatch import Backend
+from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import embedding_bag as reference
 
 _OP = "embedding_bag"
-_ROWS = (("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing),)
+_GRID = Limit(
+    "fewer than 2 ** 31 indices and bags",
+    lambda weight, indices, bags: indices < 2**31 and bags < 2**31,
+    lambda weight, indices, bags: max(indices, bags),
+)
+_ROWS = (
+    ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing, ()),
+    ("triton", "cuda", triton.kernel, triton.missing, (_GRID,)),
+)
 BACKENDS = tuple(
-    Backend(name, device, checks.FLOATS, kernel(f"{_OP}_forward"), kernel(f"{_OP}_backward"), missing)
-    for name, device, kernel, missing in _ROWS
+    Backend(name, device, checks.FLOATS, kernel(f"{_OP}_forward"), kernel(f"{_OP}_backward"), missing, limits)
+    for name, device, kernel, missing, limits in _ROWS
 )
 
 
@@ -96,21 +104,23 @@ def embedding_bag(
     out[b] = sum over the indices p of bag b of per_sample_weights[p] * weight[indices[p]], or, with mode
     "mean", that without weights divided by the number of indices in the bag. An empty bag gives 0.
 
-    The gradient of weight is dense, and its rows are added up in the order of the indices: the same bits on
-    every run and any number of threads. To train a large table without a gradient, see
-    embedding_bag_adagrad_ and FusedEmbeddingBag.
+    The gradient of weight is dense, and its rows are added up in the order of the indices, on a GPU in parts
+    that depend on the indices alone: the same bits on every run and any number of threads. To train a large
+    table without a gradient, see embedding_bag_adagrad_ and FusedEmbeddingBag.
 
     Args:
         weight: (N, D), float32, bfloat16 or float16; sums are in float32.
         indices: (B, L), bags of L indices each, or (n,) beside offsets; int32 or int64, from 0 to
-            N - 1.
+            N - 1. One outside is an error on a CPU; on a GPU, for which nothing waits, it makes its bag NaN
+            and the gradient of its weight, and adds to no row's.
         offsets: (B,), int32 or int64: where each bag begins in indices, from 0 on and never falling; a bag
-            ends where the next begins.
+            ends where the next begins. Others are an error on a CPU; on a GPU the bag where they are wrong
+            is NaN, and which bag's gradient its indices get is left open.
         mode: "sum" or "mean".
         per_sample_weights: of indices' shape and weight's dtype, or None; with mode "sum" alone.
         padding_idx: an index that is no part of its bag, nor counted in its mean; below 0 it counts from N.
         include_last_offset: offsets have B + 1 elements, the last of them n.
-        backend: "cpu" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         out: (B, D), weight's dtype.
@@ -126,7 +136,7 @@ def embedding_bag(
     bags, count, mean, padding = checks.bags(
         _OP, weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset
     )
-    row = dispatch.pick(_OP, BACKENDS, backend, weight)
+    row = dispatch.pick(_OP, BACKENDS, backend, weight, bags[0].numel(), count)
     if row is not None:
         return _bags(row, weight, *bags, count, padding, mean)
     checks.values(_OP, weight.shape[0], *bags[:2], count)

@@ -15,6 +15,11 @@ in_bags = partial(Mutation, file="csrc/cpu/bags.h", tests=BAGS, command=build)
 in_kernel = partial(in_bags, file="csrc/cpu/embedding_bag.cpp")
 in_update = partial(in_bags, file="csrc/cpu/embedding_bag_update.cpp", tests=UPDATE)
 in_checks = partial(Mutation, file="lspm_kernels/embedding_bag_checks.py", tests=BAGS)
+in_triton = partial(
+    Mutation,
+    file="lspm_kernels/triton/embedding_bag.py",
+    tests=("tests/ops/test_embedding_bag_triton.py", "-x", "-k", "sm_80 and not spills"),
+)
 in_module = partial(Mutation, file="lspm_kernels/fused_embedding_bag.py", tests=MODULE)
 
 MUTATIONS = [
@@ -75,6 +80,41 @@ MUTATIONS = [
         name="embedding_bag_update, cpu: infinity rounded at random",
         old="return (bits & 0x7f800000u) == 0x7f800000u ? v : reinterpret_cast<F>(moved);",
         new="return reinterpret_cast<F>(moved);",
+    ),
+    in_triton(
+        name="embedding_bag, triton: an index outside the table is read",
+        old="known = own & _is_row(index, rows)\n        inside",
+        new="known = own\n        inside",
+    ),
+    in_triton(
+        name="embedding_bag, triton: padding counted in a mean",
+        old="taken += own.to(tl.int32)",
+        new="taken += (place < end).to(tl.int32)",
+    ),
+    in_triton(
+        name="embedding_bag, triton: a row that goes on is written with what one chunk has of it",
+        old="if begins & ~goes_on:",
+        new="if begins:",
+    ),
+    in_triton(
+        name="embedding_bag, triton: a row that ends with its chunk is left to the next one",
+        old="goes_on = (end == last) & (tl.load(ordered + end, mask=end < count, other=-1) == row)",
+        new="goes_on = end == last",
+    ),
+    in_triton(
+        name="embedding_bag, triton: a row that goes on begins with what the one before it left",
+        old="part = 2 * at + (at == chunk).to(tl.int64)",
+        new="part = 2 * at",
+    ),
+    in_triton(
+        name="embedding_bag, triton: the weight of padding has a gradient",
+        old="own = exists & ~_is_padding(index, padding_idx)",
+        new="own = exists",
+    ),
+    in_triton(
+        name="embedding_bag, triton: rows in no bag are not cleared",
+        old="dweight.zero_()",
+        new="pass",
     ),
     in_checks(
         name="embedding_bag: a state of float16 passes",

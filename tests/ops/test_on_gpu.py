@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ops.bags import made
 
 import lspm_kernels as lk
 import oracle
@@ -42,12 +43,26 @@ def loss():
     return lambda x: lk.cross_entropy(x, target, label_smoothing=0.1), [torch.randn(64, 1000).to(BF16)]
 
 
+def bags():
+    indices, offsets, options = made(90, [3, 0, 200, 17], "mean with padding", BF16)
+    return lambda w: lk.embedding_bag(w, indices, offsets, **options), [torch.randn(90, 64).to(BF16)]
+
+
+def weighted_bags():
+    indices, weights = torch.randint(90, (30, 7)), torch.randn(30, 7).to(BF16)
+    given = [torch.randn(90, 64).to(BF16), weights]
+    return lambda w, s: lk.embedding_bag(w, indices, per_sample_weights=s), given
+
+
 def rotation():
     tables = torch.randn(2, 40, 16).unbind()
     return lambda x: lk.rotary(x, *tables), [torch.randn(2, 3, 40, 64).to(BF16)]
 
 
-OPS = {f.__name__: f for f in (attention, norm, convolution, batch_norm, pools, loss, rotation)}
+OPS = {
+    f.__name__: f
+    for f in (attention, norm, convolution, batch_norm, pools, loss, rotation, bags, weighted_bags)
+}
 of_each_op = pytest.mark.parametrize("op", OPS)
 
 
@@ -175,6 +190,11 @@ def test_an_id_that_is_none_makes_a_rating_nan():
     users, items = torch.randn(6, 8), torch.randn(9, 8)
     ratings = lk.mf(users, items, torch.tensor([0, 6, 5, -1, 3]), torch.tensor([0, 1, 9, 2, 8]))
     assert ratings.isnan().tolist() == [False, True, True, True, False]
+
+
+def test_an_index_that_is_none_makes_its_bag_nan():
+    weight, indices = torch.randn(6, 8), torch.tensor([[0, 6], [5, 1], [-1, 2]])
+    assert lk.embedding_bag(weight, indices).isnan().all(1).tolist() == [True, False, True]
 
 
 def test_memory_of_attention_is_linear_in_the_length():
