@@ -23,7 +23,7 @@ STEP = {"mean": 3.0, "lr": 0.005, "reg": 0.02}
 def measure(run: sgd_passes.Pass, device: str, smoke: bool) -> list[dict]:
     """Checks one pass, then times passes in turn."""
     torch.manual_seed(0)
-    blocks = sgd_passes.drawn(run.users, run.items, run.ratings)
+    blocks = sgd_passes.drawn(run.users, run.items, run.ratings, grid=64 if device == "cuda" else None)
     waves = [tuple(t.to(device) for t in group) for group in sgd_passes.groups_of(blocks)]
     tables, blocks = [t.to(device) for t in run.tables()], blocks.to(device)
     kernels = [row.name for row in table.BACKENDS if row.device == device and row.missing() is None]

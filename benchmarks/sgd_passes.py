@@ -60,12 +60,13 @@ class Pass:
         return [*(f.to(self.dtype) for f in factors), torch.zeros(self.users), torch.zeros(self.items)]
 
 
-def drawn(users: int, items: int, count: int) -> RatingBlocks:
+def drawn(users: int, items: int, count: int, grid: int | None = None) -> RatingBlocks:
     """Ratings from 1 to 5 of users and items at random, a few of which have many."""
     ids = [
         torch.randperm(n)[(n * torch.rand(count, dtype=torch.float64) ** SKEW).long()] for n in (users, items)
     ]
-    return lspm_kernels.rating_blocks(*ids, 1 + 4 * torch.rand(count), num_users=users, num_items=items)
+    ratings = 1 + 4 * torch.rand(count)
+    return lspm_kernels.rating_blocks(*ids, ratings, num_users=users, num_items=items, grid=grid)
 
 
 def waves(*ids: Tensor) -> tuple[Tensor, list[int]]:

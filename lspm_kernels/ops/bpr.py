@@ -8,7 +8,7 @@ from torch import Tensor
 from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import InPlaceOperator
-from lspm_kernels.rating_blocks import RatingBlocks, rating_blocks
+from lspm_kernels.rating_blocks import RatingBlocks, parts_on_gpu, rating_blocks
 from lspm_kernels.reference import bpr as reference
 
 _IN_REGISTERS = Limit("at most 512 factors", lambda p: p.shape[1] <= 512, lambda p: p.shape[1])
@@ -144,7 +144,8 @@ def _blocks(users, items, sizes):
             if not isinstance(t, Tensor):
                 raise ValueError(f"bpr_: {name} must be a tensor, got {type(t).__name__}")
         pairs = users.cpu(), items.cpu(), torch.ones(users.shape, device="cpu")
-        return rating_blocks(*pairs, num_users=sizes[0], num_items=sizes[1]).to(users.device)
+        grid = parts_on_gpu(*sizes) if users.is_cuda else None
+        return rating_blocks(*pairs, num_users=sizes[0], num_items=sizes[1], grid=grid).to(users.device)
     if items is not None:
         raise ValueError("bpr_: items must be None beside RatingBlocks, which hold them")
     users.check_rows("bpr_", *sizes)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import InPlaceOperator
-from lspm_kernels.rating_blocks import RatingBlocks, rating_blocks
+from lspm_kernels.rating_blocks import RatingBlocks, parts_on_gpu, rating_blocks
 from lspm_kernels.reference import mf_sgd as reference
 
 LOSSES = ("squared", "logistic")
@@ -188,7 +188,8 @@ def _blocks(users, items, ratings, weight, sizes):
             if not isinstance(t, Tensor):
                 raise ValueError(f"mf_sgd_: {name} must be a tensor beside users, got {type(t).__name__}")
         on_cpu = (t.cpu() if isinstance(t, Tensor) else t for t in (users, items, ratings, weight))
-        blocks = rating_blocks(*on_cpu, num_users=sizes[0], num_items=sizes[1])
+        grid = parts_on_gpu(*sizes) if ratings.is_cuda else None
+        blocks = rating_blocks(*on_cpu, num_users=sizes[0], num_items=sizes[1], grid=grid)
         return blocks.to(ratings.device)
     if items is not None or ratings is not None or weight is not None:
         raise ValueError(
