@@ -122,6 +122,18 @@ def as_c(argument):
     return ctypes.c_int64(argument) if isinstance(argument, int) else argument
 
 
+def check_messages(kernels, monkeypatch, dtypes, calls, code):
+    """Every entry, by its name in `calls`, refuses a device that is none and a dtype's code that is none."""
+    kernels.where = 17, None
+    for call in calls.values():
+        with pytest.raises(KernelError, match=r"^cudaSetDevice\(device\) failed at common.cuh:\d+: invalid "):
+            call()
+    monkeypatch.setitem(dtypes, torch.float32, code)
+    for name, call in calls.items():
+        with pytest.raises(KernelError, match=f"^{name}: dtype must be f32, bf16 or f16, got {code}$"):
+            call()
+
+
 def run_under_asan(*command):
     """Runs Python with AddressSanitizer loaded; raises KernelError with what it says."""
     environment = asan.environment() | {"LSPM_CUDA_ON_CPU": "asan"}

@@ -64,6 +64,18 @@ def uninitialised(tensor):
     return tensor
 
 
+def unwritten(launcher, outputs):
+    """A launcher whose arguments at these places start as uninitialised."""
+
+    def launch(*args):
+        for i in outputs:
+            if args[i] is not None:
+                uninitialised(args[i])
+        launcher(*args)
+
+    return launch
+
+
 @contextlib.contextmanager
 def activated(sm, *, flavour="check", seed=0, execute=True):
     """Makes Triton launch through an emulated GPU of compute capability `sm`; restores its driver on leaving.

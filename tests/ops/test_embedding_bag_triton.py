@@ -18,25 +18,14 @@ from lspm_kernels.ops import embedding_bag as ops
 pytest.importorskip("triton", reason="triton is not installed")
 
 from cuda_on_cpu import triton_driver
-from cuda_on_cpu.triton_driver import uninitialised
+from cuda_on_cpu.triton_driver import unwritten
 
 REGISTERS = 65536  # of a multiprocessor: a block that takes more cannot be launched
 # The gradient of the table is not among them: torch clears it, and the suite has filled it with NaN.
-OUTPUTS = {"forward": 4, "backward": 6}
+OUTPUTS = {"forward": (4,), "backward": (6,)}
 KINDS = pytest.mark.parametrize("kind", OPTIONS)
 FEW = SHAPES[1], SHAPES[5]  # less than a tile; several of them, and a row that goes on in a second chunk
 on_one_gpu = pytest.mark.parametrize("gpu", [80], ids=["sm_80"], indirect=True)
-
-
-def unwritten(launcher, place):
-    """A launcher whose argument at this place starts as uninitialised."""
-
-    def launch(*args):
-        if args[place] is not None:
-            uninitialised(args[place])
-        launcher(*args)
-
-    return launch
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +33,7 @@ def row_on_the_cpu(monkeypatch):
     """The op runs its Triton kernels, on CPU tensors."""
     monkeypatch.setattr(dispatch, "_admitted", {})  # knows the table as it was
     row = next(row for row in ops.BACKENDS if row.name == "triton")
-    kernels = {way: unwritten(getattr(row, way), place) for way, place in OUTPUTS.items()}
+    kernels = {way: unwritten(getattr(row, way), places) for way, places in OUTPUTS.items()}
     here = dataclasses.replace(row, device="cpu", missing=lambda: None, **kernels)
     monkeypatch.setattr(ops, "BACKENDS", (here,))
 

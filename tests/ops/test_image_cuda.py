@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu import build
-from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan
+from cuda_on_cpu.library import FLAVOURS, check_messages, fixture, run_tests_under_asan
 from ops.test_cross_entropy import TARGETS, bound, targets
 from ops.test_cross_entropy import check as check_loss
 
@@ -230,14 +230,7 @@ def test_messages(kernels, monkeypatch):
         "global_avg_pool_forward": lambda: lk.global_avg_pool(x),
         "cross_entropy_forward": lambda: lk.cross_entropy(x[:, :, 0, 0], torch.arange(2)),
     }
-    kernels.where = 17, None
-    for call in calls.values():
-        with pytest.raises(KernelError, match=r"^cudaSetDevice\(device\) failed at common.cuh:\d+: invalid "):
-            call()
-    monkeypatch.setitem(DTYPES, F32, 3)
-    for name, call in calls.items():
-        with pytest.raises(KernelError, match=f"^{name}: dtype must be f32, bf16 or f16, got 3$"):
-            call()
+    check_messages(kernels, monkeypatch, DTYPES, calls, 3)
 
 
 @pytest.mark.long

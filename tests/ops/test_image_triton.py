@@ -20,25 +20,13 @@ from lspm_kernels.reference import global_avg_pool as mean
 pytest.importorskip("triton", reason="triton is not installed")
 
 from cuda_on_cpu import triton_driver
-from cuda_on_cpu.triton_driver import uninitialised
+from cuda_on_cpu.triton_driver import unwritten
 
 REGISTERS = 65536  # of a multiprocessor: a block that takes more cannot be launched
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LAST = torch.channels_last
 # Where the code generators differ little, one suffices.
 on_one_gpu = pytest.mark.parametrize("gpu", [80], ids=["sm_80"], indirect=True)
-
-
-def unwritten(launcher, outputs):
-    """A launcher whose arguments at these places start as uninitialised."""
-
-    def launch(*args):
-        for i in outputs:
-            if args[i] is not None:
-                uninitialised(args[i])
-        launcher(*args)
-
-    return launch
 
 
 OUTPUTS = {max_pool2d: ((1, 2), (2,)), global_avg_pool: ((1,), (1,)), cross_entropy: ((3, 4, 5), (5,))}

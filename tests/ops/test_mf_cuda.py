@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan
+from cuda_on_cpu.library import FLAVOURS, KernelError, check_messages, fixture, run_tests_under_asan
 from ops import test_mf as on_cpu
 from ops.test_mf import EMPTY, SHAPES, bound, check, pairs, tables
 
@@ -216,14 +216,7 @@ def test_messages(kernels, monkeypatch):
         "mf_forward": lambda: lk.mf(u, i, *ids, user_bias=a),
         "mf_backward": lambda: kernels.backward(torch.ones(40), u, i, *ids, u.clone(), None, None, None),
     }
-    kernels.where = 17, None
-    for call in calls.values():
-        with pytest.raises(KernelError, match=r"^cudaSetDevice\(device\) failed at common.cuh:\d+: invalid "):
-            call()
-    monkeypatch.setitem(DTYPES, F32, 5)
-    for name, call in calls.items():
-        with pytest.raises(KernelError, match=rf"^{name}: dtype must be f32, bf16 or f16, got 5$"):
-            call()
+    check_messages(kernels, monkeypatch, DTYPES, calls, 5)
 
 
 @pytest.mark.long

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lspm_kernels as lk
+from lspm_kernels.rating_blocks import parts_on_gpu
 
 
 def drawn(count=5000, users=300, items=90):
@@ -28,6 +29,13 @@ def test_blocks_of_a_step_share_no_row(grid):
     assert sizes.sum() == 5000
     if grid == 8:
         assert sizes.view(8, 8).sum(0).max() < 5000 / 8 * 1.02  # of users of one part
+
+
+def test_parts_are_few_on_a_cpu_and_more_on_a_gpu():
+    blocks = lk.rating_blocks(*drawn(), num_users=400_000, num_items=20_000)
+    assert blocks.offsets.numel() == 8 * 8 + 1
+    sizes = (40, 30), (30_000, 10_000), (400_000, 20_000)
+    assert [parts_on_gpu(*size) for size in sizes] == [8, 19, 64]
 
 
 def test_every_rating_once_with_its_weight():

@@ -19,24 +19,12 @@ from lspm_kernels.reference import top_k_scores as reference
 pytest.importorskip("triton", reason="triton is not installed")
 
 from cuda_on_cpu import triton_driver
-from cuda_on_cpu.triton_driver import uninitialised
+from cuda_on_cpu.triton_driver import unwritten
 
 REGISTERS = 65536  # of a multiprocessor: a block that takes more cannot be launched
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OUTPUTS = {mf: {"forward": (6,), "backward": (5, 6, 7, 8)}, top_k_scores: {"forward": (5, 6)}}
 on_one_gpu = pytest.mark.parametrize("gpu", [80], ids=["sm_80"], indirect=True)
-
-
-def unwritten(launcher, outputs):
-    """A launcher whose arguments at these places start as uninitialised."""
-
-    def launch(*args):
-        for i in outputs:
-            if args[i] is not None:
-                uninitialised(args[i])
-        launcher(*args)
-
-    return launch
 
 
 @pytest.fixture(autouse=True)
