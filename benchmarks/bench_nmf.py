@@ -18,14 +18,15 @@ REG, EPS = 0.06, 1e-12
 
 
 def case(k: int, ratings: interactions.Ratings) -> Case:
-    indptr, indices = ratings.indptr, ratings.indices
-    rows, entries = len(indptr) - 1, len(indices)
+    rows, entries = len(ratings.indptr) - 1, len(ratings.indices)
 
     def ours(x: Tensor, y: Tensor, values: Tensor, backend: str) -> Tensor:
-        return lspm_kernels.nmf_(x.clone(), y, indptr, indices, values, reg=REG, eps=EPS, backend=backend)
+        return lspm_kernels.nmf_(
+            x.clone(), y, *ratings.on(x.device), values, reg=REG, eps=EPS, backend=backend
+        )
 
     def in_torch(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
-        return reference.nmf(x, y, indptr, indices, values, REG, EPS)
+        return reference.nmf(x, y, *ratings.on(x.device), values, REG, EPS)
 
     return Case(
         "nmf", FORWARD, torch.float32, f"K{k}-{ratings}",

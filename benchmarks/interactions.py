@@ -21,6 +21,11 @@ class Ratings:
     def __str__(self) -> str:
         return f"{len(self.indptr) - 1}x{self.columns}-nnz{len(self.indices)}"
 
+    @functools.cache  # noqa: B019, as few are drawn, and all are kept
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """indptr and indices on a device."""
+        return self.indptr.to(device), self.indices.to(device)
+
     def scipy(self, values: Tensor):
         from scipy.sparse import csr_matrix
 
