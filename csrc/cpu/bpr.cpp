@@ -76,11 +76,15 @@ struct Job {
     double total = 0;
     int32_t without = 0;
     int64_t stray = -1;
+    const int64_t rows = shape.users + shape.items;
     for_each_pair_of_rows(
-        of.offsets[b], of.offsets[b + 1],
+        of.users, of.offsets[b], of.offsets[b + 1],
+        outgrow_caches(rows, shape.factors, sizeof(float), shape.grid),
+        [&](int64_t j) {
+          if (known(j)) fetch_row(user(of.users[j]), shape.factors);
+        },
         [&](int64_t j) {
           if (!known(j)) return;
-          fetch_row(user(of.users[j]), shape.factors);
           fetch_row(item(of.items[j]), shape.factors);
           fetch_row(item(draw(j, part, 0)), shape.factors);
         },

@@ -80,12 +80,6 @@ struct Job {
     return uint32_t(of.users[j]) < uint64_t(shape.users) && uint32_t(of.items[j]) < uint64_t(shape.items);
   }
 
-  void fetch(int64_t j) const {
-    if (!known(j)) return;
-    fetch_row(user(of.users[j]).row, shape.factors);
-    fetch_row(item(of.items[j]).row, shape.factors);
-  }
-
   // lr over the root of the squares, to which the row's mean squared gradient e * other - l2 * row is added.
   float rate(const Side<T>& s, const T* other, float e) const {
     if (kPlain || !s.squares) return step.lr;
@@ -114,23 +108,25 @@ struct Job {
   // One rating; returns its loss.
   double update(int64_t j) const {
     const Side<T> u = user(of.users[j]), i = item(of.items[j]);
-    F sums{};
-    for_each_factor<kVectors>(shape.factors, [&](int64_t k, auto lanes) __attribute__((always_inline)) {
-      sums += lanes.load(u.row + k) * lanes.load(i.row + k);
-    });
-    float score = step.mean + sum(sums);
+    const float weight = of.weights ? of.weights[j] : 1.0f, rating = of.ratings[j];
+    // The score, less the rating where only that is asked for; the rows' product last, as it takes longest.
+    float score = step.logistic ? step.mean : step.mean - rating;
     if (u.bias) score += *u.bias;
     if (i.bias) score += *i.bias;
-    const float weight = of.weights ? of.weights[j] : 1.0f, rating = of.ratings[j];
+    score +=
+        sum_over_factors<kVectors>(shape.factors, [&](int64_t k, auto lanes) __attribute__((always_inline)) {
+          return lanes.load(u.row + k) * lanes.load(i.row + k);
+        });
     double loss;
+    float error = -score;
     if (step.logistic) {
       // log(1 + exp(score)) - rating * score, without an overflow.
       loss = std::max(score, 0.0f) - rating * score + std::log1p(std::exp(-std::abs(score)));
-      score = 1.0f / (1.0f + std::exp(-score));
+      error = rating - 1.0f / (1.0f + std::exp(-score));
     } else {
-      loss = double(rating - score) * (rating - score);
+      loss = double(score) * score;
     }
-    const float e = weight * (rating - score);
+    const float e = weight * error;
     const float lr_u = rate(u, i.row, e), lr_i = rate(i, u.row, e);
     // p + (to q - shrink p), as p times a rounded 1 - shrink would drift.
     const float to_u = lr_u * e, to_i = lr_i * e, shrink_u = lr_u * u.l2, shrink_i = lr_i * i.l2;
@@ -151,8 +147,15 @@ struct Job {
   int64_t block(int64_t begin, int64_t end, float* loss) const {
     double total = 0;
     int64_t stray = -1;
+    const bool fetching = outgrow_caches(shape.users + shape.items, shape.factors, sizeof(T), shape.grid);
     for_each_pair_of_rows(
-        begin, end, [&](int64_t j) { fetch(j); },
+        of.users, begin, end, fetching,
+        [&](int64_t j) {
+          if (known(j)) fetch_row(user(of.users[j]).row, shape.factors);
+        },
+        [&](int64_t j) {
+          if (known(j)) fetch_row(item(of.items[j]).row, shape.factors);
+        },
         [&](int64_t j) {
           if (known(j))
             total += update(j);

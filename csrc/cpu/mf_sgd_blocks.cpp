@@ -1,17 +1,14 @@
-// Sorts ratings into the blocks of a Latin square and, within a block, deals them: sorted by user they are
-// cut into kHands runs, which lie like cards dealt in turn. A user's row is then read from the nearest cache,
-// and yet no rating waits for the one before it, as it is another user's.
+// Sorts ratings into the blocks of a Latin square and, within a block, deals them from kHands hands.
 #include <algorithm>
 #include <utility>
 #include <vector>
 
+#include "cpu/latin_square.h"
 #include "cpu/parallel.h"
 #include "mf_sgd.h"
 
 namespace lspm::cpu {
 namespace {
-
-constexpr int64_t kHands = 8;  // 4 to 16 measured alike; 1 takes twice as long
 
 // The block's ratings in the order of their users, dealt into the same places.
 struct Dealer {
