@@ -95,7 +95,7 @@ class Workload:
         self.case, self.device = case, device
         torch.manual_seed(0)
         with torch.device(device):
-            inputs = [tensor.requires_grad_(case.mode != FORWARD) for tensor in case.inputs()]
+            inputs = [tensor.to(device).requires_grad_(case.mode != FORWARD) for tensor in case.inputs()]
         self.reference = case.meaning or next(iter(case.baselines.values()))
         with torch.no_grad():
             outputs = _tuple(self.reference(*inputs))

@@ -117,14 +117,12 @@ struct Job {
         sum_over_factors<kVectors>(shape.factors, [&](int64_t k, auto lanes) __attribute__((always_inline)) {
           return lanes.load(u.row + k) * lanes.load(i.row + k);
         });
-    double loss;
+    double loss = double(score) * score;
     float error = -score;
     if (step.logistic) {
       // log(1 + exp(score)) - rating * score, without an overflow.
       loss = std::max(score, 0.0f) - rating * score + std::log1p(std::exp(-std::abs(score)));
       error = rating - 1.0f / (1.0f + std::exp(-score));
-    } else {
-      loss = double(score) * score;
     }
     const float e = weight * error;
     const float lr_u = rate(u, i.row, e), lr_i = rate(i, u.row, e);

@@ -67,18 +67,19 @@ struct MfSgdJob {
   __device__ __forceinline__ double update(int64_t j, const Pair& pair, Rows& rows) const {
     R &p = rows.user, &q = rows.item;
     const int factors = users.cols;
-    float score = first_lane() ? p.bias + q.bias : 0.0f;
+    // The score, less the rating where only that is asked for: what is small is rounded less.
+    float score = 0.0f;
+    if (first_lane()) score = (step.logistic ? step.mean : step.mean - pair.rating) + p.bias + q.bias;
     R::for_each_factor(factors, [&](int n, int) { score += p[n] * q[n]; });
-    score = step.mean + warp_sum(score);
-    double loss;
+    score = warp_sum(score);
+    double loss = double(score) * score;
+    float error = -score;
     if (step.logistic) {
       // log(1 + exp(score)) - rating * score, without an overflow.
       loss = fmaxf(score, 0.0f) - pair.rating * score + log1pf(__expf(-fabsf(score)));
-      score = 1.0f / (1.0f + __expf(-score));
-    } else {
-      loss = double(pair.rating - score) * (pair.rating - score);
+      error = pair.rating - 1.0f / (1.0f + __expf(-score));
     }
-    const float e = pair.weight * (pair.rating - score);
+    const float e = pair.weight * error;
     float lr_user = step.lr, lr_item = step.lr, lr_user_bias = step.lr_bias, lr_item_bias = step.lr_bias;
     if (users.squares) {
       float2 squares{0.0f, 0.0f};

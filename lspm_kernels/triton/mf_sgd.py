@@ -70,16 +70,18 @@ def _mf_sgd_kernel(
         p = tl.load(user_factors + u * factors + k, mask=inside, other=0.0).to(tl.float32)
         q = tl.load(item_factors + i * factors + k, mask=inside, other=0.0).to(tl.float32)
         b, c = _element(user_bias, u, valid), _element(item_bias, i, valid)
-        score = mean + tl.sum(p * q, 0) + b + c
         rating = tl.load(ratings + j)
         w = 1.0 if weight is None else tl.load(weight + j)
+        # The score, less the rating where only that is asked for: what is small is rounded less.
+        score = tl.sum(p * q, 0) + ((mean if LOGISTIC else mean - rating) + b + c)
         if LOGISTIC:
             lost = tl.maximum(score, 0.0) - rating * score + tl.log(1.0 + tl.exp(-tl.abs(score)))
-            score = 1.0 / (1.0 + tl.exp(-score))
+            error = rating - 1.0 / (1.0 + tl.exp(-score))
         else:
-            lost = (rating - score) * (rating - score)
+            lost = score * score
+            error = -score
         total += tl.where(valid, w * lost, 0.0)
-        e = w * (rating - score)
+        e = w * error
         lr_u, lr_i, lr_b, lr_c = lr, lr, lr_bias, lr_bias
         squares_u, squares_i = _element(user_squares, u, valid), _element(item_squares, i, valid)
         if user_squares is not None:

@@ -36,7 +36,7 @@ def check(tables, blocks, seen=None, lr=0.05, reg=(0.1, 0.2, 0.3), seed=5):
             *tables, *(() if with_bias else (None,)), blocks.users, blocks.items, *lists, lr=lr, reg=reg,
             seed=seed,
         )  # fmt: skip
-        return *tables, loss
+        return *tables, loss.cpu()
 
     def ours(*tables):
         tables = [t.clone() for t in tables]

@@ -23,8 +23,12 @@ OPTIONS = {
 
 
 def problem(factors=16, users=40, items=30, count=300, weight=False):
-    """Tables and ratings from 0 to 1, of each user and item at random, some pairs twice."""
-    tables = [0.3 * torch.randn(n, factors) for n in (users, items)] + [
+    """Tables and ratings from 0 to 1, of each user and item at random, some pairs twice.
+
+    Rows are short enough that a step shrinks errors: else what was rounded would grow.
+    """
+    size = 1.2 / max(factors, 16) ** 0.5
+    tables = [size * torch.randn(n, factors) for n in (users, items)] + [
         torch.randn(n) for n in (users, items)
     ]
     ids = [torch.randint(n, (count,)) for n in (users, items)]
@@ -67,7 +71,7 @@ def test_oracle(factors, options):
 
     def of(function):
         def call(*tables):
-            squares = [torch.full_like(b, 0.01) for b in tables[2:]] if adaptive else None
+            squares = [torch.full_like(b, 0.25) for b in tables[2:]] if adaptive else None
             return function(tables, blocks, squares, **options)
 
         return call
@@ -181,7 +185,7 @@ def test_it_learns_a_table_of_low_rank():
     tables = [0.1 * torch.randn(200, 8), 0.1 * torch.randn(150, 8), torch.zeros(200), torch.zeros(150)]
     blocks = rating_blocks(users, items, ratings)
     losses = [lk.mf_sgd_(*tables, blocks, mean=3.0, lr=0.02, reg=0.002) / 12000 for _ in range(60)]
-    assert losses[0] > 3.5
+    assert losses[0] > 2  # the ratings' variance is 4
     assert losses[-1] < 0.02  # the noise is 0.01
 
 

@@ -95,7 +95,7 @@ def check_mf_sgd(factors, options, grid=2, count=50):
 
     def of(function):
         def call(*tables):
-            squares = [torch.full_like(b, 0.01) for b in tables[2:]] if adaptive else None
+            squares = [torch.full_like(b, 0.25) for b in tables[2:]] if adaptive else None
             return function(tables, blocks, squares, **options)
 
         return call

@@ -24,7 +24,7 @@ on_one_gpu = pytest.mark.parametrize("gpu", [80], ids=["sm_80"], indirect=True)
 
 def pass_of(blocks, options, tables, bias=True):
     step, nonnegative, logistic, adaptive = STEPS[options]
-    squares = [torch.full((t.shape[0],), 0.01) for t in tables[:2]] if adaptive else (None, None)
+    squares = [torch.full((t.shape[0],), 0.25) for t in tables[:2]] if adaptive else (None, None)
     tables = [t.clone() for t in tables]
     losses = torch.zeros(blocks.offsets.numel() - 1)
     of = blocks.users, blocks.items, blocks.ratings, blocks.weight, blocks.offsets, losses
@@ -40,7 +40,7 @@ def test_mf_sgd_against_the_reference(driver, factors, options):
     step, nonnegative, logistic, adaptive = STEPS[options]
 
     def expected(*tables):
-        squares = [torch.full_like(t[:, 0], 0.01) for t in tables[:2]] if adaptive else None
+        squares = [torch.full_like(t[:, 0], 0.25) for t in tables[:2]] if adaptive else None
         return test_mf_sgd.expected(
             tables, blocks, squares, mean=step[0], lr=tuple(step[1:3]), reg=tuple(step[3:7]),
             l1=tuple(step[7:]), nonnegative=nonnegative, loss="logistic" if logistic else "squared",
