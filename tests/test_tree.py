@@ -150,6 +150,7 @@ def test_arrows_point_one_way():
         "conv2d_scratch.py",
         "csr_checks.py",
         "embedding_bag_checks.py",
+        "mf_als_grams.py",
         "split_kv.py",
         "triton",
         "reference",
