@@ -371,4 +371,5 @@ def top_k_scores_forward(
     scores: Tensor,
     indices: Tensor,
     threads: int,
+    scratch: Tensor | None = None,
 ) -> None: ...

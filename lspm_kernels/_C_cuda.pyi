@@ -23,3 +23,4 @@ from lspm_kernels._C import mf_sgd_update as mf_sgd_update
 from lspm_kernels._C import nmf_update as nmf_update
 from lspm_kernels._C import rotary_backward as rotary_backward
 from lspm_kernels._C import rotary_forward as rotary_forward
+from lspm_kernels._C import top_k_scores_forward as top_k_scores_forward

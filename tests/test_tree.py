@@ -152,6 +152,7 @@ def test_arrows_point_one_way():
         "embedding_bag_checks.py",
         "mf_als_grams.py",
         "split_kv.py",
+        "top_k_parts.py",
         "triton",
         "reference",
     ]
