@@ -71,18 +71,19 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kValues))
 }
 
 // The columns' l |y|^2; counts: null where l is the same for all.
-template <int kValues, int kWidth>
-__global__ void __launch_bounds__(kThreads, blocks_of(kValues))
+__global__ void __launch_bounds__(kThreads)
     mf_als_square_kernel(const Problem of, const unsigned long long* counts, double* parts) {
-  const int groups = blockDim.y;
+  const int64_t groups = blockDim.y, columns = of.csr.columns;
   double total = 0.0;
-  for (int64_t first = int64_t(blockIdx.x) * groups; first < of.csr.columns;
-       first += int64_t(gridDim.x) * groups) {
+  for (int64_t first = blockIdx.x * groups; first < columns; first += gridDim.x * groups) {
     const int64_t column = first + threadIdx.y;
-    Values<kValues, kWidth> y = {};
-    if (column < of.csr.columns) y.load(of.other_factors + column * of.k, of.k);
-    const float square = dot(y, y);
-    if (column < of.csr.columns) total += double(of.reg(counts ? int64_t(counts[column]) : 0)) * square;
+    float square = 0.0f;
+    for (int64_t d = threadIdx.x; column < columns && d < of.k; d += blockDim.x) {
+      const float y = of.other_factors[column * of.k + d];
+      square += y * y;
+    }
+    square = group_sum(square);  // of all, as they meet in it
+    if (column < columns) total += double(of.reg(counts ? int64_t(counts[column]) : 0)) * square;
   }
   total = block_sum(threadIdx.x == 0 ? total : 0.0, thread_of_block());
   if (thread_of_block() == 0) parts[blockIdx.x] = total;
@@ -100,11 +101,10 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *loss = float(total);
 }
 
-// Calls body(the kernels, vectors of a row) for as few values of a lane as rows of k factors need.
+// Calls body(kernel, vectors of a row) for as few values of a lane as rows of k factors need.
 template <int kWidth, int kValues = kWidth, class Body>
 void with_values(int64_t k, Body body) {
-  if (k <= kValues * kWarp)
-    return body(mf_als_loss_kernel<kValues, kWidth>, mf_als_square_kernel<kValues, kWidth>, k / kWidth);
+  if (k <= kValues * kWarp) return body(mf_als_loss_kernel<kValues, kWidth>, k / kWidth);
   if constexpr (kValues < kMostValues)
     with_values<kWidth, 2 * kValues>(k, body);
   else
@@ -125,7 +125,7 @@ void mf_als_loss(const float* factors, const float* other_factors, const Csr& cs
       options.reg_exponent == 0.0f ? nullptr : reinterpret_cast<Count*>(scratch + 2 * kMfAlsLossParts);
   const Problem problem = {{other_factors, values, csr, k}, weight, options};
   const auto on = cudaStream_t(stream);
-  const auto run = [&](auto* of_rows, auto* of_columns, int64_t vectors) {
+  const auto run = [&](auto* kernel, int64_t vectors) {
     const DeviceGuard guard(device);
     const int lanes = lanes_of(vectors);
     const dim3 block(lanes, kThreads / lanes);
@@ -133,8 +133,8 @@ void mf_als_loss(const float* factors, const float* other_factors, const Csr& cs
     if (counts && csr.entries > 0)
       launch({parts_of((csr.entries + kThreads - 1) / kThreads), kThreads, 0, on}, mf_als_count_kernel, csr,
              counts);
-    if (rows > 0) launch({rows, block, 0, on}, of_rows, factors, problem, parts);
-    if (columns > 0) launch({columns, block, 0, on}, of_columns, problem, counts, parts + rows);
+    if (rows > 0) launch({rows, block, 0, on}, kernel, factors, problem, parts);
+    if (columns > 0) launch({columns, block, 0, on}, mf_als_square_kernel, problem, counts, parts + rows);
     launch({1, kThreads, 0, on}, mf_als_total_kernel, parts, int(rows + columns), grams, k * k, loss);
   };
   constexpr int kWide = kVectorBytes / sizeof(float);

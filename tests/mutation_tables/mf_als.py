@@ -186,9 +186,9 @@ MUTATIONS = [
         new="squares",
     ),
     in_loss_cuda(
-        name="mf_als_loss, cuda: the squares of columns of a whole block's last group lost",
-        old="const int groups = blockDim.y;",
-        new="const int groups = blockDim.y - 1;",
+        name="mf_als_loss, cuda: a block's last column is the next one's too",
+        old="const int64_t groups = blockDim.y, columns",
+        new="const int64_t groups = blockDim.y - 1, columns",
     ),
     in_loss_cuda(
         name="mf_als_loss, cuda: each warp of a long row adds its regularisation",
