@@ -1,4 +1,4 @@
-// nmf and on a CPU mf_als: two factors, and the entries of a sparse matrix between their rows.
+// mf_als and nmf: two factors, and the entries of a sparse matrix between their rows.
 #include <pybind11/stl.h>
 
 #include "bindings.h"
@@ -38,34 +38,53 @@ struct Views {
   }
 };
 
-#ifndef LSPM_CUDA
 void mf_als_update(const TensorView& factors, const TensorView& other_factors, const TensorView& indptr,
                    const TensorView& indices, const OptionalView& values, const OptionalView& weight,
-                   const TensorView& failed, float reg, float reg_exponent, float alpha, bool implicit,
-                   int64_t steps, int threads) {
+                   [[maybe_unused]] const TensorView& failed, float reg, float reg_exponent, float alpha,
+                   bool implicit, int64_t steps, [[maybe_unused]] int threads,
+                   [[maybe_unused]] const OptionalView& gram) {
   const Views v(factors, other_factors, indptr, indices);
   auto* pv = static_cast<float*>(optional(values, "values", factors, DType::f32, v.csr.entries));
   auto* pw = static_cast<float*>(optional(weight, "weight", factors, DType::f32, v.csr.entries));
-  auto* pf = static_cast<int64_t*>(failed.contiguous("failed", factors, DType::i64, 2));
   if (steps < 0) refuse_value("steps", "be 0 or more", steps);
+  const lspm::MfAlsOptions options = {reg, reg_exponent, alpha, implicit, steps};
+#ifdef LSPM_CUDA  // whose kernels say nothing of rows that failed, as nothing is read on a GPU
+  auto* pg = static_cast<float*>(optional(gram, "gram", factors, DType::f32, v.k * v.k));
+  if (implicit != bool(pg)) TensorView::refuse("gram", "be there where implicit");
   py::gil_scoped_release unlocked;
-  backend::mf_als_update(v.factors, v.other_factors, v.csr, pv, pw, pf, v.k,
-                         {reg, reg_exponent, alpha, implicit, steps}, threads);
+  backend::mf_als_update(v.factors, v.other_factors, v.csr, pv, pw, pg, v.k, options,
+                         WHERE(factors, threads));
+#else
+  auto* pf = static_cast<int64_t*>(failed.contiguous("failed", factors, DType::i64, 2));
+  py::gil_scoped_release unlocked;
+  backend::mf_als_update(v.factors, v.other_factors, v.csr, pv, pw, pf, v.k, options, threads);
+#endif
 }
 
 void mf_als_loss(const TensorView& factors, const TensorView& other_factors, const TensorView& indptr,
                  const TensorView& indices, const OptionalView& values, const OptionalView& weight,
                  const TensorView& loss, float reg, float reg_exponent, float alpha, bool implicit,
-                 int threads) {
+                 [[maybe_unused]] int threads, [[maybe_unused]] const OptionalView& grams,
+                 [[maybe_unused]] const OptionalView& scratch) {
   const Views v(factors, other_factors, indptr, indices);
   auto* pv = static_cast<float*>(optional(values, "values", factors, DType::f32, v.csr.entries));
   auto* pw = static_cast<float*>(optional(weight, "weight", factors, DType::f32, v.csr.entries));
   auto* pl = static_cast<float*>(loss.contiguous("loss", factors, DType::f32, 1));
+  const lspm::MfAlsOptions options = {reg, reg_exponent, alpha, implicit, 0};
+#ifdef LSPM_CUDA
+  auto* pg = static_cast<float*>(optional(grams, "grams", factors, DType::f32, 2 * v.k * v.k));
+  const int64_t places = 2 * backend::kMfAlsLossParts + v.csr.columns;
+  auto* ps = static_cast<int64_t*>(optional(scratch, "scratch", factors, DType::i64, places));
+  if (implicit != bool(pg)) TensorView::refuse("grams", "be there where implicit");
+  if (!ps) TensorView::refuse("scratch", "be there");
   py::gil_scoped_release unlocked;
-  backend::mf_als_loss(v.factors, v.other_factors, v.csr, pv, pw, pl, v.k,
-                       {reg, reg_exponent, alpha, implicit, 0}, threads);
-}
+  backend::mf_als_loss(v.factors, v.other_factors, v.csr, pv, pw, pg, ps, pl, v.k, options,
+                       WHERE(factors, threads));
+#else
+  py::gil_scoped_release unlocked;
+  backend::mf_als_loss(v.factors, v.other_factors, v.csr, pv, pw, pl, v.k, options, threads);
 #endif
+}
 
 void nmf_update(const TensorView& factors, const TensorView& other_factors, const TensorView& indptr,
                 const TensorView& indices, const TensorView& values, const TensorView& failed, float reg,
@@ -84,15 +103,14 @@ void nmf_update(const TensorView& factors, const TensorView& other_factors, cons
 }  // namespace
 
 void bind_mf_als(py::module_& m) {
-#ifndef LSPM_CUDA
   m.def("mf_als_loss", &mf_als_loss, py::arg("factors"), py::arg("other_factors"), py::arg("indptr"),
         py::arg("indices"), py::arg("values").none(true), py::arg("weight").none(true), py::arg("loss"),
-        py::arg("reg"), py::arg("reg_exponent"), py::arg("alpha"), py::arg("implicit"), py::arg("threads"));
+        py::arg("reg"), py::arg("reg_exponent"), py::arg("alpha"), py::arg("implicit"), py::arg("threads"),
+        py::arg("grams").none(true) = py::none(), py::arg("scratch").none(true) = py::none());
   m.def("mf_als_update", &mf_als_update, py::arg("factors"), py::arg("other_factors"), py::arg("indptr"),
         py::arg("indices"), py::arg("values").none(true), py::arg("weight").none(true), py::arg("failed"),
         py::arg("reg"), py::arg("reg_exponent"), py::arg("alpha"), py::arg("implicit"), py::arg("steps"),
-        py::arg("threads"));
-#endif
+        py::arg("threads"), py::arg("gram").none(true) = py::none());
   m.def("nmf_update", &nmf_update, py::arg("factors"), py::arg("other_factors"), py::arg("indptr"),
         py::arg("indices"), py::arg("values"), py::arg("failed"), py::arg("reg"), py::arg("eps"),
         py::arg("threads"));

@@ -1,4 +1,4 @@
-// mf, and on a CPU top_k_scores.
+// mf and top_k_scores.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -69,7 +69,6 @@ void mf_backward(const TensorView& dratings, const TensorView& user_factors, con
   backend::mf_backward(pdr, call.tables, call.users, call.items, gradients, s, WHERE(user_factors, threads));
 }
 
-#ifndef LSPM_CUDA
 // The rows of a matrix with a contiguous last dimension.
 const void* rows(const TensorView& x, const char* name, const TensorView& beside) {
   if (x.dim() != 2) TensorView::refuse(name, "have 2 dimensions");
@@ -79,7 +78,8 @@ const void* rows(const TensorView& x, const char* name, const TensorView& beside
 
 void top_k_scores_forward(const TensorView& queries, const TensorView& items, const OptionalView& item_bias,
                           const OptionalView& exclude_indptr, const OptionalView& exclude_indices,
-                          const TensorView& scores, const TensorView& indices, int threads) {
+                          const TensorView& scores, const TensorView& indices, [[maybe_unused]] int threads,
+                          [[maybe_unused]] const OptionalView& scratch) {
   check_first(queries, "queries");
   const void *pq = rows(queries, "queries", queries), *pi = rows(items, "items", queries);
   if (scores.dim() != 2 || scores.size(0) != queries.size(0))
@@ -99,10 +99,17 @@ void top_k_scores_forward(const TensorView& queries, const TensorView& items, co
   }
   auto* ps = static_cast<float*>(scores.contiguous("scores", queries, DType::f32, s.queries * s.k));
   auto* pn = static_cast<int64_t*>(indices.contiguous("indices", queries, DType::i64, s.queries * s.k));
+#ifdef LSPM_CUDA
+  const int64_t parts = scratch ? scratch->size(0) : 1;
+  auto* pp =
+      static_cast<int64_t*>(optional(scratch, "scratch", queries, DType::i64, parts * s.queries * s.k));
+  py::gil_scoped_release unlocked;
+  backend::top_k_scores_forward(pq, pi, pb, x, pp, parts, ps, pn, s, WHERE(queries, threads));
+#else
   py::gil_scoped_release unlocked;
   backend::top_k_scores_forward(pq, pi, pb, x, ps, pn, s, threads);
-}
 #endif
+}
 
 }  // namespace
 
@@ -114,9 +121,8 @@ void bind_recommender(py::module_& m) {
         py::arg("users"), py::arg("items"), py::arg("duser_factors").none(true),
         py::arg("ditem_factors").none(true), py::arg("duser_bias").none(true),
         py::arg("ditem_bias").none(true), py::arg("threads"));
-#ifndef LSPM_CUDA
   m.def("top_k_scores_forward", &top_k_scores_forward, py::arg("queries"), py::arg("items"),
         py::arg("item_bias").none(true), py::arg("exclude_indptr").none(true),
-        py::arg("exclude_indices").none(true), py::arg("scores"), py::arg("indices"), py::arg("threads"));
-#endif
+        py::arg("exclude_indices").none(true), py::arg("scores"), py::arg("indices"), py::arg("threads"),
+        py::arg("scratch").none(true) = py::none());
 }

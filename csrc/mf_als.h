@@ -26,4 +26,19 @@ void mf_als_loss(const float* factors, const float* other_factors, const Csr& cs
                  const float* weight, float* loss, int64_t k, const MfAlsOptions& options, int threads);
 }  // namespace cpu
 
+namespace cuda {
+// The same on GPU `device`, queued on `stream`, a cudaStream_t, for k of at most 512 by conjugate gradient
+// and 248 by Cholesky. An index that is none counts as a row of zeros; a row whose matrix is not positive
+// definite becomes NaN. gram: Y'Y where implicit, or null. A failure of CUDA throws std::runtime_error.
+void mf_als_update(float* factors, const float* other_factors, const Csr& csr, const float* values,
+                   const float* weight, const float* gram, int64_t k, const MfAlsOptions& options, int device,
+                   void* stream);
+// For k of at most 1024. grams: X'X and then Y'Y where implicit, or null. scratch: 2 * kMfAlsLossParts
+// + columns zeros.
+constexpr int kMfAlsLossParts = 1024;
+void mf_als_loss(const float* factors, const float* other_factors, const Csr& csr, const float* values,
+                 const float* weight, const float* grams, int64_t* scratch, float* loss, int64_t k,
+                 const MfAlsOptions& options, int device, void* stream);
+}  // namespace cuda
+
 }  // namespace lspm

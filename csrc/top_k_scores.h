@@ -33,4 +33,13 @@ void top_k_scores_forward(const void* queries, const void* items, const float* i
                           const TopKScoresShape& shape, int threads);
 }  // namespace cpu
 
+namespace cuda {
+// The same for k of at most 512 on GPU `device`, queued on `stream`, a cudaStream_t. Each query's exclusions
+// are in order; one that is none excludes nothing. parts: among how many the items are divided, from 1 on;
+// scratch: (parts, queries, k) where that is more than 1. A failure of CUDA throws std::runtime_error.
+void top_k_scores_forward(const void* queries, const void* items, const float* item_bias,
+                          const Exclusions& exclusions, int64_t* scratch, int64_t parts, float* scores,
+                          int64_t* indices, const TopKScoresShape& shape, int device, void* stream);
+}  // namespace cuda
+
 }  // namespace lspm

@@ -256,6 +256,8 @@ def mf_als_loss(
     alpha: float,
     implicit: bool,
     threads: int,
+    grams: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> None: ...
 def mf_als_update(
     factors: Tensor,
@@ -271,6 +273,7 @@ def mf_als_update(
     implicit: bool,
     steps: int,
     threads: int,
+    gram: Tensor | None = None,
 ) -> None: ...
 def mf_backward(
     dratings: Tensor,
@@ -368,4 +371,5 @@ def top_k_scores_forward(
     scores: Tensor,
     indices: Tensor,
     threads: int,
+    scratch: Tensor | None = None,
 ) -> None: ...

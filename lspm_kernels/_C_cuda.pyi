@@ -15,9 +15,12 @@ from lspm_kernels._C import layer_norm_backward as layer_norm_backward
 from lspm_kernels._C import layer_norm_forward as layer_norm_forward
 from lspm_kernels._C import max_pool2d_backward as max_pool2d_backward
 from lspm_kernels._C import max_pool2d_forward as max_pool2d_forward
+from lspm_kernels._C import mf_als_loss as mf_als_loss
+from lspm_kernels._C import mf_als_update as mf_als_update
 from lspm_kernels._C import mf_backward as mf_backward
 from lspm_kernels._C import mf_forward as mf_forward
 from lspm_kernels._C import mf_sgd_update as mf_sgd_update
 from lspm_kernels._C import nmf_update as nmf_update
 from lspm_kernels._C import rotary_backward as rotary_backward
 from lspm_kernels._C import rotary_forward as rotary_forward
+from lspm_kernels._C import top_k_scores_forward as top_k_scores_forward

@@ -6,72 +6,19 @@
 // is there. Shuffles and shared memory bring the groups' sums together in a fixed order, and p is written
 // once. Bytes of an entry: 4 K, and 8 to 12 for its column and value; of a row 8 K.
 #include "../nmf.h"
-#include "common.cuh"
+#include "csr_rows.cuh"
 
 namespace lspm::cuda {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kLong = 128;         // entries beyond which a row is the whole block's
-constexpr int kMostRows = 32;      // of a block
-constexpr int kManyBlocks = 1024;  // so many before a block takes several rows
+constexpr int kLong = 128;  // entries beyond which a row is the whole block's
 constexpr int kMostFactors = 1024;
 constexpr int kMostValues = kMostFactors / kWarp;  // of a row in a lane
 
 // Of a multiprocessor, at least, by the values of a lane: left to itself, ptxas aims at more and spills.
 constexpr int blocks_of(int values) { return values <= 4 ? 4 : values <= 8 ? 2 : 1; }
-
-// The entries' side of an update; columns that are none count as rows of zeros.
-struct Entries {
-  const float *other_factors, *values;
-  Csr csr;
-  int64_t k;
-
-  // The row of y that an entry names, or null.
-  __device__ __forceinline__ const float* row_of(int64_t entry) const {
-    const int64_t column = csr.wide ? static_cast<const int64_t*>(csr.indices)[entry]
-                                    : static_cast<const int32_t*>(csr.indices)[entry];
-    return uint64_t(column) < uint64_t(csr.columns) ? other_factors + column * k : nullptr;
-  }
-};
-
-// A lane's factors of a row: kValues of them, in vectors of kWidth.
-template <int kValues, int kWidth>
-struct Values {
-  float at[kValues];
-
-  // Calls body(n, k) for a vector that begins with the lane's n-th factor, which is the row's k-th.
-  template <class Body>
-  __device__ __forceinline__ static void for_each_vector(int64_t cols, Body body) {
-#pragma unroll
-    for (int n = 0; n < kValues; n += kWidth) {
-      const int k = n * kWarp + int(threadIdx.x) * kWidth;  // with several vectors, the group is a warp
-      if (k < cols) body(n, k);
-    }
-  }
-  __device__ __forceinline__ void load(const float* row, int64_t cols) {
-    for_each_vector(cols, [&](int n, int k) {
-      const Vec<float, kWidth> vector = cuda::load<kWidth>(row + k);
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) at[n + e] = vector.at[e];
-    });
-  }
-  __device__ __forceinline__ void store(float* row, int64_t cols) const {
-    for_each_vector(cols, [&](int n, int k) {
-      Vec<float, kWidth> vector;
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) vector.at[e] = at[n + e];
-      cuda::store(row + k, vector);
-    });
-  }
-  // Adds up what a warp's groups of lanes have; each has it then.
-  __device__ __forceinline__ void add_groups() {
-    for (int distance = blockDim.x; distance < kWarp; distance *= 2)
-#pragma unroll
-      for (int n = 0; n < kValues; ++n) at[n] += __shfl_xor_sync(kAllLanes, at[n], distance);
-  }
-};
 
 // What stands above the fraction and below it.
 template <int kValues, int kWidth>
@@ -177,10 +124,8 @@ void nmf_update(float* factors, const float* other_factors, const Csr& csr, cons
                 float reg, float eps, int device, void* stream) {
   const auto start = [&](auto* kernel, int64_t vectors) {
     if (csr.rows == 0 || k == 0) return;
-    int lanes = 1;
-    while (lanes < kWarp && lanes < vectors) lanes *= 2;
-    const int64_t shared_out = csr.rows / kManyBlocks;
-    const int rows = int(shared_out < 1 ? 1 : shared_out < kMostRows ? shared_out : kMostRows);
+    const int lanes = lanes_of(vectors);
+    const int rows = rows_of_block(csr.rows);
     const DeviceGuard guard(device);
     launch({unsigned((csr.rows + rows - 1) / rows), dim3(lanes, kThreads / lanes),
             size_t(kWarps * k) * sizeof(float), cudaStream_t(stream)},

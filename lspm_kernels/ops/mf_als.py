@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, csr_checks, dispatch, triton
+from lspm_kernels import checks, compiled, csr_checks, dispatch, mf_als_grams, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import InPlaceOperator, Operator
 from lspm_kernels.reference import mf_als as reference
@@ -13,8 +13,16 @@ _INFINITY = float("inf")
 _SOLVERS = ("cholesky", "cg")
 
 _FLOATS = (torch.float32,)
-# A program of a GPU holds Y'Y's columns in registers; a triangular solve of its own would leave it idle.
-_ON_A_GPU = (
+# A block of CUDA threads holds a row's matrix in registers, which Cholesky's runs out of before 256.
+_ON_CUDA = (
+    Limit(
+        'K of at most 248, or 512 with solver="cg"',
+        lambda factors, steps: factors.size(1) <= (512 if steps else 248),
+        lambda factors, steps: factors.size(1),
+    ),
+)
+# A program of Triton holds Y'Y's columns in registers; a triangular solve of its own would leave it idle.
+_ON_TRITON = (
     Limit('solver="cg"', lambda factors, steps: steps > 0, lambda factors, steps: '"cholesky"'),
     Limit(
         "K of at most 128",
@@ -22,12 +30,19 @@ _ON_A_GPU = (
         lambda factors, steps: factors.size(1),
     ),
 )
+_LOSS_ON_A_GPU = (
+    Limit("K of at most 1024", lambda factors: factors.size(1) <= 1024, lambda factors: factors.size(1)),
+)
 BACKENDS = (
     Backend("cpu", "cpu", _FLOATS, compiled.cpu_kernel("mf_als_update"), None, compiled.nothing_missing),
-    Backend("triton", "cuda", _FLOATS, triton.kernel("mf_als_update"), None, triton.missing, _ON_A_GPU),
+    # Before triton, as it divides a row of many entries among more threads: predicted, not measured.
+    Backend("cuda", "cuda", _FLOATS, mf_als_grams.mf_als_update, None, compiled.cuda_missing, _ON_CUDA),
+    Backend("triton", "cuda", _FLOATS, triton.kernel("mf_als_update"), None, triton.missing, _ON_TRITON),
 )
 LOSS_BACKENDS = (
     Backend("cpu", "cpu", _FLOATS, compiled.cpu_kernel("mf_als_loss"), None, compiled.nothing_missing),
+    Backend("cuda", "cuda", _FLOATS, mf_als_grams.mf_als_loss, None, compiled.cuda_missing, _LOSS_ON_A_GPU),
+    Backend("triton", "cuda", _FLOATS, triton.kernel("mf_als_loss"), None, triton.missing, _LOSS_ON_A_GPU),
 )
 
 
@@ -125,8 +140,8 @@ def mf_als_(
         solver: "cholesky", or "cg": cg_steps steps of conjugate gradient from the factors as they are, for
             far fewer operations where rows have more than a few entries.
         weight: (nnz,), at least 0, or None for ones; explicit only.
-        backend: "cpu", "triton" (by conjugate gradient, K of at most 128) or "reference"; None takes the
-            first that admits the call.
+        backend: "cpu", "cuda" (K of at most 248, by conjugate gradient 512), "triton" (by conjugate gradient,
+            K of at most 128) or "reference"; None takes the first that admits the call.
 
     Returns:
         factors.
@@ -135,8 +150,9 @@ def mf_als_(
         ValueError: an argument is not as said above; what a tensor holds is looked at where it can be read,
             and an index that is none is never followed. Or "cholesky" met a matrix that is not positive
             definite to the dtype's precision, as where reg is 0 and a row has fewer entries than K: the
-            message names the first such row, which stays as it was, while others may have changed. "cg"
-            takes any: it stops where there is nothing to gain.
+            message names the first such row, which stays as it was, while others may have changed; on
+            "cuda", for which nothing waits, every such row becomes NaN instead. "cg" takes any: it stops
+            where there is nothing to gain.
         NotImplementedError: the backend asked for does not take this call.
 
     Source: Hu, Koren and Volinsky, "Collaborative Filtering for Implicit Feedback Datasets" (2008), equation
@@ -183,7 +199,7 @@ def mf_als_loss(
     Args: as mf_als_ has them.
 
     Returns:
-        A tensor of no dimensions, factors' dtype. It has no gradient on "cpu".
+        A tensor of no dimensions, factors' dtype. It has a gradient on "reference" only.
 
     Raises:
         ValueError: an argument is not as said above.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch, triton
+from lspm_kernels import checks, compiled, dispatch, top_k_parts, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import top_k_scores as reference
@@ -16,12 +16,21 @@ _ITEMS = Limit(
     lambda queries, items, k: len(items) < 2**32,
     lambda queries, items, k: len(items),
 )
-_FEW = Limit("k of at most 64", lambda queries, items, k: k <= 64, lambda queries, items, k: k)
+
+
+def _most(k):
+    return Limit(f"k of at most {k}", lambda queries, items, wanted: wanted <= k, lambda q, i, wanted: wanted)
+
+
+_NAME = "top_k_scores_forward"
+# On a GPU cuda comes first, as it divides the items among blocks where queries are few and looks at a score
+# once where Triton merges whole tiles: predicted, not measured.
 BACKENDS = tuple(
-    Backend(name, device, _FLOATS, kernel("top_k_scores_forward"), None, missing, limits)
+    Backend(name, device, _FLOATS, kernel, None, missing, limits)
     for name, device, kernel, missing, limits in (
-        ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing, (_ITEMS,)),
-        ("triton", "cuda", triton.kernel, triton.missing, (_ITEMS, _FEW)),
+        ("cpu", "cpu", compiled.cpu_kernel(_NAME), compiled.nothing_missing, (_ITEMS,)),
+        ("cuda", "cuda", top_k_parts.top_k_scores_forward, compiled.cuda_missing, (_ITEMS, _most(512))),
+        ("triton", "cuda", triton.kernel(_NAME), triton.missing, (_ITEMS, _most(64))),
     )
 )
 
@@ -71,8 +80,8 @@ def top_k_scores(
 
     The larger score comes first, a NaN before every number as in torch.topk, and of equal scores the smaller
     index. A score's bits depend on its query, its item and its bias only: not on the other rows, nor on the
-    number of threads. Beside the results this takes some hundred KiB and 16 * k bytes of each of up to 252
-    queries a thread.
+    number of threads. Beside the results this takes on a CPU some hundred KiB and 16 * k bytes of each of up
+    to 252 queries a thread; on "cuda", where queries are few, at most 1024 * k bytes a multiprocessor.
 
     Args:
         queries: (B, D), float32, bfloat16 or float16; sums are in float32. A last dimension that is
@@ -85,7 +94,8 @@ def top_k_scores(
             serves a batch of queries beside the exclude_indices of all.
         exclude_indices: (E,), int64 or int32, from 0 to N - 1, in any order, with repetitions. One that is
             none is an error on a CPU; on a GPU, for which nothing waits, it excludes nothing.
-        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "cuda" (k of at most 512), "triton" (k of at most 64) or "reference"; None takes the
+            first that admits the call.
 
     Returns:
         scores: (B, k), float32, under autocast too; float64 of float64. -inf where fewer than k are left.

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lspm_kernels import top_k_parts
+
 _QUERIES, _ITEMS, _DIM, _WARPS = 16, 64, 32, 8  # with 208 registers nothing is spilled
 _LEAST = 16  # keys of a query, at least
 _NONE = tl.constexpr(-(2**63))  # before every key
@@ -99,12 +101,8 @@ def forward(queries, items, item_bias, exclude_indptr, exclude_indices, scores, 
         return
     excluded, steps = None, 0
     if exclude_indptr is not None:
-        # Of all lists at once: sorted by item, then, stably, by the list that each place is of.
-        place = torch.arange(len(exclude_indices), device=queries.device)
-        rows = torch.searchsorted(exclude_indptr, place, right=True)
-        order = exclude_indices.argsort(stable=True)
-        order = order[rows[order].argsort(stable=True)]
-        excluded, steps = exclude_indices[order], max(1, len(order).bit_length())
+        excluded = top_k_parts.in_order(exclude_indptr, exclude_indices)
+        steps = max(1, len(excluded).bit_length())
     KEYS = max(_LEAST, triton.next_power_of_2(k))
     numbers = count, len(items), queries.shape[1], k, queries.stride(0), items.stride(0), steps
     tensors = queries, items, item_bias, exclude_indptr, excluded, scores, indices

@@ -219,6 +219,14 @@ __global__ void bug_kernel(int* out, const int* in, int bug) {  // 64 threads
     case 22:  // shifts too far: UBSan only
       out[t] = 1 << (in[63] + 40);
       break;
+    case 23:  // none: one reads, another reads and then writes
+    case 24:  // the same in one interval
+      s[t] = t;
+      __syncwarp();
+      if (l % 2) out[t] = s[t - 1];
+      if (bug == 23) __syncwarp();
+      if (l % 2 == 0) s[t] = s[t] + 1;
+      break;
   }
 }
 

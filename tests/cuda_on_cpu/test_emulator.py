@@ -205,6 +205,8 @@ BUGS = {  # of bug_kernel: what the report says
     18: "race",
     19: "out of bounds: 4-byte write",
     20: "out of bounds",
+    23: NOTHING,
+    24: "race",
 }
 FOUND_WITHOUT_CHECKS = (8, 9, 10)  # where threads meet, the runtime sees it in any flavour
 

@@ -16,6 +16,17 @@ in_op = partial(Mutation, file="lspm_kernels/ops/mf_als.py", tests=CPU)
 in_nmf_cuda = partial(
     Mutation, file="csrc/cuda/nmf.cu", tests=("tests/ops/test_nmf_cuda.py", "-x", "-k", "not asan")
 )
+in_als_cuda = partial(
+    Mutation, file="csrc/cuda/mf_als.cu", tests=("tests/ops/test_mf_als_cuda.py", "-x", "-k", "not asan")
+)
+in_rows_cuda = partial(in_als_cuda, file="csrc/cuda/csr_rows.cuh")
+in_entries_cuda = partial(in_als_cuda, file="csrc/cuda/mf_als.cuh")
+in_loss_cuda = partial(in_als_cuda, file="csrc/cuda/mf_als_loss.cu")
+in_loss_triton = partial(
+    Mutation,
+    file="lspm_kernels/triton/mf_als.py",
+    tests=("tests/ops/test_mf_als_triton.py", "-x", "-k", "loss or none"),
+)
 in_checks = partial(in_op, file="lspm_kernels/csr_checks.py")
 
 MUTATIONS = [
@@ -94,8 +105,8 @@ MUTATIONS = [
         old="if low < 0 or high >= columns:",
         new="if low < 0 or high > columns:",
     ),
-    in_nmf_cuda(
-        name="nmf, cuda: a column one past the last",
+    in_rows_cuda(
+        name="nmf and mf_als, cuda: a column one past the last",
         old="uint64_t(column) < uint64_t(csr.columns)",
         new="uint64_t(column) <= uint64_t(csr.columns)",
     ),
@@ -118,5 +129,80 @@ MUTATIONS = [
         name="nmf, cuda: the regularisation of one entry",
         old="if (group == 0) fraction.update(p, row, of.k, float(begins[n + 1] - begins[n]) * reg, eps);",
         new="if (group == 0) fraction.update(p, row, of.k, reg, eps);",
+    ),
+    in_entries_cuda(
+        name="mf_als, cuda: a weight that the right side does not have",
+        old="return weight ? weight[entry] * value(entry) : value(entry);",
+        new="return value(entry);",
+    ),
+    in_als_cuda(
+        name="mf_als, cuda: rows y staged before those of another tile have been read",
+        old="      __syncthreads();  // the rows before these, or another row's solution, have been read\n",
+        new="",
+    ),
+    in_als_cuda(
+        name="mf_als, cuda: only the last of a long row's sums",
+        old="run = runs ? run + sum : sum;",
+        new="run = sum;",
+    ),
+    in_als_cuda(
+        name="mf_als, cuda: a pivot that is nothing but rounding taken",
+        old="pivot > least_[first + c] && ",
+        new="pivot > 0.0f && ",
+    ),
+    in_als_cuda(
+        name="mf_als, cuda: a column of L read before it is there",
+        old="      if (column_ == p && row_ > p) divide_own();\n      __syncthreads();\n",
+        new="      if (column_ == p && row_ > p) divide_own();\n",
+    ),
+    in_als_cuda(
+        name="mf_als, cuda: rows of fewer entries than K solved without regularisation",
+        old="if (begin == end || lacking) {",
+        new="if (begin == end) {",
+    ),
+    in_als_cuda(
+        name="mf_als, cuda: Y'Y once for each warp",
+        old="for (int first = team.rank * groups_; first < lanes; first += team.warps * groups_) {",
+        new="for (int first = 0; first < lanes; first += groups_) {",
+    ),
+    in_als_cuda(
+        name="mf_als, cuda: a step where there is no curvature",
+        old="if (curvature <= 0.0f || left == 0.0f) break;",
+        new="",
+    ),
+    in_als_cuda(
+        name="mf_als, cuda: the next sums of warps overwrite what others still read",
+        old="    __syncthreads();  // the next sums take the place\n",
+        new="",
+    ),
+    in_loss_triton(
+        name="mf_als_loss, triton: an index that is none is no term",
+        old='        term = tl.where(named, term, float("nan"))\n',
+        new="",
+    ),
+    in_loss_triton(
+        name="mf_als_loss, triton: a column's entries not counted",
+        old="counts.double() ** reg_exponent * squares",
+        new="squares",
+    ),
+    in_loss_cuda(
+        name="mf_als_loss, cuda: a block's last column is the next one's too",
+        old="const int64_t groups = blockDim.y, columns",
+        new="const int64_t groups = blockDim.y - 1, columns",
+    ),
+    in_loss_cuda(
+        name="mf_als_loss, cuda: each warp of a long row adds its regularisation",
+        old="if (rank == 0 && group == 0) total",
+        new="if (group == 0) total",
+    ),
+    in_loss_cuda(
+        name="mf_als_loss, cuda: an index that is none is no term",
+        old="other ? of.loss(entry, product) : NAN",
+        new="other ? of.loss(entry, product) : 0.0f",
+    ),
+    in_loss_cuda(
+        name="mf_als_loss, cuda: the halves of a block's sums not waited for",
+        old="    __syncthreads();\n    if (thread < half)",
+        new="    if (thread < half)",
     ),
 ]

@@ -1,6 +1,7 @@
 """Bugs in mf and top_k_scores, and in what leads to them."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 from mutations import Mutation
@@ -14,6 +15,11 @@ def build(isa):
     return "sh", "-c", f"rm -rf lspm_kernels/_cpu && {setup}"
 
 
+in_top_cuda = partial(
+    Mutation,
+    file="csrc/cuda/top_k_scores.cu",
+    tests=("tests/ops/test_top_k_scores_cuda.py", "-x", "-k", "not asan"),
+)
 in_top = partial(Mutation, file="csrc/cpu/top_k_scores.cpp", tests=CPU, command=build("avx2"))
 in_mf = partial(in_top, file="csrc/cpu/mf.cpp")
 in_op = partial(Mutation, tests=CPU)
@@ -131,5 +137,68 @@ MUTATIONS = [
         file="lspm_kernels/ops/mf.py",
         old="order = ids.view(-1).sort",
         new="order = users.view(-1).sort",
+    ),
+    in_top_cuda(
+        name="top_k_scores, cuda: of equal scores the larger index first",
+        old="return Key(ordered) << 32 | uint32_t(~item);",
+        new="return Key(ordered) << 32 | uint32_t(item + 1);",
+    ),
+    in_top_cuda(
+        name="top_k_scores, cuda: a NaN is a small number",
+        old="score != score ? ~0u : of_score >> 31",
+        new="of_score >> 31",
+    ),
+    in_top_cuda(
+        name="top_k_scores, cuda: the threshold is that of one too few",
+        old="*threshold = keys[k - 1];",
+        new="*threshold = keys[k > 1 ? k - 2 : 0];",
+    ),
+    in_top_cuda(
+        name="top_k_scores, cuda: a query's room overflows",
+        old="return *count > room - kItems;",
+        new="return *count > room - kItems / 2;",
+    ),
+    in_top_cuda(
+        name="top_k_scores, cuda: a warp's swaps not waited for",
+        old="        __syncwarp();\n      }\n    if (lane == 0) {",
+        new="      }\n    if (lane == 0) {",
+    ),
+    in_top_cuda(
+        name="top_k_scores, cuda: keys sorted before all are there",
+        old="    __syncthreads();  // all of the tile's keys are there\n",
+        new="",
+    ),
+    in_top_cuda(
+        name="top_k_scores, cuda: a long sum keeps its last piece only",
+        old="piece ? sums[n][i] + part[0][n][i] : part[0][n][i]",
+        new="part[0][n][i]",
+    ),
+    in_top_cuda(
+        name="top_k_scores, cuda: a piece copied over the one that is read",
+        old="      __syncthreads();  // this piece is there, and the one before has been read\n",
+        new="",
+    ),
+    in_top_cuda(
+        name="top_k_scores, cuda: queries of a single piece are in the first stage only",
+        old="deep > 1 || loaded < 2",
+        new="deep > 1",
+    ),
+    in_top_cuda(
+        name="top_k_scores, cuda: the last item that a query excludes is not found",
+        old="return low < end && exclusions",
+        new="return low + 1 < end && exclusions",
+    ),
+    in_top_cuda(
+        name="top_k_scores, cuda: the last part's best are not joined",
+        old="for (int part = 0; part < parts; ++part) {",
+        new="for (int part = 0; part < parts - 1; ++part) {",
+    ),
+    replace(
+        in_top_cuda(
+            name="top_k_scores, cuda: exclusions of all queries in one order",
+            old="return indices[order[rows[order].argsort(stable=True)]]",
+            new="return indices[order]",
+        ),
+        file="lspm_kernels/top_k_parts.py",
     ),
 ]

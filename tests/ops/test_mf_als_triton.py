@@ -27,10 +27,10 @@ on_one_gpu = pytest.mark.parametrize("gpu", [80], ids=["sm_80"], indirect=True)
 def rows_on_the_cpu(monkeypatch):
     """The ops run their Triton kernels, on CPU tensors."""
     monkeypatch.setattr(dispatch, "_admitted", {})  # knows the tables as they were
-    for op in (mf_als, nmf):
-        row = next(row for row in op.BACKENDS if row.name == "triton")
+    for op, table in ((mf_als, "BACKENDS"), (mf_als, "LOSS_BACKENDS"), (nmf, "BACKENDS")):
+        row = next(row for row in getattr(op, table) if row.name == "triton")
         here = dataclasses.replace(row, device="cpu", missing=lambda: None)
-        monkeypatch.setattr(op, "BACKENDS", (here,))
+        monkeypatch.setattr(op, table, (here,))
 
 
 @on_one_gpu
@@ -43,6 +43,23 @@ def test_mf_als(driver):
 @pytest.mark.parametrize("k, options", [(5, EXPLICIT), (20, IMPLICIT), (64, IMPLICIT), (128, IMPLICIT)])
 def test_mf_als_of_other_sizes(driver, k, options):
     check_als(*factors(6, 20, k), *matrix(6, 20, 150, wide=k == 5), weighted_reg=True, **CG, **options)
+
+
+@on_one_gpu
+def test_mf_als_loss(driver):
+    given = *factors(6, 20, 5), *matrix(6, 20, 450)
+    check_als(*given, weighted_reg=True, **IMPLICIT)
+    assert driver.launches == ["_loss_kernel"]
+    check_als(*given, torch.rand(450), **EXPLICIT)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("k, options", [(3, IMPLICIT), (20, EXPLICIT), (130, IMPLICIT), (1024, EXPLICIT)])
+def test_mf_als_loss_of_other_sizes(driver, k, options):
+    given = *factors(6, 20, k), *matrix(6, 20, 150, wide=k == 3)
+    for weighted_reg in (False, 0.5):
+        check_als(*given, weighted_reg=weighted_reg, **options)
+    check_als(given[0][:0], given[1], given[2][:1], given[3][:0], given[4][:0], **options)
 
 
 @on_one_gpu
@@ -80,6 +97,8 @@ def test_an_index_that_is_none_is_a_row_of_zeros(driver):
         named = y.clone()
         named[3] = 0
         assert torch.equal(found, call(torch.ones(1, 5), named, zero))
+    loss = torch.compile(lambda x: lk.mf_als_loss(x, y, indptr, indices, values, **EXPLICIT), backend="eager")
+    assert loss(torch.ones(1, 5)).isnan()
 
 
 @on_one_gpu
@@ -88,7 +107,8 @@ def test_same_bits_under_any_schedule(driver):
     results = []
     for driver.seed in range(3):
         solved = lk.mf_als_(x.clone(), y, *entries, **CG, **IMPLICIT)
-        results.append([solved, lk.nmf_(x.abs(), y.abs(), *entries)])
+        loss = lk.mf_als_loss(x, y, *entries, weighted_reg=True, **IMPLICIT)
+        results.append([solved, loss, lk.nmf_(x.abs(), y.abs(), *entries)])
     assert all(map(torch.equal, results[0] * 2, results[1] + results[2]))
 
 
@@ -102,8 +122,11 @@ def test_limits():
         x, y = factors(2, 3, k)
         with pytest.raises(NotImplementedError, match=f"^mf_als_: triton needs {message}$"):
             lk.mf_als_(x, y, *entries, reg=1.0, backend="triton", **solver)
+    wide = torch.rand(2, 1025), torch.rand(3, 1025), *entries
+    with pytest.raises(NotImplementedError, match=r"^mf_als_loss: triton needs K of at most 1024, got 1025$"):
+        lk.mf_als_loss(*wide, reg=1.0, backend="triton")
     with pytest.raises(NotImplementedError, match=r"^nmf_: triton needs K of at most 1024, got 1025$"):
-        lk.nmf_(torch.rand(2, 1025), torch.rand(3, 1025), *entries, backend="triton")
+        lk.nmf_(*wide, backend="triton")
 
 
 @pytest.mark.long
@@ -113,6 +136,7 @@ def test_compiles_without_spills(sm):
         for k in (16, 64, 128):
             for options in (EXPLICIT, IMPLICIT):
                 lk.mf_als_(*factors(2, 9, k), *matrix(2, 9, 20), **CG, **options)
+                lk.mf_als_loss(*factors(2, 9, 8 * k), *matrix(2, 9, 20), **options)
         for k in (16, 64, 512, 1024):
             lk.nmf_(torch.rand(2, k), torch.rand(9, k), *matrix(2, 9, 20))
     assert driver.resources

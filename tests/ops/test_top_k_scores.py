@@ -278,7 +278,7 @@ def test_the_binding_refuses_what_would_touch_other_memory():
 
 
 def test_only_the_rows_of_the_table_run():
-    assert [row.name for row in ops.BACKENDS] == ["cpu", "triton"]
+    assert [row.name for row in ops.BACKENDS] == ["cpu", "cuda", "triton"]
     with pytest.raises(NotImplementedError, match="top_k_scores: triton needs a tensor on cuda, got cpu"):
         lk.top_k_scores(X, Y, 1, backend="triton")
     with pytest.warns(lk.FallbackWarning, match="top_k_scores: cpu needs dtype float32, bfloat16, float16"):

@@ -102,8 +102,11 @@ class ByteAccess {  // to one byte of an access
     if (cell_.read_warp != self->warp) {
       cell_.read_by_warps = 1;
     } else {
+      const uint32_t clock = self->clocks[self->lane];
+      // What comes after this read comes after those that it comes after.
+      if (cell_.read_clock != clock && !read_unordered()) cell_.read_lanes = 0;
       cell_.read_lanes |= 1u << self->lane;
-      cell_.read_clock = self->clocks[self->lane];
+      cell_.read_clock = clock;
     }
   }
 
@@ -117,9 +120,8 @@ class ByteAccess {  // to one byte of an access
       const unsigned first = cell_.read_lanes ? __builtin_ctz(cell_.read_lanes) : 0;
       if (cell_.read_by_warps || cell_.read_warp != self->warp)
         refuse_after("race", "read", cell_.read_warp * 32 + first);
-      for (unsigned lanes = cell_.read_lanes & ~(1u << self->lane); lanes; lanes &= lanes - 1)
-        if (cell_.read_clock > self->clocks[__builtin_ctz(lanes)])
-          refuse_after("race", "read", cell_.read_warp * 32 + __builtin_ctz(lanes));
+      if (const unsigned lanes = read_unordered())
+        refuse_after("race", "read", cell_.read_warp * 32 + __builtin_ctz(lanes));
     }
     cell_.write_epoch = block.epoch;
     cell_.write_clock = self->clocks[self->lane];
@@ -130,6 +132,13 @@ class ByteAccess {  // to one byte of an access
 
   bool write_unordered() const {
     return unordered(cell_.write_epoch, cell_.writer, cell_.write_clock, shared_);
+  }
+  // The other lanes of this warp whose reads are not ordered before this access.
+  unsigned read_unordered() const {
+    unsigned found = 0;
+    for (unsigned lanes = cell_.read_lanes & ~(1u << self->lane); lanes; lanes &= lanes - 1)
+      if (cell_.read_clock > self->clocks[__builtin_ctz(lanes)]) found |= lanes & -lanes;
+    return found;
   }
   bool read_by_other_block() const {
     return cell_.read_epoch >= launch_epoch && cell_.read_epoch < block.first_epoch;
