@@ -1,5 +1,6 @@
-"""Passes of stochastic gradient descent over ratings: in PyTorch, and by LIBMF's program."""
+"""Passes of stochastic gradient descent over ratings: in PyTorch, by LIBMF's program, and by Surprise."""
 
+import importlib.util
 import shutil
 import subprocess
 import tempfile
@@ -12,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import harness
 import lspm_kernels
 from lspm_kernels import RatingBlocks
 
 SHAPES = {"ml-1m": (6040, 3706, 1_000_000), "ml-20m": (138_493, 26_744, 20_000_000)}  # MovieLens' sizes
 SKEW = 1.5  # gives the most popular item of 3,706 some 0.4 % of all ratings, as in MovieLens-1M
+MOST_OF_SURPRISE = 2_000_000  # ratings, which it holds as Python's tuples
 FEW, MORE = 2, 20  # passes of LIBMF: reading the file and setting up cost as much in either
 
 
@@ -104,12 +107,49 @@ def torch_pass(
         item_bias[items] = c + lr * (e - reg * c)
 
 
-def has_libmf() -> bool:
-    return shutil.which("mf-train") is not None
+def check(
+    kernels: list[str], tables: list[Tensor], blocks: RatingBlocks, groups: list, **step: float
+) -> None:
+    """Holds a pass of each kernel to the same updates in PyTorch."""
+    results = {d: [t.to(d, copy=True) for t in tables] for d in (torch.float64, torch.float32)}
+    for copies in results.values():
+        torch_pass(*copies, groups, **step)
+    for name in kernels:
+        ours = [t.clone() for t in tables]
+        lspm_kernels.mf_sgd_(*ours, blocks, **step, backend=name)
+        harness.compare(f"lspm-{name}", ours, results[torch.float64], results[torch.float32])
+
+
+def others(run: Pass, blocks: RatingBlocks) -> dict[str, Callable[[int], float]]:
+    """What is installed: functions of a number of calls that give the seconds of as many passes."""
+    makers = {"libmf": libmf} if shutil.which("mf-train") else {}
+    if importlib.util.find_spec("surprise") and run.ratings <= MOST_OF_SURPRISE:
+        makers["surprise"] = surprise
+    return {name: make(blocks, run.factors, run.threads) for name, make in makers.items()}
+
+
+def surprise(blocks: RatingBlocks, factors: int, threads: int) -> Callable[[int], float]:
+    """Surprise's SVD, of the same model with biases; on one thread, as it has no other."""
+    from surprise import SVD, Trainset
+
+    by_user, by_item = {}, {}
+    columns = (t.tolist() for t in (blocks.users, blocks.items, blocks.ratings))
+    for user, item, rating in zip(*columns, strict=True):
+        by_user.setdefault(user, []).append((item, rating))
+        by_item.setdefault(item, []).append((user, rating))
+    ids = {n: n for n in range(max(blocks.num_users, blocks.num_items))}
+    ratings = Trainset(by_user, by_item, blocks.num_users, blocks.num_items, len(blocks), (1, 5), ids, ids)
+
+    def seconds(calls: int) -> float:
+        start = time.perf_counter()
+        SVD(factors, calls, lr_all=0.005, reg_all=0.02).fit(ratings)
+        return time.perf_counter() - start
+
+    return seconds
 
 
 def libmf(blocks: RatingBlocks, factors: int, threads: int) -> Callable[[int], float]:
-    """A function of a number of calls that gives the seconds of as many passes of LIBMF."""
+    """LIBMF, which has no biases and a rate for each row."""
     folder = tempfile.TemporaryDirectory()
     ratings = Path(folder.name) / "ratings.txt"
     columns = (blocks.users, blocks.items, blocks.ratings)

@@ -7,6 +7,7 @@ GOALS = {
     "roof": "roof >= {:.0f} %",
     "extra_us": "more <= {:.0f} us",
     "libmf": "x LIBMF {1:.2f} >= {0:.2f}",
+    "surprise": "x Surprise {1:.0f} >= {0:.0f}",
     "openvino": "x OpenVINO {1:.2f} >= {0:.2f}",
     "memory": "memory {1:.0f} <= {0:.0f} % of torch's",
 }
@@ -53,14 +54,14 @@ def _line(row: dict, torch: dict | None) -> dict[str, str]:
     speedup = row["speedup"]
     return start | {
         "us": f"{times[0]} ({times[1]} to {times[2]})",
-        "torch, us": number(torch["median_us"]),
-        "x torch": f"{speedup['torch']:.2f}",
+        "torch, us": number(torch["median_us"]) if torch else "",
+        "x torch": f"{speedup['torch']:.2f}" if torch else "",
         "x compile": f"{speedup['compile']:.2f}" if "compile" in speedup else "",
         "more, us": "" if row["rate"] else f"{row['extra_us']:+.1f}",
         "rate": f"{number(row['rate'])} {row['unit']}" if row["rate"] else "",
         "of roof": f"{row['roof_percent']:.0f} % {row['roof']}" if row["roof"] else "",
         "MiB": mebibytes(row["peak_bytes"]),
-        "torch, MiB": mebibytes(torch["peak_bytes"]),
+        "torch, MiB": mebibytes(torch["peak_bytes"]) if torch else "",
         "goals": ", ".join(_goal(goal) for goal in row["goals"]),
         "again": row["command"],
     }
