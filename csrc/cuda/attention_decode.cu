@@ -2,9 +2,10 @@
 //
 // A block owns one part of the keys of one key head, and all queries of all heads that read it: at most 64
 // rows of one tile, so that keys and values are read once. Reading them is all that takes time: while one
-// tile of both is multiplied, the next is on its way. What is in registers is as in the forward; each part's
-// maxima, denominators and sums go to scratch, and a warp for each row adds up the parts in their order.
-// Bytes moved: k and v once, and 4 (value_dim + 2) for each row and part, twice.
+// tile of both is multiplied, the next is on its way. Its warps divide the rows or, where one warp has room
+// for all, each tile's keys, and then join what they found. What is in registers is as in the forward; each
+// part's maxima, denominators and sums go to scratch, and a warp for each row adds up the parts in an order
+// that their number gives. Bytes moved: k and v once, and 4 (value_dim + 2) for each row and part, twice.
 #include "../attention.h"
 #include "attention_tiles.cuh"
 
@@ -13,14 +14,18 @@ namespace {
 
 constexpr int kDecodeRows = 64;
 
-template <int kPadded>
+template <int kPadded, int kMostRows>
 struct Parts {
-  static constexpr int kDim = kPadded, kWarps = kDecodeRows / 16, kThreads = kWarps * kWarp;
-  static constexpr int kKeys = kDim > 128 ? 32 : 64;
-  static constexpr int kStage = 2 * kKeys * kDim, kElements = kDecodeRows * kDim + 2 * kStage;
+  static constexpr int kDim = kPadded, kRows = kMostRows, kKeys = kDim > 128 ? 32 : 64;
+  static constexpr bool kKeysApart = kRows == 16;
+  static constexpr int kOwnKeys = kKeysApart ? 16 : kKeys;  // of a tile: a warp's
+  static constexpr int kWarps = kKeysApart ? kKeys / kOwnKeys : kRows / 16, kThreads = kWarps * kWarp;
+  static constexpr int kStage = 2 * kKeys * kDim, kElements = kRows * kDim + 2 * kStage;
 };
 template <int kPadded, bool>
-using DecodeTile = Parts<kPadded>;
+using ManyRows = Parts<kPadded, kDecodeRows>;
+template <int kPadded, bool>
+using FewRows = Parts<kPadded, 16>;
 
 // The sums of a row's values in one part, their reference, the power of 2, and the denominator under it.
 __device__ __forceinline__ float* part_of(float* scratch, const AttentionShape& shape, int part,
@@ -31,10 +36,10 @@ __device__ __forceinline__ float* part_of(float* scratch, const AttentionShape& 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     attention_decode_kernel(const __grid_constant__ ForwardCall call, float* scratch) {
-  constexpr int kDim = Tile::kDim, kKeys = Tile::kKeys, kTiles = kKeys / 8, kChunks = kDim / kChunk;
+  constexpr int kDim = Tile::kDim, kKeys = Tile::kKeys, kTiles = Tile::kOwnKeys / 8, kChunks = kDim / kChunk;
   DYNAMIC_SHARED(memory);
   T* const q_tile = reinterpret_cast<T*>(memory);
-  T* const stages = q_tile + kDecodeRows * kDim;  // two, each of keys and of values
+  T* const stages = q_tile + Tile::kRows * kDim;  // two, each of keys and of values
 
   const int part = blockIdx.x, kv_head = blockIdx.y, batch = blockIdx.z, group = int(call.shape.group());
   const AttentionShape shape = call.shape.of(batch);
@@ -47,6 +52,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   const int end_key = (first + int(int64_t(tiles) * (part + 1) / parts)) * kKeys;
   const Rows<T> k(call.k, batch, kv_head, window.keys, shape.head_dim);
   const Rows<T> v(call.v, batch, kv_head, window.keys, shape.value_dim);
+  const auto row_of = [&](int row) {  // where scratch and statistics have it
+    return call.shape.row(batch, int64_t(kv_head) * group + row % group, row / group);
+  };
   const auto load_stage = [&](int stage, int start) {
     T* const to = stages + stage * Tile::kStage;
     load_tile<true, kDim, kKeys, Tile::kThreads>(to, k, start, call.aligned);
@@ -55,7 +63,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   };
 
   if (begin_key < end_key) {
-    for (int i = threadIdx.x; i < kDecodeRows * kChunks; i += Tile::kThreads) {
+    for (int i = threadIdx.x; i < Tile::kRows * kChunks; i += Tile::kThreads) {
       const int row = i / kChunks, col = i % kChunks * kChunk;
       const bool inside = row < rows;
       const T* const from =
@@ -68,7 +76,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     }
     load_stage(0, begin_key);
   }
-  const Share<16, 8> share = {int(threadIdx.x / kWarp) * 16};
+  const int warp = threadIdx.x / kWarp, own_key = Tile::kKeysApart ? warp * Tile::kOwnKeys : 0;
+  const Share<16, 8> share = {Tile::kKeysApart ? 0 : warp * 16};
   const bool works = share.first < rows;  // other warps only copy
   const int place = lane_place<kDim>(true);
   int query[2];
@@ -80,7 +89,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     __syncthreads();  // this stage has come, and every warp is done with the other
     if (start + kKeys < end_key) load_stage(stage ^ 1, start + kKeys);
     if (!works) continue;
-    const T* const k_tile = stages + stage * Tile::kStage;
+    const T* const k_tile = stages + stage * Tile::kStage + own_key * kDim;
     const T* const v_tile = k_tile + kKeys * kDim;
     float s[1][kTiles][4];
     multiply_transpose<kDim>(
@@ -89,7 +98,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       float cap_slope[4];
-      const auto key = [&](int i) { return start + 8 * n + lane_column() + i % 2; };
+      const auto key = [&](int i) { return start + own_key + 8 * n + lane_column() + i % 2; };
       scores.apply(s[0][n], cap_slope, [&](int i) { return query[i / 2]; }, key);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -100,26 +109,44 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     as_factor<T>(p, s);
     multiply_add<kDim>(sums, p, v_tile);
   }
-  if (!works) return;
+  float* const found = reinterpret_cast<float*>(stages);  // by each warp, where keys are apart
+  if (Tile::kKeysApart) __syncthreads();                  // the last stage has been read
+  if (works) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float seen = quad_sum(total[0][h]);
-    const int row = share.row(0, h) + lane_row();
-    if (row >= rows) continue;
-    const float power = maximum[0][h] == -INFINITY ? -INFINITY : maximum[0][h] * call.unit * kLog2e;
-    const float factor = maximum[0][h] == -INFINITY ? 1.0f : rebase(maximum[0][h], call.exponent, power);
-    const int64_t at = call.shape.row(batch, int64_t(kv_head) * group + row % group, row / group);
-    float* const to = part_of(scratch, call.shape, part, at);
+    for (int h = 0; h < 2; ++h) {
+      const float seen = quad_sum(total[0][h]);
+      const int row = share.row(0, h) + lane_row();
+      if (row >= rows) continue;
+      const float power = maximum[0][h] == -INFINITY ? -INFINITY : maximum[0][h] * call.unit * kLog2e;
+      const float factor = maximum[0][h] == -INFINITY ? 1.0f : rebase(maximum[0][h], call.exponent, power);
+      float* const to = Tile::kKeysApart ? found + (warp * Tile::kRows + row) * (shape.value_dim + 2)
+                                         : part_of(scratch, call.shape, part, row_of(row));
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n)
+      for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (const int col = 8 * n + lane_column() + e; col < shape.value_dim)
-          to[col] = sums[0][n][2 * h + e] * factor;
-    if (lane_column() == 0) {
-      to[shape.value_dim] = power;
-      to[shape.value_dim + 1] = seen * factor;
+        for (int e = 0; e < 2; ++e)
+          if (const int col = 8 * n + lane_column() + e; col < shape.value_dim)
+            to[col] = sums[0][n][2 * h + e] * factor;
+      if (lane_column() == 0) {
+        to[shape.value_dim] = power;
+        to[shape.value_dim + 1] = seen * factor;
+      }
     }
+  }
+  if (!Tile::kKeysApart) return;
+  __syncthreads();
+  const int dim = int(shape.value_dim), width = dim + 2, apart = Tile::kRows * width;
+  for (int i = threadIdx.x; i < rows * width; i += Tile::kThreads) {
+    const int row = i / width, col = i - row * width;
+    const float* const from = found + row * width;
+    float largest = -INFINITY;
+#pragma unroll
+    for (int w = 0; w < Tile::kWarps; ++w) largest = fmaxf(largest, from[w * apart + dim]);
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < Tile::kWarps; ++w)
+      sum += from[w * apart + col] * ptx::ex2(from[w * apart + dim] - base_of(largest));
+    part_of(scratch, call.shape, part, row_of(row))[col] = col == dim ? largest : sum;
   }
 }
 
@@ -135,16 +162,15 @@ __global__ void __launch_bounds__(kCombineRows* kWarp)
   if (query >= window.queries) return;
   const int64_t row = call.shape.row(batch, head, query);
   const int dim = int(shape.value_dim);
+  const auto power_of = [&](int part) { return part_of(scratch, call.shape, part, row)[dim]; };
   float largest = -INFINITY;
-  for (int part = 0; part < parts; ++part)
-    largest = fmaxf(largest, part_of(scratch, call.shape, part, row)[dim]);
-
+  for (int part = lane; part < parts; part += kWarp) largest = fmaxf(largest, power_of(part));
+  largest = warp_max(largest);
   const float base = base_of(largest);
   float seen = 0.0f;
-  for (int part = 0; part < parts; ++part) {
-    const float* const from = part_of(scratch, call.shape, part, row);
-    seen += from[dim + 1] * ptx::ex2(from[dim] - base);
-  }
+  for (int part = lane; part < parts; part += kWarp)
+    seen += part_of(scratch, call.shape, part, row)[dim + 1] * ptx::ex2(power_of(part) - base);
+  seen = warp_sum(seen);
 
   const bool sees = window.first_key(query) < window.end_key(query);
   const float* const sinks = call.extras.sinks;
@@ -157,13 +183,19 @@ __global__ void __launch_bounds__(kCombineRows* kWarp)
   if (sinks) all += ptx::ex2(fmaf(sink, kLog2e, -power));
   const float inverse = __fdividef(1.0f, all), factor = share * inverse;
   T* const out = call.out.at<T>(batch, head, query);
-  for (int col = lane; col < dim; col += kWarp) {
+  for (int first = 0; first < dim; first += kWarp) {
+    const int col = first + lane;
     float sum = 0.0f;
-    for (int part = 0; part < parts; ++part) {
-      const float* const from = part_of(scratch, call.shape, part, row);
-      sum += from[col] * ptx::ex2(from[dim] - base);
+    for (int begin = 0; begin < parts; begin += kWarp) {
+      const float weight = begin + lane < parts ? ptx::ex2(power_of(begin + lane) - base) : 0.0f;
+      const int count = min(parts - begin, kWarp);
+#pragma unroll 8
+      for (int i = 0; i < count; ++i) {
+        const float own = __shfl_sync(kAllLanes, weight, i);
+        if (col < dim) sum += part_of(scratch, call.shape, begin + i, row)[col] * own;
+      }
     }
-    out[col] = from_float<T>(sees ? sum * factor : 0.0f);
+    if (col < dim) out[col] = from_float<T>(sees ? sum * factor : 0.0f);
   }
   if (lane != 0) return;
   call.lse[row] = all == 0.0f ? -INFINITY : fmaf(power, kLn2, logf(all));
@@ -182,12 +214,16 @@ void attention_decode(const ForwardCall& call, float* scratch, int splits, cudaS
   const AttentionShape& s = call.shape;
   with_type("attention_forward", s.dtype, [&](auto type) {
     using T = decltype(type);
-    with_tile<DecodeTile>(call, [&](auto tile) {
+    const auto run = [&](auto tile) {
       using Tile = decltype(tile);
       launch({dim3(unsigned(splits), unsigned(s.kv_heads), unsigned(s.batch)), Tile::kThreads,
               Tile::kElements * sizeof(T), stream},
              attention_decode_kernel<T, Tile>, call, scratch);
-    });
+    };
+    if (s.queries * s.group() <= FewRows<64, true>::kRows)
+      with_tile<FewRows>(call, run);
+    else
+      with_tile<ManyRows>(call, run);
     const unsigned blocks = unsigned((s.queries + kCombineRows - 1) / kCombineRows);
     launch({dim3(blocks, unsigned(s.heads), unsigned(s.batch)), dim3(kWarp, kCombineRows), 0, stream},
            attention_combine_kernel<T>, call, scratch, splits);

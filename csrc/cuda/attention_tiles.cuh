@@ -1,12 +1,10 @@
-// What the CUDA kernels of attention share: tiles in shared memory and in
-// registers, windows, scores, dropout.
+// What the CUDA kernels of attention share: tiles in shared memory and in registers, windows, scores,
+// dropout.
 //
-// A tile in shared memory has rows of kDim elements of 16 bits. The 16-byte
-// chunk c of row r lies at chunk c ^ r % 8, so that neither ldmatrix, nor
-// copies, nor the stores of accumulators meet a bank twice. A warp owns 16
-// kRows rows of a product, and of these a lane the rows lane / 4 + 8 h of each
-// 16: d[r][n][2 h + e] is row 16 r + 8 h + lane / 4, column 8 n + 2 (lane % 4)
-// + e.
+// A tile in shared memory has rows of kDim elements of 16 bits. The 16-byte chunk c of row r lies at chunk
+// c ^ r % 8, so that neither ldmatrix, nor copies, nor the stores of accumulators meet a bank twice. A warp
+// owns 16 kRows rows of a product, and of these a lane the rows lane / 4 + 8 h of each 16: d[r][n][2 h + e]
+// is row 16 r + 8 h + lane / 4, column 8 n + 2 (lane % 4) + e.
 #pragma once
 #include <initializer_list>
 
@@ -35,9 +33,10 @@ struct Rows {
         rows(rows),
         dim(int(dim)) {}
 
-  __device__ __forceinline__ T* paged(int row) const {
+  // Where a row of a paged tensor lies, after `data`.
+  __device__ __forceinline__ int64_t paged(int row) const {
     const int page = row / page_rows;
-    return data + pages[page] * page_stride + (row - page * page_rows) * stride;
+    return pages[page] * page_stride + (row - page * page_rows) * stride;
   }
 };
 
@@ -50,12 +49,18 @@ __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int firs
   const unsigned own_row = threadIdx.x / kChunks, col = threadIdx.x % kChunks * kChunk;
   const int count = int(col) < from.dim ? from.rows - first - int(own_row) : 0;
   const T* source = from.data + int(first + own_row) * from.stride + col;
+  int64_t pages[kGeneral ? kCount / kStep : 1];  // asked for together, as each answer takes long
+  if (kGeneral && from.pages) {
+#pragma unroll
+    for (int row = 0; row < kCount; row += kStep)
+      if (row < count) pages[row / kStep] = from.paged(first + own_row + row);
+  }
 #pragma unroll
   for (int row = 0; row < kCount; row += kStep, source += kStep * from.stride) {
     const unsigned permuted = kStep % 8 ? own_row + row : own_row;  // % 8 the same, and so one address
     T* const to = tile + (own_row + row) * kDim + (col ^ permuted % 8 * kChunk);
     const bool valid = row < count;
-    if (kGeneral && from.pages && valid) source = from.paged(first + own_row + row) + col;
+    if (kGeneral && from.pages && valid) source = from.data + pages[row / kStep] + col;
     if (!kGeneral || aligned) {
       ptx::cp_async16(to, source, valid);  // reads nothing where not valid
     } else {
@@ -76,9 +81,8 @@ struct Share {
   __device__ int row(int r, int h) const { return first + r * kDown + h * kApart; }
 };
 
-// Where a lane's rows for ldmatrix begin in a tile, in its first 16 columns. Of
-// the four matrices the second and third lie below the first and beside it, or
-// the reverse.
+// Where a lane's rows for ldmatrix begin in a tile, in its first 16 columns. Of the four matrices the second
+// and third lie below the first and beside it, or the reverse.
 template <int kDim>
 __device__ __forceinline__ int lane_place(bool below_first, int apart = 8) {
   const int lane = threadIdx.x % kWarp, i = lane % 8, second = lane / 8 % 2, third = lane / 16;

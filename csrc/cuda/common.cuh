@@ -142,6 +142,12 @@ __device__ __forceinline__ float warp_sum(float value) {
     value += __shfl_xor_sync(kAllLanes, value, distance);
   return value;
 }
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, distance));
+  return value;
+}
 __device__ __forceinline__ float2 warp_sum(float2 pair) { return float2{warp_sum(pair.x), warp_sum(pair.y)}; }
 // The sum over the threads of equal threadIdx.y, given to each; T is float or float2. blockDim.x is a
 // multiple of the warp size, and every thread of the block calls.
