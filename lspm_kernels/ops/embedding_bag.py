@@ -5,19 +5,14 @@ from torch import Tensor
 
 from lspm_kernels import compiled, dispatch, triton
 from lspm_kernels import embedding_bag_checks as checks
-from lspm_kernels.dispatch import Backend, Limit
+from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import embedding_bag as reference
 
 _OP = "embedding_bag"
-_GRID = Limit(
-    "fewer than 2 ** 31 indices and bags",
-    lambda weight, indices, bags: indices < 2**31 and bags < 2**31,
-    lambda weight, indices, bags: max(indices, bags),
-)
 _ROWS = (
     ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing, ()),
-    ("triton", "cuda", triton.kernel, triton.missing, (_GRID,)),
+    ("triton", "cuda", triton.kernel, triton.missing, (checks.GRID,)),
 )
 BACKENDS = tuple(
     Backend(name, device, checks.FLOATS, kernel(f"{_OP}_forward"), kernel(f"{_OP}_backward"), missing, limits)

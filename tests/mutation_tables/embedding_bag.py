@@ -20,6 +20,12 @@ in_triton = partial(
     file="lspm_kernels/triton/embedding_bag.py",
     tests=("tests/ops/test_embedding_bag_triton.py", "-x", "-k", "sm_80 and not spills"),
 )
+in_triton_bags = partial(in_triton, file="lspm_kernels/triton/bags.py")
+in_triton_update = partial(
+    Mutation,
+    file="lspm_kernels/triton/embedding_bag_update.py",
+    tests=("tests/ops/test_embedding_bag_update_triton.py", "-x", "-k", "sm_80 and not spills"),
+)
 in_module = partial(Mutation, file="lspm_kernels/fused_embedding_bag.py", tests=MODULE)
 
 MUTATIONS = [
@@ -83,7 +89,7 @@ MUTATIONS = [
     ),
     in_triton(
         name="embedding_bag, triton: an index outside the table is read",
-        old="known = own & _is_row(index, rows)\n        inside",
+        old="known = own & is_row(index, rows)\n        inside",
         new="known = own\n        inside",
     ),
     in_triton(
@@ -96,25 +102,60 @@ MUTATIONS = [
         old="if begins & ~goes_on:",
         new="if begins:",
     ),
-    in_triton(
+    in_triton_bags(
         name="embedding_bag, triton: a row that ends with its chunk is left to the next one",
         old="goes_on = (end == last) & (tl.load(ordered + end, mask=end < count, other=-1) == row)",
         new="goes_on = end == last",
     ),
-    in_triton(
+    in_triton_bags(
         name="embedding_bag, triton: a row that goes on begins with what the one before it left",
         old="part = 2 * at + (at == chunk).to(tl.int64)",
         new="part = 2 * at",
     ),
     in_triton(
         name="embedding_bag, triton: the weight of padding has a gradient",
-        old="own = exists & ~_is_padding(index, padding_idx)",
+        old="own = exists & ~is_padding(index, padding_idx)",
         new="own = exists",
     ),
     in_triton(
         name="embedding_bag, triton: rows in no bag are not cleared",
         old="dweight.zero_()",
         new="pass",
+    ),
+    in_triton_update(
+        name="embedding_bag_update, triton: a row that goes on changes by what one chunk has of it",
+        old="if begins & ~goes_on:",
+        new="if begins:",
+    ),
+    in_triton_update(
+        name="embedding_bag_update, triton: padding's row changes",
+        old="if (begins | (first % CHUNK == 0)) & has_gradient(row, rows, padding_idx):",
+        new="if (begins | (first % CHUNK == 0)) & (row >= 0) & (row < rows):",
+    ),
+    in_triton_update(
+        name="embedding_bag_update, triton: a row is written while its threads still read it",
+        old="tl.debug_barrier()",
+        new="pass",
+    ),
+    in_triton_update(
+        name="embedding_bag_update, triton: Adagrad's squares are of columns that are none too",
+        old="tl.sum(g * g, 0) / dim",
+        new="tl.sum(g * g, 0) / DIM",
+    ),
+    in_triton_update(
+        name="embedding_bag_update, triton: every block of columns rounded by the words of the first",
+        old="counter = first // 4 + ",
+        new="counter = ",
+    ),
+    in_triton_update(
+        name="embedding_bag_update, triton: infinity rounded at random",
+        old="tl.where((bits & 0x7F800000) == 0x7F800000, value, moved)",
+        new="moved",
+    ),
+    in_triton_update(
+        name="embedding_bag_update, triton: Adam's second moment not corrected",
+        old="lr, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5",
+        new="lr = lr / (1 - beta1**step)",
     ),
     in_checks(
         name="embedding_bag: a state of float16 passes",
