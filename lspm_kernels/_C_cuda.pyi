@@ -1,3 +1,5 @@
+from torch import Tensor
+
 from lspm_kernels._C import attention_backward as attention_backward
 from lspm_kernels._C import attention_forward as attention_forward
 from lspm_kernels._C import batch_norm_act_backward as batch_norm_act_backward
@@ -9,6 +11,7 @@ from lspm_kernels._C import conv2d_backward as conv2d_backward
 from lspm_kernels._C import conv2d_forward as conv2d_forward
 from lspm_kernels._C import cross_entropy_backward as cross_entropy_backward
 from lspm_kernels._C import cross_entropy_forward as cross_entropy_forward
+from lspm_kernels._C import embedding_bag_forward as embedding_bag_forward
 from lspm_kernels._C import global_avg_pool_backward as global_avg_pool_backward
 from lspm_kernels._C import global_avg_pool_forward as global_avg_pool_forward
 from lspm_kernels._C import layer_norm_backward as layer_norm_backward
@@ -21,3 +24,21 @@ from lspm_kernels._C import mf_sgd_update as mf_sgd_update
 from lspm_kernels._C import nmf_update as nmf_update
 from lspm_kernels._C import rotary_backward as rotary_backward
 from lspm_kernels._C import rotary_forward as rotary_forward
+
+def embedding_bag_backward(
+    dout: Tensor,
+    weight: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    bag_of: Tensor,
+    sorted_rows: Tensor | None,
+    order: Tensor | None,
+    shares: Tensor | None,
+    parts: Tensor | None,
+    dweight: Tensor | None,
+    dweights: Tensor | None,
+    padding_idx: int,
+    mean: bool,
+    threads: int,
+) -> None: ...

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lspm_kernels.sorted_bags import bags_of
+
 CHUNK = 64  # sorted places
 _TILE = 512  # elements: 8 a thread, as ptxas spills some of 16
 _WARPS = 2
@@ -131,15 +133,6 @@ def sorted_terms(dout, indices, offsets, per_sample_weights, padding_idx, mean):
     parts = dout.new_empty(2 * len(ends) + 2, dim, dtype=torch.float32)
     bag_of = bags_of(indices, offsets, bags)
     return (dout, ordered, order, bag_of, per_sample_weights, shares), parts, ends
-
-
-def bags_of(indices, offsets, bags):
-    """The bag of each index, int32; -1 where it is in none."""
-    count, device = indices.numel(), indices.device
-    if offsets is None:
-        return torch.arange(bags, dtype=torch.int32, device=device).repeat_interleave(count // bags)
-    places = torch.arange(count, dtype=offsets.dtype, device=device)
-    return torch.searchsorted(offsets[:bags], places, right=True, out_int32=True) - 1
 
 
 def sizes(indices, offsets, bags):

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from lspm_kernels.sorted_bags import bags_of
 from lspm_kernels.triton.bags import (
     CHUNK,
-    bags_of,
     begins_at,
     bounds,
     has_gradient,

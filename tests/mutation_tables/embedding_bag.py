@@ -26,6 +26,12 @@ in_triton_update = partial(
     file="lspm_kernels/triton/embedding_bag_update.py",
     tests=("tests/ops/test_embedding_bag_update_triton.py", "-x", "-k", "sm_80 and not spills"),
 )
+in_cuda = partial(
+    Mutation,
+    file="csrc/cuda/embedding_bag.cu",
+    tests=("tests/ops/test_embedding_bag_cuda.py", "-x", "-k", "not ptxcheck and not asan"),
+)
+in_cuda_bags = partial(in_cuda, file="csrc/cuda/bags.cuh")
 in_module = partial(Mutation, file="lspm_kernels/fused_embedding_bag.py", tests=MODULE)
 
 MUTATIONS = [
@@ -156,6 +162,56 @@ MUTATIONS = [
         name="embedding_bag_update, triton: Adam's second moment not corrected",
         old="lr, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5",
         new="lr = lr / (1 - beta1**step)",
+    ),
+    in_cuda(
+        name="embedding_bag, cuda: padding counted in a mean",
+        old="taken += own;",
+        new="taken += first + n * step < end;",
+    ),
+    in_cuda(
+        name="embedding_bag, cuda: each index of a long bag once for each warp",
+        old="bounds[n].begin + threadIdx.y, bounds[n].end, blockDim.y, d);",
+        new="bounds[n].begin + group, bounds[n].end, groups, d);",
+    ),
+    in_cuda(
+        name="embedding_bag, cuda: a mean over what one group of lanes has counted",
+        old="taken += __shfl_xor_sync(kAllLanes, taken, distance);",
+        new="taken = __shfl_xor_sync(kAllLanes, taken, distance);",
+    ),
+    in_cuda(
+        name="embedding_bag, cuda: warps count the next long bag before this one is written",
+        old="      __syncthreads();  // before the next bag's number takes its place\n",
+        new="",
+    ),
+    in_cuda(
+        name="embedding_bag, cuda: the weight of padding has a gradient",
+        old="const bool own = exists && !bags.is_padding(index), known",
+        new="const bool own = exists, known",
+    ),
+    in_cuda_bags(
+        name="embedding_bag, cuda: an index one past the last row is read",
+        old="return uint64_t(index) < uint64_t(s.rows);",
+        new="return uint64_t(index) <= uint64_t(s.rows);",
+    ),
+    in_cuda_bags(
+        name="embedding_bag, cuda: a row that goes on is written with what one chunk has of it",
+        old="if (begins && ends)",
+        new="if (begins)",
+    ),
+    in_cuda_bags(
+        name="embedding_bag, cuda: a row that ends with its chunk is left to the next one",
+        old="leave(end == bags.s.indices || rows[end] != row);",
+        new="leave(end == bags.s.indices);",
+    ),
+    in_cuda_bags(
+        name="embedding_bag, cuda: a row that goes on begins with what the one before it left",
+        old="part(at, at == chunk)",
+        new="part(at, false)",
+    ),
+    in_cuda_bags(
+        name="embedding_bag, cuda: a long row loses its last chunk",
+        old="return (begin - 1) / kSortedChunk;",
+        new="return begin / kSortedChunk - 1;",
     ),
     in_checks(
         name="embedding_bag: a state of float16 passes",

@@ -167,6 +167,17 @@ def test_small_steps_are_lost_without_stochastic_rounding():
     torch.testing.assert_close(found[True], torch.tensor(1 - 64 * 2**-12), rtol=0, atol=1e-3)
 
 
+@pytest.mark.every_backend
+def test_stochastic_rounding_leaves_a_nan_whose_bits_are_all_set():
+    """What a GPU's arithmetic gives; one more in its last place, and it would be -0."""
+    weight = torch.ones(3, 20).bfloat16()
+    state_sum = torch.full((3,), 0x7FFFFFFF, dtype=torch.int32).view(F32)
+    options = {"lr": 0.1, "stochastic_rounding": True, "seed": 3}
+    lk.embedding_bag_adagrad_(weight, state_sum, weight[:2].clone(), torch.tensor([[0], [2]]), **options)
+    assert torch.equal(weight.isnan().all(1), torch.tensor([True, False, True]))
+    assert torch.equal(weight.isnan().any(1), weight.isnan().all(1))
+
+
 INDICES = torch.tensor([[0, 1], [4, 1]])
 GOOD = {"weight": torch.ones(5, 3), "dout": torch.ones(2, 3), "indices": INDICES}
 BAD = {

@@ -132,8 +132,9 @@ CPU = tuple(row for row in ops.BACKENDS if row.name == "cpu")
 
 
 @on_one_gpu
-def test_stochastic_rounding_takes_its_words_of_philox(driver):
+def test_stochastic_rounding_takes_its_words_of_philox_and_leaves_a_nan(driver):
     on_cpu.test_stochastic_rounding_takes_its_words_of_philox()
+    on_cpu.test_stochastic_rounding_leaves_a_nan_whose_bits_are_all_set()
 
 
 @on_one_gpu
