@@ -1,4 +1,4 @@
-// embedding_bag and on a CPU its update.
+// embedding_bag and its update; on a GPU they are given sorted places too.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -98,13 +98,16 @@ void backward(const TensorView& dout, const OptionalView& weight, const TensorVi
 #endif
 }
 
-#ifndef LSPM_CUDA
 // numbers: lr, eps, beta1, beta2 and weight_decay.
 void update(const TensorView& weight, const OptionalView& first, const OptionalView& second,
             const TensorView& dout, const TensorView& indices, const OptionalView& offsets,
-            const OptionalView& per_sample_weights, int64_t padding_idx, bool mean, int optimizer,
-            const std::array<double, 5>& numbers, int64_t step, const std::optional<uint64_t>& seed,
-            int threads) {
+            const OptionalView& per_sample_weights,
+#ifdef LSPM_CUDA
+            const TensorView& bag_of, const TensorView& sorted_rows, const TensorView& order,
+            const TensorView& shares, const TensorView& parts,
+#endif
+            int64_t padding_idx, bool mean, int optimizer, const std::array<double, 5>& numbers, int64_t step,
+            const std::optional<uint64_t>& seed, [[maybe_unused]] int threads) {
   if (optimizer < 0 || optimizer > 2) refuse_value("optimizer", "be 0, 1 or 2", optimizer);
   const Call call(weight.size(0), dout, "dout", indices, offsets, per_sample_weights, padding_idx, mean);
   const DType type = dout.dtype();
@@ -126,11 +129,16 @@ void update(const TensorView& weight, const OptionalView& first, const OptionalV
   auto* const m = static_cast<float*>(optional(first, "first", dout, DType::f32, states));
   auto* const v = static_cast<float*>(optional(second, "second", dout, DType::f32, states));
   void* const gradient = dout.contiguous("dout", dout, type, dout.numel());
+#ifdef LSPM_CUDA
+  const lspm::SortedPlaces sorted = call.sorted(dout, bag_of, sorted_rows, order, shares, parts);
   py::gil_scoped_release unlocked;
-  lspm::cpu::embedding_bag_update(table, m, v, gradient, call.bags, call.shape, how, threads);
-}
+  backend::embedding_bag_update(table, m, v, gradient, call.bags, sorted, call.shape, how,
+                                WHERE(dout, threads));
+#else
+  py::gil_scoped_release unlocked;
+  backend::embedding_bag_update(table, m, v, gradient, call.bags, call.shape, how, threads);
 #endif
-
+}
 }  // namespace
 
 void bind_embedding_bag(py::module_& m) {
@@ -145,11 +153,12 @@ void bind_embedding_bag(py::module_& m) {
 #endif
         py::arg("dweight").none(true), py::arg("dweights").none(true), py::arg("padding_idx"),
         py::arg("mean"), py::arg("threads"));
-#ifndef LSPM_CUDA
   m.def("embedding_bag_update", &update, py::arg("weight"), py::arg("first").none(true),
         py::arg("second").none(true), py::arg("dout"), py::arg("indices"), py::arg("offsets").none(true),
-        py::arg("per_sample_weights").none(true), py::arg("padding_idx"), py::arg("mean"),
-        py::arg("optimizer"), py::arg("numbers"), py::arg("step"), py::arg("seed").none(true),
-        py::arg("threads"));
+        py::arg("per_sample_weights").none(true),
+#ifdef LSPM_CUDA
+        py::arg("bag_of"), py::arg("sorted_rows"), py::arg("order"), py::arg("shares"), py::arg("parts"),
 #endif
+        py::arg("padding_idx"), py::arg("mean"), py::arg("optimizer"), py::arg("numbers"), py::arg("step"),
+        py::arg("seed").none(true), py::arg("threads"));
 }

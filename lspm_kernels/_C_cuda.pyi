@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from lspm_kernels._C import attention_backward as attention_backward
@@ -40,5 +42,26 @@ def embedding_bag_backward(
     dweights: Tensor | None,
     padding_idx: int,
     mean: bool,
+    threads: int,
+) -> None: ...
+def embedding_bag_update(
+    weight: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    dout: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    bag_of: Tensor,
+    sorted_rows: Tensor,
+    order: Tensor,
+    shares: Tensor,
+    parts: Tensor,
+    padding_idx: int,
+    mean: bool,
+    optimizer: int,
+    numbers: Sequence[float],
+    step: int,
+    seed: int | None,
     threads: int,
 ) -> None: ...

@@ -5,6 +5,8 @@
 // adds up a chunk's, row by row. Where a chunk has all places of a row, its sum is whole; else it is a part,
 // and the block of the chunk in which the row begins adds up those. So each sum has one owner and one order.
 #pragma once
+#include <type_traits>
+
 #include "../embedding_bag.h"
 #include "common.cuh"
 
@@ -126,24 +128,18 @@ struct SortedTerms {
     return i == 0 || rows[i - 1] != row;
   }
 
-  // Calls whole(row, sums) for the columns from d on of each row whose places all lie in a chunk; stores what
-  // the chunk has of the others.
+  // Calls whole(row, sums) for the columns from d on of each row whose places all lie in a chunk, also where
+  // d is none; stores what the chunk has of the others.
   template <int kWidth, class Whole>
   __device__ __forceinline__ void sum_chunk(int64_t chunk, int64_t d, Whole whole) const {
     constexpr int kInFlight = 4;  // rows that a lane has asked for
     const int64_t first = chunk * kSortedChunk, end = min(first + kSortedChunk, bags.s.indices);
+    const bool inside = d < bags.s.dim;
     int64_t row = rows[first];
     bool begins = begins_at(first, row);
     ColumnSums<kWidth> sums = {};
-    const auto leave = [&](bool ends) {
-      if (!bags.has_gradient(row)) return;
-      if (begins && ends)
-        whole(row, sums);
-      else
-        sums.store(part(chunk, begins) + d);
-    };
 #pragma unroll 1
-    for (int64_t i = first; i < end; i += kInFlight) {
+    for (int64_t i = first; i <= end; i += kInFlight) {
       // Place by place they would be waited for one after the other.
       int64_t of[kInFlight], places[kInFlight], in[kInFlight];
       float scales[kInFlight];
@@ -154,7 +150,7 @@ struct SortedTerms {
         places[n] = i + n < end ? order[i + n] : 0;
       }
 #pragma unroll
-      for (int n = 0; n < kInFlight; ++n) in[n] = bags.has_gradient(of[n]) ? bag_of[places[n]] : -1;
+      for (int n = 0; n < kInFlight; ++n) in[n] = inside && bags.has_gradient(of[n]) ? bag_of[places[n]] : -1;
 #pragma unroll
       for (int n = 0; n < kInFlight; ++n) {
         scales[n] = 0.0f;
@@ -163,19 +159,28 @@ struct SortedTerms {
         terms[n] = load<kWidth>(dout + in[n] * bags.s.dim + d);
         scales[n] = weights ? to_float(weights[places[n]]) : shares ? shares[in[n]] : 1.0f;
       }
-#pragma unroll
-      for (int n = 0; n < kInFlight; ++n) {
-        if (i + n >= end) break;
-        if (of[n] != row) {
-          leave(true);
-          row = of[n];
+#pragma unroll 1  // as `whole` may be long; so the next term moves up into the first one's place
+      for (int64_t at = i; at <= min(end, i + kInFlight - 1); ++at) {
+        if (at == end || of[0] != row) {
+          const bool ends = at < end || end == bags.s.indices || rows[end] != row;
+          const bool counts = bags.has_gradient(row);
+          if (counts && begins && ends)
+            whole(row, sums);
+          else if (counts && inside)
+            sums.store(part(chunk, begins) + d);
+          row = of[0];
           begins = true;
           sums = {};
         }
-        sums.add(terms[n], scales[n]);
+        sums.add(terms[0], scales[0]);
+#pragma unroll
+        for (int n = 1; n < kInFlight; ++n) {
+          of[n - 1] = of[n];
+          scales[n - 1] = scales[n];
+          terms[n - 1] = terms[n];
+        }
       }
     }
-    leave(end == bags.s.indices || rows[end] != row);
   }
 
   // The row that begins in a chunk and goes on in the next one, or -1.
@@ -244,6 +249,19 @@ inline dim3 block_shape(int64_t vectors) {
   int lanes = 1;
   while (lanes < kWarp && lanes < vectors) lanes *= 2;
   return dim3(lanes, kThreads / lanes);
+}
+
+// Calls body(T, the width of its vectors as a constant, the shape of a block) for a shape.
+template <class Body>
+void with_width(const char* op, const EmbeddingBagShape& s, bool aligned, Body body) {
+  with_types(op, s.dtype, "dtype", s.dtype, [&](auto types) {
+    using T = typename decltype(types)::Data;
+    constexpr int kWide = kVectorBytes / sizeof(T);
+    if (aligned && s.dim % kWide == 0)
+      body(T(), std::integral_constant<int, kWide>(), block_shape(s.dim / kWide));
+    else
+      body(T(), std::integral_constant<int, 1>(), block_shape(s.dim));
+  });
 }
 
 }  // namespace lspm::cuda

@@ -103,7 +103,6 @@ __global__ void __launch_bounds__(kThreads, blocks_for(kWidth))
         for (int other = 1; other < kWarps; ++other) sums.taken += taken_by[other];
         write(sums, n);
       }
-      __syncthreads();  // before the next bag's number takes its place
     }
   }
 }
@@ -155,19 +154,6 @@ __global__ void __launch_bounds__(kThreads)
   for (int distance = blockDim.x / 2; distance > 0; distance /= 2)
     total += __shfl_xor_sync(kAllLanes, total, distance);
   if (threadIdx.x == 0 && exists) dweights[place] = from_float<T>(own && !known ? NAN : total);
-}
-
-// Calls body(T, the width of its vectors as a constant, the shape of a block) for a shape.
-template <class Body>
-void with_width(const char* op, const EmbeddingBagShape& s, bool aligned, Body body) {
-  with_types(op, s.dtype, "dtype", s.dtype, [&](auto types) {
-    using T = typename decltype(types)::Data;
-    constexpr int kWide = kVectorBytes / sizeof(T);
-    if (aligned && s.dim % kWide == 0)
-      body(T(), std::integral_constant<int, kWide>(), block_shape(s.dim / kWide));
-    else
-      body(T(), std::integral_constant<int, 1>(), block_shape(s.dim));
-  });
 }
 
 }  // namespace

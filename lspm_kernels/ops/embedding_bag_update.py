@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch, triton
+from lspm_kernels import checks, compiled, dispatch, sorted_bags, triton
 from lspm_kernels import embedding_bag_checks as bags
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import InPlaceOperator
@@ -21,8 +21,23 @@ _WHOLE_ROW = Limit(
     lambda weight, indices, bags, optimizer, stochastic: optimizer != "adagrad" or weight.shape[1] <= 1024,
     lambda weight, *rest: weight.shape[1],
 )
+_cuda_update = compiled.cuda_kernel(_OP)
+
+
+def _sorted_update(
+    weight, first, second, dout, indices, offsets, per_sample_weights, padding_idx, mean, *how
+):
+    """The CUDA kernels', which take places in the order of the table's rows."""
+    if indices.numel():
+        given = indices, offsets, per_sample_weights, sorted_bags.bags_of(indices, offsets, len(dout))
+        sorting = sorted_bags.sorted_places(indices, *dout.shape, mean)
+        _cuda_update(weight, first, second, dout, *given, *sorting, padding_idx, mean, *how)
+
+
+# On a GPU cuda comes first, as it divides a row of many indices among more threads: predicted, not measured.
 _ROWS = (
     ("cpu", "cpu", compiled.cpu_kernel(_OP), compiled.nothing_missing, (_BF16,)),
+    ("cuda", "cuda", _sorted_update, compiled.cuda_missing, (_BF16, bags.GRID)),
     ("triton", "cuda", triton.kernel(f"{_OP}_update"), triton.missing, (_BF16, bags.GRID, _WHOLE_ROW)),
 )
 BACKENDS = tuple(
@@ -85,7 +100,7 @@ def embedding_bag_sgd_(
         stochastic_rounding: of bfloat16, so that small steps are not lost: up or down, with the exact value
             as the mean. What a row's elements take depends on seed, row and element alone.
         seed: from 0 to 2 ** 63 - 1, another one for every step; None draws one from torch's generator.
-        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         weight.

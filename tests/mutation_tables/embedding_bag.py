@@ -32,6 +32,11 @@ in_cuda = partial(
     tests=("tests/ops/test_embedding_bag_cuda.py", "-x", "-k", "not ptxcheck and not asan"),
 )
 in_cuda_bags = partial(in_cuda, file="csrc/cuda/bags.cuh")
+in_cuda_update = partial(
+    Mutation,
+    file="csrc/cuda/embedding_bag_update.cu",
+    tests=("tests/ops/test_embedding_bag_update_cuda.py", "-x", "-k", "not ptxcheck and not asan"),
+)
 in_module = partial(Mutation, file="lspm_kernels/fused_embedding_bag.py", tests=MODULE)
 
 MUTATIONS = [
@@ -178,9 +183,9 @@ MUTATIONS = [
         old="taken += __shfl_xor_sync(kAllLanes, taken, distance);",
         new="taken = __shfl_xor_sync(kAllLanes, taken, distance);",
     ),
-    in_cuda(
-        name="embedding_bag, cuda: warps count the next long bag before this one is written",
-        old="      __syncthreads();  // before the next bag's number takes its place\n",
+    in_cuda_bags(
+        name="embedding_bag, cuda: the sums of warps are overwritten by those of the next long bag",
+        old="    __syncthreads();  // before other sums take their place\n",
         new="",
     ),
     in_cuda(
@@ -195,13 +200,13 @@ MUTATIONS = [
     ),
     in_cuda_bags(
         name="embedding_bag, cuda: a row that goes on is written with what one chunk has of it",
-        old="if (begins && ends)",
-        new="if (begins)",
+        old="if (counts && begins && ends)",
+        new="if (counts && begins)",
     ),
     in_cuda_bags(
         name="embedding_bag, cuda: a row that ends with its chunk is left to the next one",
-        old="leave(end == bags.s.indices || rows[end] != row);",
-        new="leave(end == bags.s.indices);",
+        old="at < end || end == bags.s.indices || rows[end] != row;",
+        new="at < end || end == bags.s.indices;",
     ),
     in_cuda_bags(
         name="embedding_bag, cuda: a row that goes on begins with what the one before it left",
@@ -212,6 +217,41 @@ MUTATIONS = [
         name="embedding_bag, cuda: a long row loses its last chunk",
         old="return (begin - 1) / kSortedChunk;",
         new="return begin / kSortedChunk - 1;",
+    ),
+    in_cuda_update(
+        name="embedding_bag_update, cuda: Adagrad's state is read while the first lane changes it",
+        old="state = __shfl_sync(group_mask(), state, first_lane());",
+        new="state = first[row];",
+    ),
+    in_cuda_update(
+        name="embedding_bag_update, cuda: the squares of a wide row are those of its last columns",
+        old="*kept = begins ? total : *kept + total;",
+        new="*kept = total;",
+    ),
+    in_cuda_update(
+        name="embedding_bag_update, cuda: a wide row's state grows with each block of its columns",
+        old="      if (begins) {",
+        new="      if (true) {",
+    ),
+    in_cuda_update(
+        name="embedding_bag_update, cuda: a part's row is changed by every group of lanes",
+        old="    if (threadIdx.y == 0) whole(row, sums);",
+        new="    whole(row, sums);",
+    ),
+    in_cuda_update(
+        name="embedding_bag_update, cuda: a lane's columns all rounded by one word",
+        old="uint32_t((d + e) / 64 * 16 + (d + e) % 16)",
+        new="uint32_t(d / 64 * 16 + d % 16)",
+    ),
+    in_cuda_update(
+        name="embedding_bag_update, cuda: Adam's second moment not corrected",
+        old="root = float(1 / std::sqrt(1 - std::pow(step.beta2, double(step.step))));",
+        new="root = 1;",
+    ),
+    in_cuda_update(
+        name="embedding_bag_update, cuda: a NaN rounded at random",
+        old="return (bits & 0x7f800000u) == 0x7f800000u ? value : __uint_as_float(moved);",
+        new="return __uint_as_float(moved);",
     ),
     in_checks(
         name="embedding_bag: a state of float16 passes",
