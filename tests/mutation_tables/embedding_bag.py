@@ -159,7 +159,7 @@ MUTATIONS = [
         new="counter = ",
     ),
     in_triton_update(
-        name="embedding_bag_update, triton: infinity rounded at random",
+        name="embedding_bag_update, triton: a NaN rounded at random",
         old="tl.where((bits & 0x7F800000) == 0x7F800000, value, moved)",
         new="moved",
     ),
