@@ -99,10 +99,10 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   bind_attention(m);
 #ifndef LSPM_CUDA
   bind_attention_with_kv_cache(m);
-  bind_embedding_bag(m);
 #endif
   bind_batch_norm_act(m);
   bind_cross_entropy(m);
+  bind_embedding_bag(m);
   bind_mf_als(m);
   bind_mf_sgd(m);
   bind_pool(m);

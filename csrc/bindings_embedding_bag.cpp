@@ -1,5 +1,4 @@
-// embedding_bag and its update, which the CPU has.
-#ifndef LSPM_CUDA
+// embedding_bag and its update; on a GPU they are given sorted places too.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -42,22 +41,40 @@ struct Call {
   void* table(const OptionalView& view, const char* name, const TensorView& beside, DType dtype) const {
     return optional(view, name, beside, dtype, shape.rows * shape.dim);
   }
+
+  lspm::SortedPlaces sorted(const TensorView& beside, const TensorView& bag_of, const OptionalView& rows,
+                            const OptionalView& order, const OptionalView& shares,
+                            const OptionalView& parts) const {
+    const int64_t n = shape.indices, chunks = (n + lspm::kSortedChunk - 1) / lspm::kSortedChunk;
+    const auto floats = [&](const OptionalView& view, const char* name, int64_t count) {
+      return static_cast<float*>(optional(view, name, beside, DType::f32, count));
+    };
+    return {optional(rows, "sorted_rows", beside, shape.index_dtype, n),
+            static_cast<int64_t*>(optional(order, "order", beside, DType::i64, n)),
+            static_cast<int32_t*>(bag_of.contiguous("bag_of", beside, DType::i32, n)),
+            floats(shares, "shares", shape.mean ? shape.bags : 0),
+            floats(parts, "parts", 2 * chunks * shape.dim)};
+  }
 };
 
 void forward(const TensorView& weight, const TensorView& indices, const OptionalView& offsets,
              const OptionalView& per_sample_weights, const TensorView& out, int64_t padding_idx, bool mean,
-             int threads) {
+             [[maybe_unused]] int threads) {
   const Call call(weight.size(0), out, "out", indices, offsets, per_sample_weights, padding_idx, mean);
   void* const table = call.table(weight, "weight", out, out.dtype());
   void* const sums = out.contiguous("out", out, out.dtype(), out.numel());
   py::gil_scoped_release unlocked;
-  lspm::cpu::embedding_bag_forward(table, call.bags, sums, call.shape, threads);
+  backend::embedding_bag_forward(table, call.bags, sums, call.shape, WHERE(out, threads));
 }
 
 void backward(const TensorView& dout, const OptionalView& weight, const TensorView& indices,
               const OptionalView& offsets, const OptionalView& per_sample_weights,
+#ifdef LSPM_CUDA
+              const TensorView& bag_of, const OptionalView& sorted_rows, const OptionalView& order,
+              const OptionalView& shares, const OptionalView& parts,
+#endif
               const OptionalView& dweight, const OptionalView& dweights, int64_t padding_idx, bool mean,
-              int threads) {
+              [[maybe_unused]] int threads) {
   if (dweights && !(weight && per_sample_weights))
     TensorView::refuse("weight and per_sample_weights", "be there where dweights is");
   const OptionalView& like = dweight ? dweight : weight;
@@ -68,16 +85,29 @@ void backward(const TensorView& dout, const OptionalView& weight, const TensorVi
   void* const table = call.table(weight, "weight", dout, type);
   void* const of_table = call.table(dweight, "dweight", dout, type);
   void* const of_weights = optional(dweights, "dweights", dout, type, indices.numel());
+#ifdef LSPM_CUDA
+  const lspm::SortedPlaces sorted = call.sorted(dout, bag_of, sorted_rows, order, shares, parts);
+  if (dweight && !(sorted_rows && order && shares && parts))
+    TensorView::refuse("sorted_rows, order, shares and parts", "be there where dweight is");
   py::gil_scoped_release unlocked;
-  lspm::cpu::embedding_bag_backward(gradient, table, call.bags, of_table, of_weights, call.shape, threads);
+  backend::embedding_bag_backward(gradient, table, call.bags, sorted, of_table, of_weights, call.shape,
+                                  WHERE(dout, threads));
+#else
+  py::gil_scoped_release unlocked;
+  backend::embedding_bag_backward(gradient, table, call.bags, of_table, of_weights, call.shape, threads);
+#endif
 }
 
 // numbers: lr, eps, beta1, beta2 and weight_decay.
 void update(const TensorView& weight, const OptionalView& first, const OptionalView& second,
             const TensorView& dout, const TensorView& indices, const OptionalView& offsets,
-            const OptionalView& per_sample_weights, int64_t padding_idx, bool mean, int optimizer,
-            const std::array<double, 5>& numbers, int64_t step, const std::optional<uint64_t>& seed,
-            int threads) {
+            const OptionalView& per_sample_weights,
+#ifdef LSPM_CUDA
+            const TensorView& bag_of, const TensorView& sorted_rows, const TensorView& order,
+            const TensorView& shares, const TensorView& parts,
+#endif
+            int64_t padding_idx, bool mean, int optimizer, const std::array<double, 5>& numbers, int64_t step,
+            const std::optional<uint64_t>& seed, [[maybe_unused]] int threads) {
   if (optimizer < 0 || optimizer > 2) refuse_value("optimizer", "be 0, 1 or 2", optimizer);
   const Call call(weight.size(0), dout, "dout", indices, offsets, per_sample_weights, padding_idx, mean);
   const DType type = dout.dtype();
@@ -99,10 +129,16 @@ void update(const TensorView& weight, const OptionalView& first, const OptionalV
   auto* const m = static_cast<float*>(optional(first, "first", dout, DType::f32, states));
   auto* const v = static_cast<float*>(optional(second, "second", dout, DType::f32, states));
   void* const gradient = dout.contiguous("dout", dout, type, dout.numel());
+#ifdef LSPM_CUDA
+  const lspm::SortedPlaces sorted = call.sorted(dout, bag_of, sorted_rows, order, shares, parts);
   py::gil_scoped_release unlocked;
-  lspm::cpu::embedding_bag_update(table, m, v, gradient, call.bags, call.shape, how, threads);
+  backend::embedding_bag_update(table, m, v, gradient, call.bags, sorted, call.shape, how,
+                                WHERE(dout, threads));
+#else
+  py::gil_scoped_release unlocked;
+  backend::embedding_bag_update(table, m, v, gradient, call.bags, call.shape, how, threads);
+#endif
 }
-
 }  // namespace
 
 void bind_embedding_bag(py::module_& m) {
@@ -111,12 +147,18 @@ void bind_embedding_bag(py::module_& m) {
         py::arg("padding_idx"), py::arg("mean"), py::arg("threads"));
   m.def("embedding_bag_backward", &backward, py::arg("dout"), py::arg("weight").none(true),
         py::arg("indices"), py::arg("offsets").none(true), py::arg("per_sample_weights").none(true),
+#ifdef LSPM_CUDA
+        py::arg("bag_of"), py::arg("sorted_rows").none(true), py::arg("order").none(true),
+        py::arg("shares").none(true), py::arg("parts").none(true),
+#endif
         py::arg("dweight").none(true), py::arg("dweights").none(true), py::arg("padding_idx"),
         py::arg("mean"), py::arg("threads"));
   m.def("embedding_bag_update", &update, py::arg("weight"), py::arg("first").none(true),
         py::arg("second").none(true), py::arg("dout"), py::arg("indices"), py::arg("offsets").none(true),
-        py::arg("per_sample_weights").none(true), py::arg("padding_idx"), py::arg("mean"),
-        py::arg("optimizer"), py::arg("numbers"), py::arg("step"), py::arg("seed").none(true),
-        py::arg("threads"));
-}
+        py::arg("per_sample_weights").none(true),
+#ifdef LSPM_CUDA
+        py::arg("bag_of"), py::arg("sorted_rows"), py::arg("order"), py::arg("shares"), py::arg("parts"),
 #endif
+        py::arg("padding_idx"), py::arg("mean"), py::arg("optimizer"), py::arg("numbers"), py::arg("step"),
+        py::arg("seed").none(true), py::arg("threads"));
+}

@@ -34,4 +34,12 @@ void embedding_bag_update(void* weight, float* first, float* second, const void*
                           const EmbeddingBagShape& shape, const RowStep& step, int threads);
 }  // namespace cpu
 
+namespace cuda {
+// The same on GPU `device`, queued on `stream`, a cudaStream_t, unchecked: an index that is none changes no
+// row. A failure of CUDA throws std::runtime_error.
+void embedding_bag_update(void* weight, float* first, float* second, const void* dout, const Bags& bags,
+                          const SortedPlaces& sorted, const EmbeddingBagShape& shape, const RowStep& step,
+                          int device, void* stream);
+}  // namespace cuda
+
 }  // namespace lspm

@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from lspm_kernels import checks
+from lspm_kernels.dispatch import Limit
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Of a GPU's grid. The limits of an op's rows take weight, how many indices and bags there are, and the rest.
+GRID = Limit(
+    "fewer than 2 ** 31 indices and bags",
+    lambda weight, indices, bags, *rest: indices < 2**31 and bags < 2**31,
+    lambda weight, indices, bags, *rest: max(indices, bags),
+)
 _MODES = ("sum", "mean")
 _INTEGERS = (torch.int32, torch.int64)
 

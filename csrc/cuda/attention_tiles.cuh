@@ -9,6 +9,7 @@
 #include <initializer_list>
 
 #include "../attention.h"
+#include "philox.cuh"
 #include "ptx.cuh"
 
 namespace lspm::cuda {
@@ -274,21 +275,6 @@ void with_tile(const AttentionCall& call, Body body) {
   if (dim <= 64) return call.general ? body(Tile<64, true>()) : body(Tile<64, false>());
   if (dim <= 128) return call.general ? body(Tile<128, true>()) : body(Tile<128, false>());
   call.general ? body(Tile<256, true>()) : body(Tile<256, false>());
-}
-
-// Philox4x32-10 (Salmon et al. 2011).
-__device__ __forceinline__ void philox(uint64_t seed, uint32_t (&x)[4]) {
-  uint32_t first = uint32_t(seed), second = uint32_t(seed >> 32);
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t(x[0]) * 0xD2511F53u, b = uint64_t(x[2]) * 0xCD9E8D57u;
-    x[0] = uint32_t(b >> 32) ^ x[1] ^ first;
-    x[1] = uint32_t(b);
-    x[2] = uint32_t(a >> 32) ^ x[3] ^ second;
-    x[3] = uint32_t(a);
-    first += 0x9E3779B9u;
-    second += 0xBB67AE85u;
-  }
 }
 
 // Which scores of a tile dropout keeps: bit 4 n + i of kept[r] for [r][n][i],

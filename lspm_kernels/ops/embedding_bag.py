@@ -3,24 +3,45 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import compiled, dispatch, triton
+from lspm_kernels import compiled, dispatch, sorted_bags, triton
 from lspm_kernels import embedding_bag_checks as checks
-from lspm_kernels.dispatch import Backend, Limit
+from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import embedding_bag as reference
 
 _OP = "embedding_bag"
-_GRID = Limit(
-    "fewer than 2 ** 31 indices and bags",
-    lambda weight, indices, bags: indices < 2**31 and bags < 2**31,
-    lambda weight, indices, bags: max(indices, bags),
-)
+_cuda_backward = compiled.cuda_kernel(f"{_OP}_backward")
+
+
+def _sorted_backward(
+    dout, weight, indices, offsets, per_sample_weights, dweight, dweights, padding_idx, mean
+):
+    """The CUDA kernels', which add to a table of zeros and take places in the order of its rows."""
+    if dweight is not None:
+        dweight.zero_()
+    if indices.numel():
+        bags, dim = dout.shape
+        sorting = None, None, None, None
+        if dweight is not None:
+            sorting = sorted_bags.sorted_places(indices, bags, dim, mean)
+        places = indices, offsets, per_sample_weights, sorted_bags.bags_of(indices, offsets, bags), *sorting
+        _cuda_backward(dout, weight, *places, dweight, dweights, padding_idx, mean)
+
+
+def _backward_of(name, kernel):
+    return _sorted_backward if name == "cuda" else kernel(f"{_OP}_backward")
+
+
+# On a GPU cuda comes first, as it divides a bag of many indices among more threads: predicted, not measured.
 _ROWS = (
     ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing, ()),
-    ("triton", "cuda", triton.kernel, triton.missing, (_GRID,)),
+    ("cuda", "cuda", compiled.cuda_kernel, compiled.cuda_missing, (checks.GRID,)),
+    ("triton", "cuda", triton.kernel, triton.missing, (checks.GRID,)),
 )
 BACKENDS = tuple(
-    Backend(name, device, checks.FLOATS, kernel(f"{_OP}_forward"), kernel(f"{_OP}_backward"), missing, limits)
+    Backend(
+        name, device, checks.FLOATS, kernel(f"{_OP}_forward"), _backward_of(name, kernel), missing, limits
+    )
     for name, device, kernel, missing, limits in _ROWS
 )
 
@@ -120,7 +141,7 @@ def embedding_bag(
         per_sample_weights: of indices' shape and weight's dtype, or None; with mode "sum" alone.
         padding_idx: an index that is no part of its bag, nor counted in its mean; below 0 it counts from N.
         include_last_offset: offsets have B + 1 elements, the last of them n.
-        backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         out: (B, D), weight's dtype.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch
+from lspm_kernels import checks, compiled, dispatch, sorted_bags, triton
 from lspm_kernels import embedding_bag_checks as bags
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import InPlaceOperator
@@ -13,13 +13,36 @@ _OP = "embedding_bag_update"
 _OPTIMIZERS = {"sgd": 0, "adagrad": 1, "adam": 2}  # as csrc/embedding_bag_update.h numbers them
 _BF16 = Limit(
     "bfloat16 for stochastic rounding",
-    lambda weight, stochastic: not stochastic or weight.dtype == torch.bfloat16,
-    lambda weight, stochastic: dispatch.dtype_name(weight.dtype),
+    lambda weight, indices, bags, optimizer, stochastic: not stochastic or weight.dtype == torch.bfloat16,
+    lambda weight, *rest: dispatch.dtype_name(weight.dtype),
 )
-_ROWS = (("cpu", "cpu", compiled.cpu_kernel(_OP), compiled.nothing_missing),)
+_WHOLE_ROW = Limit(
+    "D of at most 1024 for adagrad",
+    lambda weight, indices, bags, optimizer, stochastic: optimizer != "adagrad" or weight.shape[1] <= 1024,
+    lambda weight, *rest: weight.shape[1],
+)
+_cuda_update = compiled.cuda_kernel(_OP)
+
+
+def _sorted_update(
+    weight, first, second, dout, indices, offsets, per_sample_weights, padding_idx, mean, *how
+):
+    """The CUDA kernels', which take places in the order of the table's rows."""
+    if indices.numel():
+        given = indices, offsets, per_sample_weights, sorted_bags.bags_of(indices, offsets, len(dout))
+        sorting = sorted_bags.sorted_places(indices, *dout.shape, mean)
+        _cuda_update(weight, first, second, dout, *given, *sorting, padding_idx, mean, *how)
+
+
+# On a GPU cuda comes first, as it divides a row of many indices among more threads: predicted, not measured.
+_ROWS = (
+    ("cpu", "cpu", compiled.cpu_kernel(_OP), compiled.nothing_missing, (_BF16,)),
+    ("cuda", "cuda", _sorted_update, compiled.cuda_missing, (_BF16, bags.GRID)),
+    ("triton", "cuda", triton.kernel(f"{_OP}_update"), triton.missing, (_BF16, bags.GRID, _WHOLE_ROW)),
+)
 BACKENDS = tuple(
-    Backend(name, device, bags.FLOATS, kernel, None, missing, (_BF16,))
-    for name, device, kernel, missing in _ROWS
+    Backend(name, device, bags.FLOATS, kernel, None, missing, limits)
+    for name, device, kernel, missing, limits in _ROWS
 )
 
 
@@ -64,18 +87,20 @@ def embedding_bag_sgd_(
         g += weight_decay * weight[row];  weight[row] -= lr * g
 
     Each such row changes once however often it stands there, other rows do not change at all, whatever
-    weight_decay, and g is never stored: memory is 16 bytes an index, 24 with per_sample_weights. The terms of
-    g are added up in the order of the indices: the same bits on every run and any number of threads.
+    weight_decay, and g is never stored: on a CPU memory is 16 bytes an index, 24 with per_sample_weights. The
+    terms of g are added up in the order of the indices, on a GPU in parts that depend on the indices alone:
+    the same bits on every run and any number of threads.
 
     Args:
         weight: (N, D), contiguous, float32, bfloat16 or float16; computed with in float32.
         dout: (B, D), weight's dtype.
-        indices, offsets, mode, per_sample_weights, padding_idx, include_last_offset: embedding_bag's.
+        indices, offsets, mode, per_sample_weights, padding_idx, include_last_offset: embedding_bag's. On a
+            GPU, for which nothing waits, an index outside the table changes no row.
         lr, weight_decay: at least 0 and finite.
         stochastic_rounding: of bfloat16, so that small steps are not lost: up or down, with the exact value
             as the mean. What a row's elements take depends on seed, row and element alone.
         seed: from 0 to 2 ** 63 - 1, another one for every step; None draws one from torch's generator.
-        backend: "cpu" or "reference"; None takes the first that admits the call.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
         weight.
@@ -192,7 +217,8 @@ def _run(
         op, weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset
     )
     bags.step(op, weight, states, dout, count, lr, eps, betas, weight_decay, step)
-    row = dispatch.pick(op, BACKENDS, backend, weight, bool(stochastic_rounding))
+    of_limits = weight, tensors[0].numel(), count, optimizer, bool(stochastic_rounding)
+    row = dispatch.pick(op, BACKENDS, backend, *of_limits)
     if row is not None:
         seed = checks.seed(op, seed) if stochastic_rounding else None
         first, second = (*states.values(), None, None)[:2]

@@ -227,8 +227,10 @@ def test_nothing_is_written_where_an_index_is_wrong():
 
 
 def test_only_the_rows_of_the_table_run():
-    assert [row.name for row in ops.BACKENDS] == ["cpu", "triton"]
-    with pytest.raises(ValueError, match="embedding_bag: backend must be one of cpu, triton, reference"):
+    assert [row.name for row in ops.BACKENDS] == ["cpu", "cuda", "triton"]
+    with pytest.raises(
+        ValueError, match="embedding_bag: backend must be one of cpu, cuda, triton, reference"
+    ):
         lk.embedding_bag(**GOOD, backend="tpu")
     with pytest.warns(lk.FallbackWarning, match="embedding_bag: cpu needs dtype float32, bfloat16, float16"):
         lk.embedding_bag(torch.ones(5, 3).double(), *list(GOOD.values())[1:])

