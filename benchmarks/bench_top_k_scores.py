@@ -55,10 +55,15 @@ def cases(smoke: bool = False) -> Iterator[Case]:
         yield case(dtype, users, k, 70 if smoke else ITEMS)
 
 
+def gpu_cases() -> Iterator[Case]:
+    for dtype, users in itertools.product((torch.float32, torch.bfloat16), (10_000, 1)):
+        yield case(dtype, users, 10, ITEMS)
+
+
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases()))
 def test_top_k_scores(benchmark, case, variant):
     command.run(benchmark, case, variant)
 
 
 if __name__ == "__main__":
-    sys.exit(command.main("top_k_scores", __doc__, cases))
+    sys.exit(command.main("top_k_scores", __doc__, cases, gpu_cases=gpu_cases))
