@@ -55,13 +55,13 @@ def _backward_kernel(
     d = tl.program_id(1) * DIM + tl.arange(0, DIM)
     end = tl.load(begins + row + 1)
     total = tl.zeros((PAIRS, DIM), tl.float32)
-    sums = tl.zeros((PAIRS,), tl.float32)
+    sums = tl.zeros((PAIRS,), tl.float64)  # a popular row has tens of thousands of gradients
     for start in range(tl.load(begins + row), end, PAIRS):
         at = start + tl.arange(0, PAIRS)
         exists = at < end
         pair = tl.load(order + at, mask=exists, other=0)
         gradient = tl.load(dratings + pair, mask=exists, other=0.0).to(tl.float32)
-        sums += gradient
+        sums += gradient.to(tl.float64)
         if dfactors is not None:
             other = tl.load(other_ids + pair, mask=exists, other=0)
             known = exists & _is_row(other, other_rows)
