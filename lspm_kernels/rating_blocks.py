@@ -13,8 +13,8 @@ from lspm_kernels import checks, compiled
 # Parts of a side. The fewer, the more ratings a row has in a block, which find it in a cache: with 64 factors
 # 8 parts are twice as fast as 64, at MovieLens-20M's size. But no more threads than parts can work.
 _PARTS = 8
-# Rows side by side that go to one part, where a part gets some of them: their biases are one cache line, which
-# two threads would else take from each other at every rating, and their factors lie in fewer pages.
+# Rows side by side go to one part, where there are many: their biases are one cache line, which two threads
+# would else take from each other at every rating, and their factors lie in fewer pages.
 _SIDE_BY_SIDE, _LEAST_GROUPS = 16, 16
 
 
