@@ -144,7 +144,7 @@ class Cholesky {
 class ConjugateGradient {
  public:
   ConjugateGradient(const Problem& p, const float* gram)
-      : p_(p), gram_(gram), n_(p.stride()), room_(zeros(4 * kTileHeight * n_)) {}
+      : p_(p), gram_(gram), n_(p.stride()), room_(zeros((4 * kTileHeight + 1) * n_)) {}
 
   // Takes p.options.steps steps for up to kTileHeight rows x, each k floats that lie at to[i].
   void solve(const int64_t* numbers, const float* const* const* rows, float* const* to, int64_t count) {
@@ -185,6 +185,8 @@ class ConjugateGradient {
   }
 
  private:
+  static constexpr int64_t kPart = 64;  // entries added up by themselves: of thousands, rounding would tell
+
   // to = from Y'Y, of as many rows; 0 where there is no Y'Y.
   void times_gram(const float* from, float* to, int64_t count) const {
     if (!gram_) std::fill_n(to, count * n_, 0.0f);
@@ -197,9 +199,15 @@ class ConjugateGradient {
   template <bool kRest>
   void add_entries(int64_t row, const float* const* rows, const float* p, float* to) const {
     const int64_t begin = p_.csr.indptr[row], end = p_.csr.indptr[row + 1];
-    for (int64_t entry = begin; entry < end; entry += kLanes, rows += kLanes) {
-      const F scaled = p_.of_matrix(entry, end) * dots(rows, p, n_);
-      add_scaled<1>(rows, {kRest ? p_.of_side(entry, end) - scaled : scaled}, {to}, n_);
+    float* const part = room_.get() + 4 * kTileHeight * n_;
+    for (int64_t first = begin; first < end; first += kPart) {
+      const int64_t last = std::min(first + kPart, end);
+      std::fill_n(part, n_, 0.0f);
+      for (int64_t entry = first; entry < last; entry += kLanes, rows += kLanes) {
+        const F scaled = p_.of_matrix(entry, end) * dots(rows, p, n_);
+        add_scaled<1>(rows, {kRest ? p_.of_side(entry, end) - scaled : scaled}, {part}, n_);
+      }
+      each(to, [&](int64_t c) { return load(to + c) + load(part + c); });
     }
   }
 
