@@ -114,8 +114,20 @@ MUTATIONS = [
     ),
     in_decode(
         name="attention cuda: parts added without their scales",
-        old="sum += from[col] * ptx::ex2(from[dim] - base);",
-        new="sum += from[col];",
+        old="sum += part_of(scratch, call.shape, begin + i, row)[col] * own;",
+        new="sum += part_of(scratch, call.shape, begin + i, row)[col];",
+        tests=seen_by("divided", LAYOUTS),
+    ),
+    in_decode(
+        name="attention cuda: what warps found of a tile's keys joined without their scales",
+        old="sum += from[w * apart + col] * ptx::ex2(from[w * apart + dim] - base_of(largest));",
+        new="sum += from[w * apart + col];",
+        tests=seen_by("divided", LAYOUTS),
+    ),
+    in_decode(
+        name="attention cuda: every warp takes its keys for the first one's",
+        old="return start + own_key + 8 * n",
+        new="return start + 8 * n",
         tests=seen_by("divided", LAYOUTS),
     ),
 ]

@@ -20,7 +20,11 @@ MUTATIONS = [
         old="] = value;\n  __syncthreads();\n",
         new="] = value;\n",
     ),
-    in_common(name="warp_sum: one step lost", old="distance = kWarp / 2", new="distance = kWarp / 4"),
+    in_common(
+        name="warp_sum: one step lost",
+        old="distance = kWarp / 2; distance > 0; distance /= 2)\n    value +=",
+        new="distance = kWarp / 4; distance > 0; distance /= 2)\n    value +=",
+    ),
     in_common(name="warp_sum: half of the lanes named", old="0xFFFFFFFFu", new="0xFFFFu"),
     in_common(name="launch: the stream is not passed on", old="  config.stream = at.stream;\n", new=""),
     in_common(name="device guard: does not set the device", old="if (device != previous_)", new="if (false)"),
