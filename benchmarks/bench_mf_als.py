@@ -21,15 +21,15 @@ from lspm_kernels.ops import mf_als as table
 from lspm_kernels.reference import mf_als as reference
 
 REG, ALPHA = 0.05, 1.0
+STEP = {"reg": REG, "implicit": True, "alpha": ALPHA}
 
 
-def case(k: int, steps: int, ratings: interactions.Ratings) -> Case:
+def case(k: int, steps: int, ratings: interactions.Ratings, by_items: interactions.Ratings) -> Case:
     rows, entries = len(ratings.indptr) - 1, len(ratings.indices)
-    options = {"reg": REG, "implicit": True, "alpha": ALPHA, "solver": "cg" if steps else "cholesky"}
+    options = STEP | ({"solver": "cg", "cg_steps": steps} if steps else {})
 
     def ours(x: Tensor, y: Tensor, values: Tensor, backend: str) -> Tensor:
-        known = x.clone(), y, *ratings.on(x.device), values
-        return lspm_kernels.mf_als_(*known, cg_steps=steps or 3, backend=backend, **options)
+        return lspm_kernels.mf_als_(x.clone(), y, *ratings.on(x.device), values, backend=backend, **options)
 
     def one_by_one(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         csr = ratings.on(x.device)
@@ -57,7 +57,7 @@ def case(k: int, steps: int, ratings: interactions.Ratings) -> Case:
         baselines["implicit"] = by_implicit
     return Case(
         "mf_als", FORWARD, torch.float32, f"{'cg' if steps else 'cholesky'}-K{k}-{ratings}",
-        lambda: [torch.rand(rows, k) / k, torch.rand(ratings.columns, k) / k, ratings.values], table,
+        lambda: [*interactions.settled(k, ratings, by_items, **STEP), ratings.values], table,
         ours, baselines, roof="matmul", bytes=4 * k * (2 * rows + ratings.columns) + 8 * entries,
         flops=(2 * rows * k + 4 * entries) * k * (steps + 1) if steps else (rows * k // 3 + entries) * k**2,
         goals=(Goal("speedup", 1.5),), compiled=False, meaning=one_by_one,
@@ -66,9 +66,9 @@ def case(k: int, steps: int, ratings: interactions.Ratings) -> Case:
 
 
 def cases(smoke: bool = False) -> Iterator[Case]:
-    ratings = interactions.zipf(*((30, 20, 200) if smoke else interactions.LIKE_ML1M))[0]
+    ratings = interactions.zipf(*((30, 20, 200) if smoke else interactions.LIKE_ML1M))
     for k, steps in itertools.product((8,) if smoke else (64, 128), (3, 0)):
-        yield case(k, steps, ratings)
+        yield case(k, steps, *ratings)
 
 
 @pytest.mark.parametrize(("case", "variant"), command.pairs(cases(smoke=True)))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import lspm_kernels
+
 LIKE_ML1M = (6040, 3706, 1_000_000)  # users, items and ratings of MovieLens-1M, rounded
 
 
@@ -54,6 +56,20 @@ def zipf(users: int, items: int, count: int) -> tuple[Ratings, Ratings]:
     return _ratings(user, item, values, users, items), _ratings(
         item[order], user[order], values[order], items, users
     )
+
+
+def settled(k: int, by_users: Ratings, by_items: Ratings, **options) -> list[Tensor]:
+    """Factors of users and items after a sweep of ALS, where a model's stand at every later one.
+
+    Random positive ones are nearly alike: what conjugate gradient makes of the little that parts them is
+    mostly rounding, in PyTorch as in a kernel.
+    """
+    x = torch.zeros(by_items.columns, k)
+    y = torch.rand(by_users.columns, k) / k
+    for factors, others, ratings in ((x, y, by_users), (y, x, by_items)):
+        values = ratings.values.to(others.device)
+        lspm_kernels.mf_als_(factors, others, *ratings.on(others.device), values, **options)
+    return [x, y]
 
 
 def _ratings(row: Tensor, column: Tensor, values: Tensor, rows: int, columns: int) -> Ratings:
