@@ -24,12 +24,13 @@ def info() -> str:
         lines.append(f"  {isa:12s}{state}")
     lines.append(f"  threads     {torch.get_num_threads()}, as torch.set_num_threads says")
     lines += ["", "Backends of each op, the first that admits a call runs it"]
+    width = max(map(len, _tables())) + 2
     for op, rows in _tables().items():
         for row in rows:
             reason = row.missing()
             state = f"not available: it needs {reason}" if reason else "available"
-            lines.append(f"  {op:12s}{row.name:10s}{state}")
-        lines.append(f"  {op:12s}{'reference':10s}plain PyTorch, for what no row above admits")
+            lines.append(f"  {op:{width}s}{row.name:10s}{state}")
+        lines.append(f"  {op:{width}s}{'reference':10s}plain PyTorch, for what no row above admits")
     return "\n".join(lines)
 
 
