@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   };
   const auto load_stage = [&](int stage, int start) {
     T* const to = stages + stage * Tile::kStage;
-    load_tile<true, kDim, kKeys, Tile::kThreads>(to, k, start, call.aligned);
-    load_tile<true, kDim, kKeys, Tile::kThreads>(to + kKeys * kDim, v, start, call.aligned);
+    load_tile<true, kDim, kKeys, Tile::kThreads, kDim <= 128>(to, k, start, call.aligned);
+    load_tile<true, kDim, kKeys, Tile::kThreads, kDim <= 128>(to + kKeys * kDim, v, start, call.aligned);
     ptx::cp_async_commit();
   };
 
@@ -162,14 +162,15 @@ __global__ void __launch_bounds__(kCombineRows* kWarp)
   if (query >= window.queries) return;
   const int64_t row = call.shape.row(batch, head, query);
   const int dim = int(shape.value_dim);
-  const auto power_of = [&](int part) { return part_of(scratch, call.shape, part, row)[dim]; };
+  const float* const found = part_of(scratch, call.shape, 0, row);
+  const int64_t apart = call.shape.rows() * (dim + 2);  // of a row's parts
   float largest = -INFINITY;
-  for (int part = lane; part < parts; part += kWarp) largest = fmaxf(largest, power_of(part));
+  for (int part = lane; part < parts; part += kWarp) largest = fmaxf(largest, found[part * apart + dim]);
   largest = warp_max(largest);
   const float base = base_of(largest);
   float seen = 0.0f;
   for (int part = lane; part < parts; part += kWarp)
-    seen += part_of(scratch, call.shape, part, row)[dim + 1] * ptx::ex2(power_of(part) - base);
+    seen += found[part * apart + dim + 1] * ptx::ex2(found[part * apart + dim] - base);
   seen = warp_sum(seen);
 
   const bool sees = window.first_key(query) < window.end_key(query);
@@ -187,12 +188,12 @@ __global__ void __launch_bounds__(kCombineRows* kWarp)
     const int col = first + lane;
     float sum = 0.0f;
     for (int begin = 0; begin < parts; begin += kWarp) {
-      const float weight = begin + lane < parts ? ptx::ex2(power_of(begin + lane) - base) : 0.0f;
+      const float weight = begin + lane < parts ? ptx::ex2(found[(begin + lane) * apart + dim] - base) : 0.0f;
       const int count = min(parts - begin, kWarp);
 #pragma unroll 8
       for (int i = 0; i < count; ++i) {
         const float own = __shfl_sync(kAllLanes, weight, i);
-        if (col < dim) sum += part_of(scratch, call.shape, begin + i, row)[col] * own;
+        if (col < dim) sum += found[(begin + i) * apart + col] * own;
       }
     }
     if (col < dim) out[col] = from_float<T>(sees ? sum * factor : 0.0f);

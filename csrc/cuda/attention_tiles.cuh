@@ -42,16 +42,16 @@ struct Rows {
 };
 
 // Starts to copy kCount rows from `first` on into a tile; zeros behind the last
-// row and column. `aligned`: to 16 bytes, with a dim that is a multiple of a
-// chunk; else the copy is complete at the next barrier.
-template <bool kGeneral, int kDim, int kCount, int kThreads, class T>
+// row and column. `aligned`: to 16 bytes, with a dim that is a multiple of a chunk; else the copy is complete
+// at the next barrier. kTogether: all pages are asked for first, as each answer takes long.
+template <bool kGeneral, int kDim, int kCount, int kThreads, bool kTogether = false, class T>
 __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int first, bool aligned) {
   constexpr int kChunks = kDim / kChunk, kStep = kThreads / kChunks;
   const unsigned own_row = threadIdx.x / kChunks, col = threadIdx.x % kChunks * kChunk;
   const int count = int(col) < from.dim ? from.rows - first - int(own_row) : 0;
   const T* source = from.data + int(first + own_row) * from.stride + col;
-  int64_t pages[kGeneral ? kCount / kStep : 1];  // asked for together, as each answer takes long
-  if (kGeneral && from.pages) {
+  int64_t pages[kTogether ? kCount / kStep : 1];
+  if (kTogether && from.pages) {
 #pragma unroll
     for (int row = 0; row < kCount; row += kStep)
       if (row < count) pages[row / kStep] = from.paged(first + own_row + row);
@@ -61,7 +61,8 @@ __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& from, int firs
     const unsigned permuted = kStep % 8 ? own_row + row : own_row;  // % 8 the same, and so one address
     T* const to = tile + (own_row + row) * kDim + (col ^ permuted % 8 * kChunk);
     const bool valid = row < count;
-    if (kGeneral && from.pages && valid) source = from.data + pages[row / kStep] + col;
+    if (kGeneral && from.pages && valid)
+      source = from.data + (kTogether ? pages[row / kStep] : from.paged(first + own_row + row)) + col;
     if (!kGeneral || aligned) {
       ptx::cp_async16(to, source, valid);  // reads nothing where not valid
     } else {

@@ -114,8 +114,8 @@ MUTATIONS = [
     ),
     in_decode(
         name="attention cuda: parts added without their scales",
-        old="sum += part_of(scratch, call.shape, begin + i, row)[col] * own;",
-        new="sum += part_of(scratch, call.shape, begin + i, row)[col];",
+        old="sum += found[(begin + i) * apart + col] * own;",
+        new="sum += found[(begin + i) * apart + col];",
         tests=seen_by("divided", LAYOUTS),
     ),
     in_decode(

@@ -64,7 +64,7 @@ MISUSES = {
         (*TABLES, IDS[0], IDS[1], torch.tensor([0.0, 2.0])),
         {"loss": "logistic"},
     ),
-    "backend must be one of cpu, cuda, triton, reference, got 'tpu'": ((*TABLES, *IDS), {"backend": "tpu"}),
+    "backend must be one of cpu, triton, cuda, reference, got 'tpu'": ((*TABLES, *IDS), {"backend": "tpu"}),
 }
 
 
