@@ -12,7 +12,7 @@ from lspm_kernels.recomputation import remade
 from lspm_kernels.reference import conv2d as reference
 
 # On a GPU cuda comes first: on an H200 with batch norm and gradients it takes 0.4 to 0.7 times as long. Alone
-# triton's forward is as often the faster one, but with it ResNet-50's inference took 1.15 times as long.
+# triton's forward is as often the faster one, but with it ResNet-50's inference was slower.
 BACKENDS = (
     Backend(
         "cpu", "cpu", FLOATS, compiled.cpu_kernel("conv2d_forward"), compiled.cpu_kernel("conv2d_backward"),
@@ -161,15 +161,15 @@ def conv2d(
     conv2d_checks.vectors(op, x, filters, bias=bias, scale=scale, shift=shift)
     conv2d_checks.residual(op, residual, x, (x.shape[0], filters, *size))
     code = conv2d_checks.activation(op, activation)
-    records = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, residual, scale, shift)
-    )
     row = dispatch.pick(op, BACKENDS, backend, x)
     if row is None:
         return reference.conv2d(
             x, weight, bias, stride, padding, dilation, groups, activation, residual, scale, shift
         )
     bias, scale, shift = (t if t is None else t.float().contiguous() for t in (bias, scale, shift))
+    records = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, residual, scale, shift)
+    )
     if records and (scale is not None or activation in ("silu", "gelu")):  # whose gradients need z
         z = convolve(row, x, weight, None, bias, None, size, geometry, 0, False)[0]
         return normalise(z, scale, shift, residual, activation, row.name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cuda_on_cpu import build
 from cuda_on_cpu.library import FLAVOURS, check_messages, fixture, run_tests_under_asan
-from ops.bags import BF16, EMPTY, F16, F32, OPTIONS, SHAPES, made
+from ops.bags import BF16, EMPTY, F16, F32, NO_OFFSETS, OPTIONS, SHAPES, check_no_offsets, made
 from ops.test_embedding_bag import bound, check
 
 import lspm_kernels as lk
@@ -158,24 +158,9 @@ def test_an_index_that_is_none_reads_nothing_and_makes_nan(kernels, dim):
     assert torch.equal(mean[0], weight[1])
 
 
-@pytest.mark.parametrize(
-    "offsets, wrong",
-    [
-        ([1, 2, 3], [0]),
-        ([0, -5, 3], [0, 1]),
-        ([0, 4, 2], [1]),
-        ([0, 2, 2**40], [1, 2]),
-        ([0, 2, 6, 5], [2]),
-        ([0, 7, 7, 7], [0, 1, 2]),
-    ],
-)
+@pytest.mark.parametrize(("offsets", "wrong"), NO_OFFSETS)
 def test_offsets_that_are_none_read_nothing_and_make_nan(kernels, offsets, wrong):
-    """Of three bags of six indices; four offsets include the last."""
-    weight = torch.randn(5, 4, requires_grad=True)
-    options = {"mode": "mean", "include_last_offset": len(offsets) == 4}
-    out = lk.embedding_bag(weight, torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor(offsets), **options)
-    assert [b for b in range(3) if out[b].isnan().any()] == wrong
-    assert torch.autograd.grad(out[:, 0].sum(), weight)[0].isfinite().all()
+    check_no_offsets(4, offsets, wrong)
 
 
 def test_indices_but_no_bag_at_all(kernels):

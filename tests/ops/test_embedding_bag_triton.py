@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from ops.bags import BF16, DTYPES, EMPTY, F32, OPTIONS, SHAPES, made
+from ops.bags import BF16, DTYPES, EMPTY, F32, NO_OFFSETS, OPTIONS, SHAPES, check_no_offsets, made
 from ops.test_embedding_bag import bound, check
 
 import lspm_kernels as lk
@@ -130,24 +130,9 @@ def test_an_index_that_is_none_reads_nothing_and_makes_nan(driver):
 
 
 @on_one_gpu
-@pytest.mark.parametrize(
-    "offsets, wrong",
-    [
-        ([1, 2, 3], [0]),
-        ([0, -5, 3], [0, 1]),
-        ([0, 4, 2], [1]),
-        ([0, 2, 2**40], [1, 2]),
-        ([0, 2, 6, 5], [2]),
-        ([0, 7, 7, 7], [0, 1, 2]),
-    ],
-)
+@pytest.mark.parametrize(("offsets", "wrong"), NO_OFFSETS)
 def test_offsets_that_are_none_read_nothing_and_make_nan(driver, offsets, wrong):
-    """Of three bags of six indices; four offsets include the last."""
-    weight = torch.randn(5, 3, requires_grad=True)
-    options = {"mode": "mean", "include_last_offset": len(offsets) == 4}
-    out = lk.embedding_bag(weight, torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor(offsets), **options)
-    assert [b for b in range(3) if out[b].isnan().any()] == wrong
-    assert torch.autograd.grad(out[:, 0].sum(), weight)[0].isfinite().all()
+    check_no_offsets(3, offsets, wrong)
 
 
 @on_one_gpu

@@ -28,6 +28,17 @@ def states_of(optimizer, weight):
     return [(torch.rand(shape, device=weight.device) + 1).to(wide) for shape in shapes]
 
 
+def check_an_index_that_is_none(optimizer, dim):
+    """On a GPU, which reports nothing, it changes no row."""
+    function, _, settings = UPDATES[optimizer]
+    weight, dout = torch.randn(4, dim), torch.randn(3, dim)
+    states = states_of(optimizer, weight)
+    found, expected = ([t.clone() for t in (weight, *states)] for _ in range(2))
+    function(*found, dout, torch.tensor([0, 4, -1, 2**40, 3]), torch.tensor([0, 2, 4]), **settings)
+    function(*expected, dout, torch.tensor([0, 3]), torch.tensor([0, 1, 1]), **settings)
+    assert all(map(torch.equal, found, expected))
+
+
 def check(optimizer, weight, states, dout, indices, offsets, **options):
     """Holds what the update makes of copies of its tensors to the oracle's rule."""
     function, _, settings = UPDATES[optimizer]

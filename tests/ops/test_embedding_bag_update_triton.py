@@ -9,7 +9,7 @@ import pytest
 import torch
 from ops import test_embedding_bag_update as on_cpu
 from ops.bags import BF16, DTYPES, EMPTY, F32, OPTIONS, SHAPES, made
-from ops.test_embedding_bag_update import EACH, UPDATES, check, states_of
+from ops.test_embedding_bag_update import EACH, UPDATES, check, check_an_index_that_is_none, states_of
 
 import lspm_kernels as lk
 from lspm_kernels import dispatch
@@ -104,13 +104,7 @@ def test_special_values_stay_in_their_rows(driver, optimizer):
 @on_one_gpu
 @EACH
 def test_an_index_that_is_none_changes_no_row(driver, optimizer):
-    function, _, settings = UPDATES[optimizer]
-    weight, dout = torch.randn(4, 3), torch.randn(3, 3)
-    states = states_of(optimizer, weight)
-    found, expected = ([t.clone() for t in (weight, *states)] for _ in range(2))
-    function(*found, dout, torch.tensor([0, 4, -1, 2**40, 3]), torch.tensor([0, 2, 4]), **settings)
-    function(*expected, dout, torch.tensor([0, 3]), torch.tensor([0, 1, 1]), **settings)
-    assert all(map(torch.equal, found, expected))
+    check_an_index_that_is_none(optimizer, 3)
 
 
 @pytest.mark.parametrize("gpu", [80, 90], ids="sm_{}".format, indirect=True)
