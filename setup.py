@@ -90,7 +90,7 @@ class NinjaBuildExt(build_ext):
     def build_extensions(self):
         if not shutil.which(shlex.split(CXX)[0]):
             raise SystemExit(f"setup: a C++ compiler must be on PATH, got {CXX!r}; set CXX, or install g++")
-        temp = Path(self.build_temp).resolve()
+        temp = Path(os.path.relpath(self.build_temp))  # so that ninja knows its files in a moved checkout
         temp.mkdir(parents=True, exist_ok=True)
         self.edges = {}
         for module in self.extensions:
@@ -125,7 +125,7 @@ class NinjaBuildExt(build_ext):
             else:
                 flags = [*COMMON, *KERNEL, "-Icsrc", *ISAS[module.name.split(".")[-2]]]
             objects.append(self.add_object(source, folder, "nvcc" if cuda else "cxx", flags))
-        out = Path(self.get_ext_fullpath(module.name)).resolve()
+        out = Path(os.path.relpath(self.get_ext_fullpath(module.name)))
         out.parent.mkdir(parents=True, exist_ok=True)
         link = ["-Xlinker", "-s"] if cuda else ["-fopenmp", *(SANITIZE or ["-Wl,-s"])]
         self.add_edge(out, "nvlink" if cuda else "link", objects, link)
