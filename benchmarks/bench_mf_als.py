@@ -52,15 +52,15 @@ def case(k: int, steps: int, ratings: interactions.Ratings, by_items: interactio
         solve(confidence, out.numpy(), y.numpy(), REG, num_threads=torch.get_num_threads())
         return out
 
-    baselines = {"torch": in_torch}  # which has no conjugate gradient, so there too it solves
+    baselines, goals = {"torch": in_torch}, ()  # which has no conjugate gradient, so there too it solves
     if importlib.util.find_spec("implicit") and not torch.cuda.is_available():
-        baselines["implicit"] = by_implicit
+        baselines["implicit"], goals = by_implicit, (Goal("implicit", 1.5),)
     return Case(
         "mf_als", FORWARD, torch.float32, f"{'cg' if steps else 'cholesky'}-K{k}-{ratings}",
         lambda: [*interactions.settled(k, ratings, by_items, **STEP), ratings.values], table,
         ours, baselines, roof="matmul", bytes=4 * k * (2 * rows + ratings.columns) + 8 * entries,
         flops=(2 * rows * k + 4 * entries) * k * (steps + 1) if steps else (rows * k // 3 + entries) * k**2,
-        goals=(Goal("speedup", 1.5),), compiled=False, meaning=one_by_one,
+        goals=goals, compiled=False, meaning=one_by_one,
         part=lambda t: t[:40] if t.shape == (rows, k) else t,
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """How the speed of a pass of mf_sgd_ grows with ratings and with factors, in memory and from disk.
 
-The peak is that of a process that sorts the ratings on disk and trains from there, its files' pages included.
+Of the copy rate is how long copying the bytes that a pass must move takes, of the pass's time. The peak is that
+of a process that sorts the ratings on disk and trains from there, its files' pages included.
 """
 
 import multiprocessing
@@ -40,13 +41,17 @@ def measure(run: growth.Growth, device: str, smoke: bool) -> list[dict]:
             side: harness.repeated(partial(mf_sgd_, *tables[side], blocks, **growth.STEP), device)
             for side, blocks in sides.items()
         }
+        moved, move = run.bytes(sides["memory"]), machine.copy_roof(device)
+        turns["roof"] = lambda calls: harness.repeated(partial(move, calls * moved), device)(1)
         seconds = harness.interleave(turns, 1, 1 if smoke else None)
     rates = {side: run.ratings / statistics.median(seconds[side]) / 1e6 for side in sides}
+    of_roof = 100 * harness.median_ratio(seconds["roof"], seconds["memory"])
     columns = {
         "case": str(run),
         "in memory, M updates/s": tables_of.number(rates["memory"]),
         "from disk, M updates/s": tables_of.number(rates["disk"]),
         "disk takes": f"{harness.median_ratio(seconds['disk'], seconds['memory']):.2f} times as long",
+        "of the copy rate": f"{of_roof:.0f} %",
         "peak, MiB": f"{peak:,.0f}",
     }
     point = {"ratings": run.ratings, "factors": run.factors, **rates}

@@ -1,8 +1,8 @@
 """A pass of stochastic gradient descent over ratings, against the same updates in PyTorch, and LIBMF's own.
 
 PyTorch's side takes as many ratings at once as share no row, which gives the same values. LIBMF (mf-train on
-PATH, built with -DUSEAVX) factorises without biases and with a rate for each row: the time of 20 passes more;
-Surprise (pip install scikit-surprise) takes the same steps one by one.
+PATH, built with -DUSEAVX) factorises without biases and with a rate for each row; Surprise (pip install
+scikit-surprise) takes the same steps one by one. On every side a pass is timed that follows others.
 """
 
 import itertools
@@ -39,7 +39,7 @@ def measure(run: sgd_passes.Pass, device: str, smoke: bool) -> list[dict]:
         if run.dtype == torch.float32:  # bfloat16 is rounded at random
             sgd_passes.check(kernels, tables, on_device, waves, **STEP)
         passes["torch"] = lambda: sgd_passes.torch_pass(*tables, waves, **STEP)
-    turns = {name: harness.repeated(f, device) for name, f in passes.items()}
+    turns = {name: sgd_passes.warm(harness.repeated(f, device)) for name, f in passes.items()}
     if device == "cpu" and not smoke:
         turns |= sgd_passes.others(run, blocks)
     threads = torch.get_num_threads()

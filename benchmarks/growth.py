@@ -43,6 +43,13 @@ class Growth:
         factors = [0.1 * torch.randn(n, self.factors) for n in (self.users, self.items)]
         return [*factors, torch.zeros(self.users), torch.zeros(self.items)]
 
+    def bytes(self, blocks: RatingBlocks) -> int:
+        """Each rating read; and the row of a user read and written once in each block that has ratings of the
+        user, as a block's users are more than the caches hold. Rows of items are left out: those of all
+        items may stay in the last of the caches."""
+        visits = 1 + int(torch.count_nonzero(blocks.users[1:] != blocks.users[:-1]))
+        return 12 * self.ratings + 2 * 4 * (self.factors + 1) * visits
+
     def written(self, folder: Path) -> RatingBlocks:
         return write_ratings(folder, self.batches(), num_users=self.users, num_items=self.items)
 
