@@ -1,7 +1,7 @@
 """How the speed of a pass of mf_sgd_ grows with ratings and with factors, in memory and from disk.
 
-Of the copy rate is how long copying the bytes that a pass must move takes, of the pass's time. The peak is that
-of a process that sorts the ratings on disk and trains from there, its files' pages included.
+Of the copy rate is how long copying the bytes that a pass must move takes, of the time of a pass. The peak is
+that of a process that sorts the ratings on disk and trains from there, its files' pages included.
 """
 
 import multiprocessing
