@@ -99,6 +99,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   bind_attention(m);
 #ifndef LSPM_CUDA
   bind_attention_with_kv_cache(m);
+  bind_linear(m);
 #endif
   bind_batch_norm_act(m);
   bind_cross_entropy(m);

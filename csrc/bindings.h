@@ -51,6 +51,7 @@ void bind_attention_with_kv_cache(pybind11::module_& m);
 void bind_batch_norm_act(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_embedding_bag(pybind11::module_& m);
+void bind_linear(pybind11::module_& m);
 void bind_mf_als(pybind11::module_& m);
 void bind_mf_sgd(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);

@@ -10,7 +10,7 @@
 
 namespace lspm {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i64 = 3, b8 = 4, i32 = 5, u8 = 6, other = 7 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i64 = 3, b8 = 4, i32 = 5, u8 = 6, i8 = 7, other = 8 };
 
 // Storage only: arithmetic is always in float.
 struct bf16 {

@@ -69,6 +69,8 @@ struct TensorView {
         return DType::b8;
       case 0x108:
         return DType::u8;
+      case 0x008:
+        return DType::i8;
       default:
         return DType::other;
     }

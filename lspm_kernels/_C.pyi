@@ -237,6 +237,9 @@ def layer_norm_forward(
     centered: bool,
     threads: int,
 ) -> None: ...
+def linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, y: Tensor, threads: int
+) -> None: ...
 def max_pool2d_backward(
     dy: Tensor, positions: Tensor, dx: Tensor, window: Sequence[int], threads: int
 ) -> None: ...

@@ -53,9 +53,10 @@ def vector(op: str, name: str, t: Tensor, size: int | None, dtypes: tuple[torch.
 
 def beside(op: str, first: str, device: torch.device, **others: Tensor | None) -> None:
     """Raises ValueError unless all others are on the device of `first`."""
+    whose = f"{first}'" if first.endswith("s") else f"{first}'s"
     for name, t in others.items():
         if t is not None and t.device != device:
-            raise ValueError(f"{op}: {name} must be on {first}' device {device}, got {t.device}")
+            raise ValueError(f"{op}: {name} must be on {whose} device {device}, got {t.device}")
 
 
 def rows_of(op: str, name: str, ids: Tensor, count: int) -> None:

@@ -162,6 +162,17 @@ inline U load(const int32_t* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+inline F load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  F v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
 inline void store(uint8_t* p, U v) {
   const U8 low = __builtin_convertvector(v, U8);
   std::memcpy(p, &low, sizeof low);
