@@ -51,8 +51,9 @@ def integers(dtype: torch.dtype, rows: int, outputs: int, inputs: int, group: in
         baselines["torch int8"] = lambda x, weight, scales, _: pack(x, weight, scales[:, 0].to(dtype))
     kind = f"int8-groups-of-{group}" if group else "int8"
     return Case(
-        "linear", FORWARD, dtype, f"{kind}-{rows}x{inputs}-to-{outputs}", tensors, table, ours, baselines, bytes=outputs * inputs + scales.nbytes,
-        flops=2 * rows * outputs * inputs, roof="read", goals=(Goal("roof", 80),), compiled=False,
+        "linear", FORWARD, dtype, f"{kind}-{rows}x{inputs}-to-{outputs}", tensors, table, ours, baselines,
+        bytes=outputs * inputs + scales.nbytes, flops=2 * rows * outputs * inputs, roof="read",
+        goals=(Goal("roof", 80),), compiled=False,
         meaning=lambda x, weight, scales, _: reference.linear(x, weight, None, scales),
     )  # fmt: skip
 
