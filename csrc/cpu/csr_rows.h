@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/transpose.h"
 #include "csr.h"
 
 namespace lspm::cpu {

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu/simd.h"
+#include "cpu/transpose.h"
 
 namespace lspm::cpu {
 

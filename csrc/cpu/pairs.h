@@ -7,7 +7,7 @@
 #pragma once
 #include <type_traits>
 
-#include "cpu/simd.h"
+#include "cpu/transpose.h"
 
 namespace lspm {
 

@@ -1,0 +1,46 @@
+// Elements that change places between vectors.
+#pragma once
+#include "cpu/simd.h"
+
+namespace lspm {
+
+// Turns kLanes rows of kLanes 32-bit elements into columns.
+template <int kHalf = kLanes / 2>
+inline void transpose(F (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kHalf) continue;
+    const F a = rows[i], b = rows[i + kHalf];
+    rows[i] = shuffle(a, b, kExchangedLow<kHalf>);
+    rows[i + kHalf] = shuffle(a, b, kExchangedHigh<kHalf>);
+  }
+  if constexpr (kHalf > 1) transpose<kHalf / 2>(rows);
+}
+
+// Lane i of the result is the sum of v[i]: as transpose(), but what meets in a lane is added.
+template <int kHalf = kLanes / 2>
+inline F sums_of(F (&v)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kHalf; ++i)
+    v[i] = shuffle(v[i], v[i + kHalf], kExchangedLow<kHalf>) +
+           shuffle(v[i], v[i + kHalf], kExchangedHigh<kHalf>);
+  if constexpr (kHalf > 1) return sums_of<kHalf / 2>(v);
+  return v[0];
+}
+
+// Turns (a, b), one after the other, into their even and their odd elements; zip() is the way back.
+inline void unzip(F& a, F& b) {
+  static constexpr Order kEven{[](int i) { return 2 * i; }}, kOdd{[](int i) { return 2 * i + 1; }};
+  const F first = shuffle(a, b, kEven);
+  b = shuffle(a, b, kOdd);
+  a = first;
+}
+inline void zip(F& a, F& b) {
+  static constexpr Order kLow{[](int i) { return i / 2 + (i & 1) * kLanes; }};
+  static constexpr Order kHigh{[](int i) { return (i + kLanes) / 2 + (i & 1) * kLanes; }};
+  const F first = shuffle(a, b, kLow);
+  b = shuffle(a, b, kHigh);
+  a = first;
+}
+
+}  // namespace lspm
