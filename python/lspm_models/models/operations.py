@@ -19,7 +19,11 @@ class Operations:
 
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    rms_norm: Callable[..., Tensor]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    rotary: Callable[..., Tensor]
     attention: Callable[..., Tensor]
+    attention_with_kv_cache: Callable[..., Tensor]
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -33,16 +37,68 @@ def _add_layer_norm(
     return _layer_norm(total, weight, bias, eps), total
 
 
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _rms_norm(total, weight, eps), total
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, *, offsets: int = 0) -> Tensor:
+    cos, sin = (t[offsets : offsets + x.shape[2]] for t in (cos, sin))
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     queries, keys = q.shape[-2], k.shape[-2]
+    grouped = q.shape[1] != k.shape[1]
     if not causal or queries == 1:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     if queries == keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     # is_causal lets the first query see the first key; here the last query sees the last key.
     visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 
-FUSED = Operations(lspm_kernels.layer_norm, lspm_kernels.add_layer_norm, lspm_kernels.attention)
-PLAIN = Operations(_layer_norm, _add_layer_norm, _attention)
+def _attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cache_seqlens: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    if cos is not None:
+        q, k = (_rotary(x, cos, sin, offsets=cache_seqlens) for x in (q, k))
+    end = cache_seqlens + k.shape[2]
+    for cache, x in ((k_cache, k), (v_cache, v)):
+        cache[:, :, cache_seqlens:end] = x
+    return _attention(q, k_cache[:, :, :end], v_cache[:, :, :end], causal=causal)
+
+
+FUSED = Operations(
+    lspm_kernels.layer_norm,
+    lspm_kernels.add_layer_norm,
+    lspm_kernels.rms_norm,
+    lspm_kernels.add_rms_norm,
+    lspm_kernels.rotary,
+    lspm_kernels.attention,
+    lspm_kernels.attention_with_kv_cache,
+)
+PLAIN = Operations(
+    _layer_norm,
+    _add_layer_norm,
+    _rms_norm,
+    _add_rms_norm,
+    _rotary,
+    _attention,
+    _attention_with_kv_cache,
+)
