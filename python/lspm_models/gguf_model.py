@@ -96,7 +96,7 @@ class GgufModel(Pretrained):
             tokens[begin] if 0 <= begin < len(tokens) else "",
             self._get("tokenizer.chat_template", str, "") or None,
         )
-        return PretrainedTokenizer(tokenizer, marks)
+        return PretrainedTokenizer(tokenizer, marks, self.where)
 
     def _begin_texts(self, tokenizer: Any, tokens: list[str], begin: int) -> None:
         from tokenizers import processors

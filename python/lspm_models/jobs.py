@@ -12,7 +12,7 @@ from lspm_models.options import read_config
 from lspm_models.run_folder import find_checkpoint, read_run
 from lspm_models.scene_job import JOBS
 from lspm_models.scripts import Job
-from lspm_models.sources import open_source
+from lspm_models.sources import is_foreign, open_source
 from lspm_models.text_job import LlamaJob, TextJob
 
 
@@ -50,7 +50,7 @@ def _model_in(path: Path) -> str | None:
     if path.suffix == ".safetensors":  # bare weights are torchvision's
         return ImageJob.sections["model"]().model
     try:
-        if path.suffix == ".gguf" or ((path / "config.json").exists() and "model_type" in read_run(path)):
+        if (path.suffix == ".gguf" or path.is_dir()) and is_foreign(path):
             return name_of(open_source(path).config)
         if path.is_file():
             content = read_config(path)

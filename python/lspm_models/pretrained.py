@@ -67,9 +67,7 @@ class Pretrained(ABC):
         if missing := [name for name in wanted if name not in self.shapes]:
             raise ValueError(f"pretrained: {self.where} must hold {_few(missing)}, got none of them")
         if extra := [name for name in self.shapes if name not in wanted]:
-            raise ValueError(
-                f"pretrained: {self.where} must hold the model's tensors only, got {_few(extra)}"
-            )
+            raise ValueError(f"pretrained: {self.where} must hold no other tensors, got {_few(extra)}")
         for name, shape in wanted.items():
             if self.shapes[name] != shape:
                 got = f"{self.shapes[name]} in {self.where}"

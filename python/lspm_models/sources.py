@@ -9,6 +9,7 @@ import torch
 from lspm_models.data.tokenizers import Tokenizer
 from lspm_models.gguf_model import GgufModel
 from lspm_models.hugging_face import HuggingFaceFolder
+from lspm_models.json_files import read_object
 from lspm_models.pretrained import Pretrained
 from lspm_models.run_folder import RunCheckpoint
 from lspm_models.tasks.language_modelling import LanguageModelling
@@ -25,11 +26,17 @@ def open_source(path: str | Path) -> RunCheckpoint | Pretrained:
         ValueError: there is no model, or one that is not read; the message says what and where.
     """
     path = Path(path)
-    if path.is_file() or path.suffix == ".gguf":
-        return GgufModel(path)
-    if (path / "config.json").exists() and not (path / "checkpoints").exists():
-        return HuggingFaceFolder(path)
-    return RunCheckpoint(path)
+    if not is_foreign(path):
+        return RunCheckpoint(path)
+    return HuggingFaceFolder(path) if path.is_dir() else GgufModel(path)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a path is a model in the formats of others, or must be if it is one."""
+    if not path.is_dir():
+        return path.is_file() or path.suffix == ".gguf"
+    config = path / "config.json"  # a run has one, too
+    return config.exists() and not (path / "checkpoints").exists() and "model_type" in read_object(config)
 
 
 def load_language_model(

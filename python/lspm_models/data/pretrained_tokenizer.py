@@ -37,6 +37,7 @@ class PretrainedTokenizer:
     Args:
         tokenizer: with a byte-level decoder, whose texts join to the text of all ids.
         marks: see Marks.
+        where: what messages call it.
 
     Raises:
         ValueError: it is of another kind, or has more ids than the model.
@@ -44,22 +45,22 @@ class PretrainedTokenizer:
 
     kind = "pretrained"
 
-    def __init__(self, tokenizer: Any, marks: Marks) -> None:
+    def __init__(self, tokenizer: Any, marks: Marks, where: str) -> None:
         from tokenizers import decoders
 
         if not isinstance(tokenizer.decoder, decoders.ByteLevel):
             got = type(tokenizer.decoder).__name__
-            raise ValueError(f"tokenizer: decoder must be ByteLevel, got {got}")
+            raise ValueError(f"tokenizer: decoder of {where} must be ByteLevel, got {got}")
         self._size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if self._size > marks.vocabulary_size:
             raise ValueError(
-                f"tokenizer: ids must be below the model's vocabulary_size {marks.vocabulary_size}, "
+                f"tokenizer: ids of {where} must be below the model's {marks.vocabulary_size}, "
                 f"got {self._size - 1}"
             )
         for token in marks.stops:
             if not 0 <= token < marks.vocabulary_size:
                 raise ValueError(
-                    f"tokenizer: end of text must be an id below {marks.vocabulary_size}, got {token}"
+                    f"tokenizer: end of text of {where} must be below {marks.vocabulary_size}, got {token}"
                 )
         self._tokenizer, self.marks = tokenizer, marks
         self.vocabulary_size, self.end_of_text = marks.vocabulary_size, marks.end_of_text
@@ -124,7 +125,7 @@ class PretrainedTokenizer:
     def from_json(cls, content: dict) -> PretrainedTokenizer:
         """Makes the tokenizer that to_json described."""
         marks = Marks(**{**content["marks"], "stops": tuple(content["marks"]["stops"])})
-        return cls(parsed(json.dumps(content["tokenizer"]), "tokenizer"), marks)
+        return cls(parsed(json.dumps(content["tokenizer"]), "tokenizer"), marks, "tokenizer")
 
     def _encoded(self, texts: Sequence[str], begun: bool) -> list[np.ndarray]:
         self._tokenizer.encode_special_tokens = True  # not: read special tokens in a text

@@ -62,7 +62,7 @@ def read_folder(folder: Path, config: dict, vocabulary_size: int) -> PretrainedT
     marks = Marks(
         vocabulary_size, stops[0], tuple(dict.fromkeys(stops)), _content(settings.get("bos_token")), template
     )
-    return PretrainedTokenizer(tokenizer, marks)
+    return PretrainedTokenizer(tokenizer, marks, str(folder))
 
 
 def write_folder(tokenizer: ByteBpe | PretrainedTokenizer, folder: Path) -> None:
