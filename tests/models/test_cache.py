@@ -66,11 +66,13 @@ def test_cache_is_two_tensors_written_in_place():
     assert (cache.keys.data_ptr(), cache.values.data_ptr()) == (keys, values)
 
 
-def test_cache_refuses():
-    task, tokens = make_task(), make_tokens()
+@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["GPT", "Llama"])
+def test_cache_refuses(config, request):
+    task, tokens = make_task(config), make_tokens()
+    name = request.node.callspec.id
     cache = KeyValueCache(CONFIG.layers, batch=2, capacity=8)
     with pytest.raises(
-        ValueError, match=r"^GPT: cache must be used under torch.no_grad\(\), got gradients en"
+        ValueError, match=rf"^{name}: cache must be used under torch.no_grad\(\), got gradients en"
     ):
         task(tokens, cache)
     with (

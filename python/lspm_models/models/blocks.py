@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lspm_models.models.cache import KeyValueCache
 from lspm_models.models.operations import Operations
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines (positions, D / 2)
+Rotation = tuple[Tensor, Tensor]  # cosines and sines (T, D / 2)
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -73,13 +73,11 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache | None, rotation: Rotation | None
     ) -> Tensor:
         """(B, T, H D) of q (B, H, T, D) and k, v (B, H_kv, T, D), behind those in the cache."""
+        if rotation is not None:
+            q, k = self.ops.rotary(q, *rotation), self.ops.rotary(k, *rotation)
         if cache is not None:
-            y = cache.attend(self.layer, self.ops.attention_with_kv_cache, q, k, v, rotation)
-        else:
-            if rotation is not None:
-                q, k = self.ops.rotary(q, *rotation), self.ops.rotary(k, *rotation)
-            y = self.ops.attention(q, k, v, causal=True)
-        return y.transpose(1, 2).flatten(2)
+            k, v = cache.extend(self.layer, k, v)
+        return self.ops.attention(q, k, v, causal=True).transpose(1, 2).flatten(2)
 
 
 class PackedAttention(Attention):
@@ -228,7 +226,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{self._name}: cache must be used under torch.no_grad(), got gradients enabled")
         past = cache.length if cache is not None else 0
         x, residual = self._embed(tokens, past), None
-        rotation = self.rotation(tokens.shape[1], cache)
+        rotation = self.rotation(past, past + tokens.shape[1], cache)
         for block in self.blocks:
             if self.gradient_checkpointing and cache is None:
                 x, residual = checkpoint(block, x, residual, None, rotation, use_reentrant=False)
@@ -238,8 +236,8 @@ class Decoder(nn.Module):
             cache.length += tokens.shape[1]
         return self.norm(x, residual)[0]
 
-    def rotation(self, tokens: int, cache: KeyValueCache | None) -> Rotation | None:
-        """Cosines and sines of the places of tokens, or of all places in the cache; None: no rotation."""
+    def rotation(self, past: int, end: int, cache: KeyValueCache | None) -> Rotation | None:
+        """Cosines and sines of places from past to end, which a cache may keep; None: no rotation."""
 
     def positioned(self, x: Tensor, past: int) -> Tensor:
         """Embeddings (B, T, C) of tokens whose first one stands at `past`, with what tells their places."""

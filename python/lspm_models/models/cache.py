@@ -1,7 +1,5 @@
 """Keys and values of the tokens that a model has seen, so that a new token does not cost the whole text."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 
@@ -22,25 +20,10 @@ class KeyValueCache:
         self.length = 0  # tokens held by every layer; the model moves it on when the last layer is done
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self.rotation: tuple[Tensor, Tensor] | None = None  # the model's, of every place
+        self.rotation: tuple[Tensor, Tensor] | None = None  # the model's, of every place up to the capacity
 
-    def attend(
-        self,
-        layer: int,
-        attention_with_kv_cache: Callable[..., Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rotation: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Appends k and v, and gives q's causal attention to all keys so far.
-
-        Args:
-            layer: whose keys.
-            attention_with_kv_cache: lspm_kernels' or its like.
-            q: (B or 1, H, T, D).
-            k, v: (B or 1, H_kv, T, D).
-            rotation: cosines and sines (positions, D / 2) by which q and k are rotated first.
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends k and v, both (B or 1, H, T, D), and gives all keys and values so far of the rows in k.
 
         Raises:
             ValueError: there is no room for T more tokens.
@@ -52,13 +35,6 @@ class KeyValueCache:
         if self.keys is None:
             self.keys = k.new_empty(self.layers, self.batch, heads, self.capacity, size)
             self.values = v.new_empty(self.layers, self.batch, heads, self.capacity, size)
-        cos, sin = rotation or (None, None)
-        caches = self.keys[layer], self.values[layer]
-        y = attention_with_kv_cache(
-            q, *(cache[:rows] for cache in caches), k, v, cache_seqlens=self.length, cos=cos, sin=sin,
-            causal=True,
-        )  # fmt: skip
-        if rows < self.batch:
-            for cache in caches:
-                cache[rows:, :, self.length : end] = cache[:rows, :, self.length : end]
-        return y
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]

@@ -23,7 +23,6 @@ class Operations:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., Tensor]
     attention: Callable[..., Tensor]
-    attention_with_kv_cache: Callable[..., Tensor]
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -46,8 +45,7 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
     return _rms_norm(total, weight, eps), total
 
 
-def _rotary(x: Tensor, cos: Tensor, sin: Tensor, *, offsets: int = 0) -> Tensor:
-    cos, sin = (t[offsets : offsets + x.shape[2]] for t in (cos, sin))
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -64,26 +62,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tens
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 
-def _attention_with_kv_cache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cache_seqlens: int,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    causal: bool,
-) -> Tensor:
-    if cos is not None:
-        q, k = (_rotary(x, cos, sin, offsets=cache_seqlens) for x in (q, k))
-    end = cache_seqlens + k.shape[2]
-    for cache, x in ((k_cache, k), (v_cache, v)):
-        cache[:, :, cache_seqlens:end] = x
-    return _attention(q, k_cache[:, :, :end], v_cache[:, :, :end], causal=causal)
-
-
 FUSED = Operations(
     lspm_kernels.layer_norm,
     lspm_kernels.add_layer_norm,
@@ -91,7 +69,6 @@ FUSED = Operations(
     lspm_kernels.add_rms_norm,
     lspm_kernels.rotary,
     lspm_kernels.attention,
-    lspm_kernels.attention_with_kv_cache,
 )
 PLAIN = Operations(
     _layer_norm,
@@ -100,5 +77,4 @@ PLAIN = Operations(
     _add_rms_norm,
     _rotary,
     _attention,
-    _attention_with_kv_cache,
 )
