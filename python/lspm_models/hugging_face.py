@@ -74,7 +74,7 @@ class HuggingFaceFolder(Pretrained):
         return name.endswith(tuple(f".{layer}.weight" for layer in self._format.transposed))
 
     def _check_tied(self) -> None:
-        table = self.named(f"model.{'wte' if self._prefix == 'transformer.' else 'embed_tokens'}.weight")
+        table = self._prefix + self._format.table
         if table in self.shapes and not torch.equal(self.read(HEAD), self.read(table)):
             raise ValueError(
                 f"hugging_face: {HEAD} must equal {table} where tie_word_embeddings is true, "

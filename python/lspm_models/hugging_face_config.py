@@ -19,6 +19,7 @@ class Format:
         config: ours.
         architecture: the class of transformers with the head.
         prefix: of the model's tensors below the head; a file of the model alone has none.
+        table: the token embeddings, below the prefix.
         fields: theirs and its default by ours.
         fixed: by field of theirs the values that we compute, the default first.
         transposed: layers whose weights are (inputs, outputs).
@@ -28,6 +29,7 @@ class Format:
     config: type[Config]
     architecture: str
     prefix: str
+    table: str
     fields: dict[str, tuple[str, Any]]
     fixed: dict[str, tuple]
     transposed: tuple[str, ...] = ()
@@ -39,6 +41,7 @@ FORMATS = {
         GPTConfig,
         "GPT2LMHeadModel",
         "transformer.",
+        "wte.weight",
         {
             "vocabulary_size": ("vocab_size", 50257),
             "context": ("n_positions", 1024),
@@ -62,6 +65,7 @@ FORMATS = {
         LlamaConfig,
         "LlamaForCausalLM",
         "model.",
+        "embed_tokens.weight",
         {
             "vocabulary_size": ("vocab_size", 32000),
             "context": ("max_position_embeddings", 2048),

@@ -75,6 +75,8 @@ def test_its_tokenizer_merges_splits_digits_and_chats(write, llama):
     tokenizer = GgufModel(write(llama[0])).tokenizer()
     names = tokenizer._tokenizer.id_to_token
     assert [names(i) for i in tokenizer.encode("a the 10")] == ["a", "Ġthe", "Ġ", "1", "0"]
+    gpt2 = GgufModel(write(llama_file("gpt-2")[0])).tokenizer()
+    assert [names(i) for i in gpt2.encode("a the 10")] == ["a", "Ġthe", "Ġ", "10"]
     assert [names(i) for i in tokenizer.chat("the?")] == (
         ["<s>", "<s>", *"user:", "Ġthe", "?", "</s>", "<s>"]
     )
@@ -211,7 +213,7 @@ def test_a_model_with_changed_bytes_is_refused_or_another_one(write, llama):
         (field("tokenizer.ggml.pre", TEXT, "smollm"), field("tokenizer.ggml.pre", TEXT, "falcon"),
          "tokenizer.ggml.pre must be one of gpt-2, smollm, got falcon"),
         (field("tokenizer.ggml.eos_token_id", U32, 2), field("tokenizer.ggml.eos_token_id", U32, 99),
-         "model.gguf must be below 47, got 99"),
+         "model.gguf must be below 48, got 99"),
         (text("llama.block_count"), text("llama.block_counT"), "llama.block_count must be int, got none"),
         (field("llama.block_count", U32, 2), field("llama.block_count", U32, 4_000_000_000),
          "must have tensors, got 4000000000 for 20 tensors"),

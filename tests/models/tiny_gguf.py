@@ -85,7 +85,7 @@ def interleaved(weight, size):
 def llama_file(pre="smollm"):
     """A Llama over a byte-level BPE: the file, and the task with the very same weights."""
     letters = list("abcdefghijklmnopqrstuvwxyzĠĊ.:?0123456789")
-    merges = ["t h", "th e", "Ġ the"]
+    merges = ["t h", "th e", "Ġ the", "1 0"]
     tokens = ["<e>", "<s>", "</s>", *letters, *(m.replace(" ", "") for m in merges)]
     config = LlamaConfig(len(tokens), 64, 2, heads=4, key_value_heads=2, width=32, hidden=64, tied=True)
     torch.manual_seed(0)
