@@ -1,7 +1,7 @@
 """Generation: tokens that a language model believes come next, one by one, by a key-value cache."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-    stop: int | None = None,
+    stop: int | Collection[int] | None = None,
     sequences: int = 1,
     stream: Callable[[int, int], bool | None] | None = None,
     use_cache: bool = True,
@@ -74,7 +74,7 @@ def generate(
         temperature: 0 takes the most probable token; see candidates for others.
         top_k, top_p: see candidates.
         seed: the same seed gives the same tokens; None draws from torch's own generator.
-        stop: this token ends a sequence, and is not part of it.
+        stop: this token, or each of these, ends a sequence, and is not part of it.
         sequences: how many continuations are made, in one batch.
         stream: called as stream(sequence, token) for each new token, in order; true ends the sequence, after
             this token.
@@ -87,6 +87,7 @@ def generate(
         ValueError: an argument breaks its rule, or the model gives a logit that is NaN or positive infinity.
     """
     text = _as_text(prompt, task)
+    stops = {stop} if isinstance(stop, int) else set(stop or ())
     _check_counts(max_new_tokens=max_new_tokens, top_k=top_k, sequences=sequences)
     _check_sampling(temperature, top_p, seed)
     generator = None if seed is None else torch.Generator(text.device).manual_seed(seed)
@@ -103,9 +104,9 @@ def generate(
             for row, token in enumerate(chosen.flatten().tolist()):
                 if row not in unfinished:
                     continue
-                if token != stop:
+                if token not in stops:
                     results[row].append(token)
-                if token == stop or (stream is not None and stream(row, token)):
+                if token in stops or (stream is not None and stream(row, token)):
                     unfinished.remove(row)
             if not unfinished:
                 break
@@ -125,7 +126,7 @@ class _Reader:
     def logits(self, text: Tensor) -> Tensor:
         """(B, V) logits of the token after text (B, T), which is longer than at the last call."""
         if text.shape[1] - self.start > self.task.config.context:
-            # Positions are learned: what is kept moves to the first ones, and so is run again.
+            # Positions count from 0: what is kept moves to the first ones, and so is run again.
             self._begin(text.shape[1] - max(1, self.task.config.context // 2))
         seen = self.start + (self.cache.length if self.cache is not None else 0)
         features = self.task.model(text[:, seen:], self.cache)
@@ -156,7 +157,7 @@ def _choose(
 
 def _as_text(prompt: Sequence[int] | Tensor, task: LanguageModelling) -> Tensor:
     """(1, T) on the model's device."""
-    text = torch.as_tensor(prompt, dtype=torch.int64, device=task.model.wte.weight.device)
+    text = torch.as_tensor(prompt, dtype=torch.int64, device=task.head_weight.device)
     context = task.config.context
     if text.ndim != 1 or not 1 <= text.shape[0] <= context:
         got = len(text) if text.ndim == 1 else f"shape {tuple(text.shape)}"

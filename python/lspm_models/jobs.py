@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lspm_models.image_job import MODELS, ImageJob
+from lspm_models.language_models import name_of
 from lspm_models.options import read_config
 from lspm_models.run_folder import find_checkpoint, read_run
 from lspm_models.scene_job import JOBS
 from lspm_models.scripts import Job
-from lspm_models.text_job import TextJob
+from lspm_models.sources import is_foreign, open_source
+from lspm_models.text_job import LlamaJob, TextJob
 
 
 def job_of(arguments: Sequence[str]) -> Job:
@@ -32,10 +34,14 @@ def job_of(arguments: Sequence[str]) -> Job:
             name = _model_in(Path(source))
     if name in (None, "gpt"):
         return TextJob()
+    if name == "llama":
+        return LlamaJob()
     if name in JOBS:
         return JOBS[name]
     if name not in MODELS:
-        raise ValueError(f"model: name must be one of gpt, {', '.join((*MODELS, *JOBS))}, got {name!r}")
+        raise ValueError(
+            f"model: name must be one of gpt, llama, {', '.join((*MODELS, *JOBS))}, got {name!r}"
+        )
     return ImageJob()
 
 
@@ -44,6 +50,8 @@ def _model_in(path: Path) -> str | None:
     if path.suffix == ".safetensors":  # bare weights are torchvision's
         return ImageJob.sections["model"]().model
     try:
+        if (path.suffix == ".gguf" or path.is_dir()) and is_foreign(path):
+            return name_of(open_source(path).config)
         if path.is_file():
             content = read_config(path)
         else:

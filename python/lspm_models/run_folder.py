@@ -3,36 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
-from lspm_models import checkpoint
+from lspm_models import checkpoint, language_models
 from lspm_models.data.tokenizers import Tokenizer, load_tokenizer
 from lspm_models.files import write_atomically
-from lspm_models.models.gpt import GPT, GPTConfig
 from lspm_models.tasks.language_modelling import LanguageModelling
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a GPT but for the vocabulary, which the tokenizer brings."""
-
-    context: int = field(default=256, metadata={"help": "tokens seen at once, and per training sequence"})
-    layers: int = field(default=4, metadata={"help": "blocks"})
-    heads: int = field(default=4, metadata={"help": "attention heads per block"})
-    width: int = field(default=256, metadata={"help": "features per token, a multiple of heads"})
-    dropout: float = field(default=0.0, metadata={"help": "probability of dropping a feature in training"})
-    bias: bool = field(default=True, metadata={"help": "biases in linear layers and norms"})
-    eps: float = field(default=1e-5, metadata={"help": "added to the variance in norms"})
-
-    def __post_init__(self) -> None:
-        self.with_vocabulary(1)  # the shape checks its own rules
-
-    def with_vocabulary(self, size: int) -> GPTConfig:
-        """Returns the whole shape; a ValueError names a field that breaks its rule."""
-        return GPTConfig(vocabulary_size=size, **asdict(self))
 
 
 def create_run(folder: Path, settings: dict) -> None:
@@ -86,41 +62,38 @@ def tokenizer_path(path: Path) -> Path:
     return path.resolve().parents[1] / "tokenizer.json"
 
 
-def read_model_config(path: Path) -> GPTConfig:
-    """Returns the shape of the model in a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is not of a GPT.
-    """
-    content = checkpoint.read_state(path).get("settings", {}).get("model")
-    try:
-        return GPTConfig(**content)
-    except TypeError as error:
-        raise ValueError(f"checkpoint: {path} must hold the config of a GPT, got {content!r}") from error
-
-
-def load_model_folder(
-    folder: str | Path, device: str | torch.device = "cpu"
-) -> tuple[LanguageModelling, Tokenizer]:
-    """Loads a trained language model with its tokenizer.
+class RunCheckpoint:
+    """A language model in a run folder, as Pretrained is one in the formats of others.
 
     Args:
         folder: a run folder, whose newest checkpoint is taken, or one checkpoint in it.
-        device: where the model shall be.
-
-    Returns:
-        The task, in eval mode, and the tokenizer.
 
     Raises:
-        ValueError: there is no checkpoint, or its parts do not fit each other.
+        ValueError: there is no checkpoint, or not of a language model.
     """
-    path = find_checkpoint(folder)
-    config, tokenizer = read_model_config(path), load_tokenizer(tokenizer_path(path))
-    if tokenizer.vocabulary_size != config.vocabulary_size:
-        raise ValueError(
-            f"checkpoint: vocabulary_size must be the tokenizer's, {tokenizer.vocabulary_size}, "
-            f"got {config.vocabulary_size} in {path}"
-        )
-    task = LanguageModelling(GPT(config))
-    checkpoint.load_weights(path, task)
-    return task.to(device).eval(), tokenizer
+
+    def __init__(self, folder: str | Path):
+        self.path = find_checkpoint(folder).resolve()
+        self.where = str(self.path)
+        settings = checkpoint.read_state(self.path).get("settings", {}).get("model")
+        self.config = language_models.from_settings(settings, self.where)
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the run's tokenizer; a ValueError where it is not the model's."""
+        tokenizer = load_tokenizer(tokenizer_path(self.path))
+        if tokenizer.vocabulary_size != self.config.vocabulary_size:
+            raise ValueError(
+                f"checkpoint: vocabulary_size must be the tokenizer's, {tokenizer.vocabulary_size}, "
+                f"got {self.config.vocabulary_size} in {self.path}"
+            )
+        return tokenizer
+
+    def task(self) -> LanguageModelling:
+        """Makes the task, in eval mode, with the weights."""
+        task = language_models.make_task(self.config)
+        self.load(task)
+        return task.eval()
+
+    def load(self, task: LanguageModelling) -> None:
+        """Copies the weights into a task."""
+        checkpoint.load_weights(self.path, task)

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from lspm_models.checkpoint import load_weights, refuse_mismatch
+from lspm_models.checkpoint import refuse_mismatch
 from lspm_models.data.text import TextConfig, TextData, prepare_text
-from lspm_models.files import write_atomically
+from lspm_models.data.tokenizers import save_tokenizer
 from lspm_models.fit_config import FitConfig
-from lspm_models.models.gpt import GPT
+from lspm_models.language_models import GPTOptions, LlamaOptions, make_task, name_of, to_settings
 from lspm_models.options import Parser
 from lspm_models.progress import counted
-from lspm_models.run_folder import ModelConfig, find_checkpoint, read_model_config, tokenizer_path
 from lspm_models.scripts import Run
+from lspm_models.sources import open_source
 from lspm_models.tasks.language_modelling import LanguageModelling
 
 PRETRAINING = """\
 Pretrain a GPT on text. Without any option it learns from the source text of Python's standard library.
 The run folder gets the tokenizer, checkpoints, log.csv, loss.png and TensorBoard events; Ctrl-C saves first.
-In brackets stands what holds without the option. Images: --model resnet18 (or unet, or detector) --help."""
+In brackets stands what holds without the option. A Llama: --model llama --help; images: --model resnet18
+(or unet, or detector) --help."""
 
 FINE_TUNING = """\
-Fine-tune a GPT on another text: the same loop as pretrain.py, beginning with the weights and the tokenizer
-of a checkpoint. In brackets stands what holds without the option.
-Images: --model resnet18 (or unet, or detector) --help."""
+Fine-tune a GPT or a Llama on another text: the same loop as pretrain.py, beginning with the weights and the
+tokenizer of a run, of a Hugging Face folder or of a GGUF file. In brackets stands what holds without the
+option. Images: --model resnet18 (or unet, or detector) --help."""
 
 TOKENIZER = ("tokenizer", "vocabulary_size", "tokenizer_sample")
 FINE_TUNING_RATE = {"learning_rate": 1e-4}
@@ -35,7 +36,7 @@ FINE_TUNING_RATE = {"learning_rate": 1e-4}
 class TextJob:
     """See Job."""
 
-    sections = {"model": ModelConfig, "data": TextConfig, "training": FitConfig}  # noqa: RUF012
+    sections = {"model": GPTOptions, "data": TextConfig, "training": FitConfig}  # noqa: RUF012
     defaults: dict[str, dict] = {}  # noqa: RUF012
     pretraining = (
         PRETRAINING,
@@ -56,19 +57,21 @@ class TextJob:
         ),
     )
 
-    init_help = "run folder, or one checkpoint in it, to begin with"
+    init_help = "to begin with: run folder, one checkpoint in it, Hugging Face's folder, or GGUF file"
+    free = ("dropout",)  # of the model, in fine-tuning
 
     def add_options(self, parser: Parser, *, fine_tuning: bool = False) -> None:
         parser.add_config("text", TextConfig, skip=TOKENIZER if fine_tuning else ())
-        if not fine_tuning:
-            parser.add_config("model", ModelConfig)
+        options = self.sections["model"]
+        skip = [item.name for item in fields(options) if item.name not in self.free] if fine_tuning else ()
+        parser.add_config("model", options, skip=skip)
         parser.add_config("training", FitConfig, FINE_TUNING_RATE if fine_tuning else None)
 
     def prepare(self, run: Run) -> tuple[LanguageModelling, TextData]:
         with run.processes.first_before_others():
             tokenizer, tokens = prepare_text(run.data, run.folder, run.report)
         torch.manual_seed(run.training.seed)
-        task = LanguageModelling(GPT(run.model.with_vocabulary(tokenizer.vocabulary_size)))
+        task = make_task(run.model.with_vocabulary(tokenizer.vocabulary_size))
         data = TextData(
             tokens,
             run.model.context,
@@ -81,27 +84,27 @@ class TextJob:
         return task, data
 
     def find(self, init: str) -> Path:
-        return find_checkpoint(init).resolve()
+        return Path(open_source(init).where).resolve()
 
     def fine_tuning_defaults(self, init: Path) -> dict[str, dict]:
         return {"model": self._shape(init), "training": FINE_TUNING_RATE}
 
     def adopt(self, run: Run, init: Path) -> None:
-        refuse_mismatch(
-            {"model": self._shape(init)}, {"model": asdict(run.model)}, str(init), {"model.dropout"}
-        )
-        write_atomically(run.folder / "tokenizer.json", tokenizer_path(init).read_bytes())
+        free = {f"model.{name}" for name in self.free}
+        refuse_mismatch({"model": self._shape(init)}, {"model": asdict(run.model)}, str(init), free)
+        save_tokenizer(open_source(init).tokenizer(), run.folder / "tokenizer.json")
 
     def _shape(self, init: Path) -> dict:
-        shape = asdict(read_model_config(init))
+        config = open_source(init).config
+        shape = {"model": name_of(config), **asdict(config)}
         shape.pop("vocabulary_size")  # the tokenizer's
         return shape
 
     def load(self, run: Run, init: Path, task: LanguageModelling) -> None:
-        load_weights(init, task)
+        open_source(init).load(task)
 
     def settings(self, run: Run, task: LanguageModelling) -> dict:
-        return asdict(task.config)
+        return to_settings(task.config)
 
     def shape(self, task: LanguageModelling) -> str:
         shape = task.config
@@ -112,3 +115,10 @@ class TextJob:
 
     def finish(self, run: Run, task: LanguageModelling, data: TextData) -> None:
         run.report(f"try it     python python/generate.py {run.folder}")
+
+
+class LlamaJob(TextJob):
+    """See Job."""
+
+    sections = {**TextJob.sections, "model": LlamaOptions}  # noqa: RUF012
+    free = ("context",)  # rotations have no table that ends

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_gpt import CONFIG, make_task
+from tiny_gpt import BOTH, CONFIG, make_task
 
 from lspm_models.generate import candidates, generate
 
@@ -45,8 +45,9 @@ def assert_drawn_from(counts, probabilities):
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 0}, {"seed": 5, "sequences": 3, "top_k": 9, "top_p": 0.9}]
 )
-def test_cached_tokens_are_those_of_the_full_loop(context, sampling):
-    task = make_task(replace(CONFIG, context=context))
+@pytest.mark.parametrize("config", BOTH.values(), ids=BOTH)
+def test_cached_tokens_are_those_of_the_full_loop(context, sampling, config):
+    task = make_task(replace(config, context=context))
     arguments = {"max_new_tokens": 60, **sampling}  # the window slides in each case
     cached = generate(task, PROMPT[:context], **arguments)
     full = generate(task, PROMPT[:context], **arguments, use_cache=False)
@@ -104,6 +105,8 @@ def test_stop_token_ends_each_sequence_by_itself():
     stopped = generate(task, PROMPT, **arguments, stop=stop)
     for sequence, whole in zip(stopped, free, strict=True):
         assert sequence == (whole[: whole.index(stop)] if stop in whole else whole)
+    first = min(free[0].index(stop), free[0].index(free[0][3]))
+    assert generate(task, PROMPT, **arguments, stop={stop, free[0][3]})[0] == free[0][:first]
     assert len({len(sequence) for sequence in stopped}) > 1
 
 

@@ -126,7 +126,7 @@ def test_help_is_a_page_with_every_option(run):
     options = "prompt tokens sequences stop greedy temperature top-k top-p seed help".split()
     for option in options:
         assert f"--{option} " in page
-    assert "RUN [options]" in page
+    assert "MODEL [options]" in page
     assert all(len(line) <= 110 for line in page.splitlines())
 
 
@@ -152,7 +152,7 @@ def test_says_in_one_line_what_is_wrong(run, folder, arguments, message):
 
 
 def test_asks_for_a_run(run):
-    assert run() == (2, "", "generate.py: the following arguments are required: RUN\n")
+    assert run() == (2, "", "generate.py: the following arguments are required: MODEL\n")
 
 
 def test_refuses_a_folder_that_is_not_there(run, tmp_path):

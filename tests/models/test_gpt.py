@@ -1,41 +1,24 @@
 """GPT: our kernels against the reference, in a step and over a training run, and what the model promises."""
 
 import copy
-import inspect
 import math
 import pickle
-import textwrap
+import tomllib
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import pretrain
 import pytest
 import torch
-from tiny_gpt import CONFIG, make_task, make_tokens
+from tiny_gpt import CONFIG, check_step, make_task, make_tokens, step, train_on_real_text
 
 from lspm_kernels import use_backend
 from lspm_models.models.gpt import GPT, GPTConfig
 from lspm_models.models.operations import FUSED, PLAIN
-from lspm_models.tasks.language_modelling import LanguageModelling
 from oracle import compare
 
-
-def step(task, tokens):
-    """The loss, and its gradient of each parameter."""
-    task.zero_grad()
-    loss = task.loss(tokens[:, :-1], tokens[:, 1:])
-    loss.backward()
-    return loss.detach(), [parameter.grad for parameter in task.parameters()]
-
-
-def check_step(ours, truth, eager, dtype):
-    """dtype is what was computed in. A loss is one number, whose error in eager mode may be 0 by luck."""
-    torch.testing.assert_close(ours[0].to(dtype), truth[0].to(dtype))
-
-    def in_units_of_the_largest(gradients):
-        pairs = zip(gradients, truth[1], strict=True)
-        return torch.cat([(g / t.abs().max()).flatten() for g, t in pairs])
-
-    ours, eager = (in_units_of_the_largest(gradients).to(dtype) for _, gradients in (ours, eager))
-    compare("gradients", ours, in_units_of_the_largest(truth[1]), eager)
+CONFIGS = Path(pretrain.__file__).parent / "configs"
+SHORT = GPTConfig(vocabulary_size=128, context=32, layers=2, heads=2, width=64)
 
 
 @pytest.mark.parametrize("ops", [FUSED, PLAIN], ids=["fused", "plain"])
@@ -97,29 +80,10 @@ def test_gradient_checkpointing_runs_each_block_twice():
     assert runs == [0, 1, 2, 2, 1, 0]
 
 
-def train_on_real_text(steps=30):
-    """The losses of a character model on the source of a module of the standard library."""
-    text = torch.tensor(list(inspect.getsource(textwrap).encode()))
-    config = GPTConfig(vocabulary_size=128, context=32, layers=2, heads=2, width=64)
-    torch.manual_seed(0)
-    task = LanguageModelling(GPT(config))
-    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(steps):
-        starts = torch.randint(len(text) - config.context, (32,))
-        block = torch.stack([text[s : s + config.context + 1] for s in starts])
-        loss = task.loss(block[:, :-1], block[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return torch.tensor(losses)
-
-
 def test_trains_like_the_reference():
-    ours = train_on_real_text()
+    ours = train_on_real_text(SHORT)
     with use_backend("reference"):
-        reference = train_on_real_text()
+        reference = train_on_real_text(SHORT)
     assert ours[0] > 4.7  # log(128) = 4.85: it begins with no idea
     assert (
         ours[-5:].mean() < 3.0
@@ -188,11 +152,13 @@ def test_computes_the_formulas_of_gpt2():
         torch.testing.assert_close(task(tokens[None])[0], gpt2(task.state_dict(), tokens, CONFIG.heads))
 
 
-def test_gpt2_has_124_million_parameters():
+@pytest.mark.parametrize(("name", "count"), [("gpt2_124m", 124_439_808), ("gpt2_355m", 354_823_168)])
+def test_gpt2_has_as_many_parameters(name, count):
+    config = tomllib.loads((CONFIGS / f"{name}.toml").read_text())
     with torch.device("meta"):
-        model = GPT(GPTConfig(vocabulary_size=50257, context=1024, layers=12, heads=12, width=768))
-    assert model.parameter_count == 124_439_808
-    assert model.h[11].mlp.c_fc.weight.shape == (3072, 768)
+        model = GPT(GPTConfig(config["data"]["vocabulary_size"], **config["model"]))
+    assert model.parameter_count == count
+    assert model.h[11].mlp.c_fc.weight.shape == (4 * model.config.width, model.config.width)
 
 
 def test_begins_as_gpt2_does():

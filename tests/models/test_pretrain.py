@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from lspm_models.checkpoint import checkpoints
-from lspm_models.run_folder import load_model_folder
 from lspm_models.run_log import read_log
+from lspm_models.sources import load_language_model
 
 SCRIPTS = Path(pretrain.__file__).parent
 TEXT = "the quick brown fox jumps over the lazy dog. " * 100
@@ -90,11 +90,11 @@ def test_a_run_says_what_it_does_and_where_everything_is(trained):
 
 def test_the_folder_gives_the_model_back(trained):
     folder, _ = trained
-    task, tokenizer = load_model_folder(folder)
+    task, tokenizer = load_language_model(folder)
     assert tokenizer.decode(tokenizer.encode("lazy fox")) == "lazy fox"
     assert not task.training
     tokens = torch.tensor([tokenizer.encode("the quick brown")])
-    older = load_model_folder(checkpoints(folder / "checkpoints")[0])[0]
+    older = load_language_model(checkpoints(folder / "checkpoints")[0])[0]
     with torch.no_grad():
         assert task(tokens).shape == (1, 15, 30)
         assert not torch.equal(task(tokens), older(tokens))

@@ -21,6 +21,7 @@ class Tokenizer(Protocol):
 
     vocabulary_size: int
     end_of_text: int
+    stops: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text."""
@@ -31,11 +32,34 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; end_of_text gives nothing, half a character gives U+FFFD."""
 
+    def prompt(self, text: str | None) -> list[int]:
+        """Returns what a model continues: a text's ids, or those that begin a new text."""
+
+    def chat(self, message: str, system: str | None = None) -> list[int]:
+        """Returns what a model answers to a message behind; a ValueError where it does not chat."""
+
     def to_json(self) -> dict:
         """Returns all there is to know, as `from_json` takes it."""
 
 
-class ByteBpe:
+class Unmarked:
+    """A tokenizer whose only mark is end_of_text, which a new text follows; nothing chats."""
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids with which a model ends."""
+        return (self.end_of_text,)
+
+    def chat(self, message: str, system: str | None = None) -> list[int]:
+        """Raises ValueError."""
+        raise ValueError("chat: model must have a chat template, got none")
+
+    def prompt(self, text: str | None) -> list[int]:
+        """Returns the ids of a text, or end_of_text to begin a new one."""
+        return [self.end_of_text] if text is None else self.encode(text)
+
+
+class ByteBpe(Unmarked):
     """Byte-level byte pair encoding, as GPT-2 has it: every text has ids, and decoding gives it back.
 
     Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019), section 2.2.
@@ -91,7 +115,7 @@ class ByteBpe:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; end_of_text gives nothing, half a character gives U+FFFD."""
-        ids = _checked(ids, self.vocabulary_size)
+        ids = checked_ids(ids, self.vocabulary_size)
         return self._tokenizer.decode(
             [index for index in ids if index != self.end_of_text], skip_special_tokens=False
         )
@@ -108,7 +132,7 @@ class ByteBpe:
         return cls(Tokenizer.from_str(json.dumps(content["tokenizer"])))
 
 
-class Characters:
+class Characters(Unmarked):
     """One id per character of the training text; id 0 is every other character and decodes to U+FFFD."""
 
     kind = "characters"
@@ -153,7 +177,7 @@ class Characters:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; end_of_text gives nothing, unknown gives U+FFFD."""
-        ids = _checked(ids, self.vocabulary_size)
+        ids = checked_ids(ids, self.vocabulary_size)
         return "".join(self._characters[index] for index in ids if index != self.end_of_text)
 
     def to_json(self) -> dict:
@@ -180,9 +204,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         ValueError: there is no such file, or it is no tokenizer.
     """
+    from lspm_models.data.pretrained_tokenizer import PretrainedTokenizer  # which is made of what is above
+
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {kind.kind: kind for kind in KINDS.values()}[content["kind"]].from_json(content)
+        kinds = {kind.kind: kind for kind in (*KINDS.values(), PretrainedTokenizer)}
+        return kinds[content["kind"]].from_json(content)
     except FileNotFoundError as error:
         raise ValueError(f"load_tokenizer: {path} must be a tokenizer file, got no such file") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -209,7 +236,7 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
-def _checked(ids: Iterable[int], vocabulary_size: int) -> list[int]:
+def checked_ids(ids: Iterable[int], vocabulary_size: int) -> list[int]:
     ids = [int(index) for index in ids]
     for index in ids:
         if not 0 <= index < vocabulary_size:

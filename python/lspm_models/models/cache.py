@@ -20,6 +20,7 @@ class KeyValueCache:
         self.length = 0  # tokens held by every layer; the model moves it on when the last layer is done
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.rotation: tuple[Tensor, Tensor] | None = None  # the model's, of every place up to the capacity
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k and v, both (B or 1, H, T, D), and gives all keys and values so far of the rows in k.

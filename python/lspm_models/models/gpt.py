@@ -1,19 +1,24 @@
-"""GPT-2: learned positions, pre-norm blocks; each residual addition and the norm after it are one kernel.
+"""GPT-2: learned positions, pre-norm blocks of packed attention and GELU, a tied head.
 
 Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019. Names in the state dict are
 those of Hugging Face's GPT2Model. Its Conv1D keeps c_attn, c_proj and c_fc as (inputs, outputs): our
 torch.nn.Linear weights of these names are the transposes.
 """
 
-import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lspm_models.models.cache import KeyValueCache
+from lspm_models.models.blocks import (
+    MLP,
+    Block,
+    Decoder,
+    LayerNorm,
+    PackedAttention,
+    check_eps,
+    check_positive,
+)
 from lspm_models.models.operations import FUSED, Operations
 
 
@@ -35,6 +40,7 @@ class GPTConfig:
         ValueError: a value breaks its rule.
     """
 
+    tied: ClassVar[bool] = True  # the head is the table of token embeddings
     vocabulary_size: int
     context: int
     layers: int
@@ -45,89 +51,17 @@ class GPTConfig:
     eps: float = 1e-5
 
     def __post_init__(self):
-        for name in ("vocabulary_size", "context", "layers", "heads", "width"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"GPTConfig: {name} must be a positive integer, got {value!r}")
+        check_positive(self, "vocabulary_size", "context", "layers", "heads", "width")
         if self.width % self.heads:
             raise ValueError(f"GPTConfig: width must be a multiple of heads ({self.heads}), got {self.width}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"GPTConfig: dropout must be in [0, 1), got {self.dropout}")
         if type(self.bias) is not bool:
             raise ValueError(f"GPTConfig: bias must be true or false, got {self.bias!r}")
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"GPTConfig: eps must be positive and finite, got {self.eps}")
+        check_eps(self)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm of x + residual, which comes back beside it; of x alone where there is no residual."""
-
-    def __init__(self, config: GPTConfig, ops: Operations):
-        super().__init__(config.width, eps=config.eps, bias=config.bias)
-        self.ops = ops
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if residual is None:
-            return self.ops.layer_norm(x, self.weight, self.bias, self.eps), x
-        return self.ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
-
-
-class Attention(nn.Module):
-    """Causal self-attention."""
-
-    def __init__(self, config: GPTConfig, layer: int, ops: Operations):
-        super().__init__()
-        self.heads, self.layer, self.ops = config.heads, layer, ops
-        self.c_attn = nn.Linear(config.width, 3 * config.width, bias=config.bias)
-        self.c_proj = nn.Linear(config.width, config.width, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        B, T, C = x.shape
-        packed = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads)
-        q, k, v = packed.transpose(1, 3).unbind(2)  # (B, H, T, D), views
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        y = self.ops.attention(q, k, v, causal=True)
-        return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
-
-
-class MLP(nn.Module):
-    """Two linear layers with GELU, in its tanh form, between them."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.c_fc = nn.Linear(config.width, 4 * config.width, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.width, config.width, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
-
-
-class Block(nn.Module):
-    """Attention, then MLP, each after a norm and beside a residual.
-
-    It takes and gives (x, residual) whose sum is the residual stream: the addition is left to the norm that
-    follows, in the next block or at the end.
-    """
-
-    def __init__(self, config: GPTConfig, layer: int, ops: Operations):
-        super().__init__()
-        self.ln_1 = LayerNorm(config, ops)
-        self.attn = Attention(config, layer, ops)
-        self.ln_2 = LayerNorm(config, ops)
-        self.mlp = MLP(config)
-
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        x, residual = self.ln_1(x, residual)
-        x, residual = self.ln_2(self.attn(x, cache), residual)
-        return self.mlp(x), residual
-
-
-class GPT(nn.Module):
+class GPT(Decoder):
     """Features of each token from the tokens up to it.
 
     Args:
@@ -136,75 +70,33 @@ class GPT(nn.Module):
         gradient_checkpointing: keep only each block's inputs for the backward, which runs the blocks again.
     """
 
+    embedding = property(lambda self: self.wte)
+    blocks = property(lambda self: self.h)
+    norm = property(lambda self: self.ln_f)
+
     def __init__(self, config: GPTConfig, *, ops: Operations = FUSED, gradient_checkpointing: bool = False):
-        super().__init__()
-        self.config, self.gradient_checkpointing = config, gradient_checkpointing
-        self.wte = nn.Embedding(config.vocabulary_size, config.width)
-        self.wpe = nn.Embedding(config.context, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, layer, ops) for layer in range(config.layers))
-        self.ln_f = LayerNorm(config, ops)
+        super().__init__(gradient_checkpointing)
+        self.config = config
+        width, bias, dropout = config.width, config.bias, config.dropout
+        self.wte = nn.Embedding(config.vocabulary_size, width)
+        self.wpe = nn.Embedding(config.context, width)
+        self.dropout = nn.Dropout(dropout)
+        self.h = nn.ModuleList(
+            Block(
+                ln_1=LayerNorm(width, config.eps, bias, ops),
+                attn=PackedAttention(width, config.heads, bias, dropout, layer, ops),
+                ln_2=LayerNorm(width, config.eps, bias, ops),
+                mlp=MLP(width, bias, dropout),
+            )
+            for layer in range(config.layers)
+        )
+        self.ln_f = LayerNorm(width, config.eps, bias, ops)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """GPT-2's: normal with deviation 0.02; what adds to the residual is divided by sqrt(additions)."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "ln_" in name:
-                nn.init.ones_(parameter)
-            else:
-                additions = 2 * self.config.layers if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(additions))
+        """Draws new weights as GPT-2 does."""
+        self.initialize(outputs=("c_proj",))
 
-    @property
-    def parameter_count(self) -> int:
-        """How many numbers are learned."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Features after the final norm.
-
-        Under autocast the residual stream has autocast's dtype, as in a model whose parameters have it.
-
-        Args:
-            tokens: (B, T) int64 ids; T, and the cache's length, together at most the context.
-            cache: the tokens before these; it is extended by them. Only under torch.no_grad().
-
-        Returns:
-            (B, T, C).
-
-        Raises:
-            ValueError: tokens or cache break a rule above.
-        """
-        if cache is not None and torch.is_grad_enabled():
-            raise ValueError("GPT: cache must be used under torch.no_grad(), got gradients enabled")
-        x = self._embed(tokens, cache.length if cache is not None else 0)
-        residual = None
-        for block in self.h:
-            if self.gradient_checkpointing and cache is None:
-                x, residual = checkpoint(block, x, residual, use_reentrant=False)
-            else:
-                x, residual = block(x, residual, cache)
-        if cache is not None:
-            cache.length += tokens.shape[1]
-        return self.ln_f(x, residual)[0]
-
-    def _embed(self, tokens: Tensor, past: int) -> Tensor:
-        if tokens.dtype != torch.int64 or tokens.ndim != 2:
-            got = f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
-            raise ValueError(f"GPT: tokens must be (B, T) int64, got {got}")
-        end = past + tokens.shape[1]
-        if end > self.config.context:
-            raise ValueError(f"GPT: tokens must fit the context of {self.config.context}, got {end}")
-        try:
-            x = self.wte(tokens)
-        except IndexError:  # the look-up checks each id anyway; this says which was wrong
-            least, most = tokens.aminmax()
-            wrong = least if least < 0 else most
-            raise ValueError(
-                f"GPT: tokens must be in [0, {self.config.vocabulary_size}), got {wrong}"
-            ) from None
-        x = self.dropout(x + self.wpe.weight[past:end])
-        device = x.device.type
-        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    def positioned(self, x: Tensor, past: int) -> Tensor:
+        """Adds learned positions."""
+        return self.dropout(x + self.wpe.weight[past : past + x.shape[1]])

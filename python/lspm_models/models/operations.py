@@ -19,6 +19,9 @@ class Operations:
 
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    rms_norm: Callable[..., Tensor]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    rotary: Callable[..., Tensor]
     attention: Callable[..., Tensor]
 
 
@@ -33,16 +36,45 @@ def _add_layer_norm(
     return _layer_norm(total, weight, bias, eps), total
 
 
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _rms_norm(total, weight, eps), total
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     queries, keys = q.shape[-2], k.shape[-2]
+    grouped = q.shape[1] != k.shape[1]
     if not causal or queries == 1:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     if queries == keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     # is_causal lets the first query see the first key; here the last query sees the last key.
     visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 
-FUSED = Operations(lspm_kernels.layer_norm, lspm_kernels.add_layer_norm, lspm_kernels.attention)
-PLAIN = Operations(_layer_norm, _add_layer_norm, _attention)
+FUSED = Operations(
+    lspm_kernels.layer_norm,
+    lspm_kernels.add_layer_norm,
+    lspm_kernels.rms_norm,
+    lspm_kernels.add_rms_norm,
+    lspm_kernels.rotary,
+    lspm_kernels.attention,
+)
+PLAIN = Operations(
+    _layer_norm,
+    _add_layer_norm,
+    _rms_norm,
+    _add_rms_norm,
+    _rotary,
+    _attention,
+)

@@ -3,34 +3,42 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lspm_models.models.blocks import Decoder
 from lspm_models.models.cache import KeyValueCache
-from lspm_models.models.gpt import GPT, GPTConfig
 
 IGNORE_INDEX = -100
 
 
 class LanguageModelling(nn.Module):
-    """A GPT with a head that is its table of token embeddings.
+    """A GPT or a Llama with a head: the model's table of token embeddings where the config says `tied`.
 
-    In Hugging Face's GPT2LMHeadModel the model is called `transformer` instead, and the table is stored a
-    second time as `lm_head.weight`.
+    Names are those of Hugging Face's LlamaForCausalLM. In its GPT2LMHeadModel the model is called
+    `transformer` instead, and the table is stored a second time as `lm_head.weight`.
     """
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: Decoder):
         super().__init__()
         self.model = model
+        if not self.config.tied:
+            self.lm_head = nn.Linear(*reversed(model.embedding.weight.shape), bias=False)
+            nn.init.normal_(self.lm_head.weight, std=0.02)
 
     @property
-    def config(self) -> GPTConfig:
+    def config(self):
         """The model's."""
         return self.model.config
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C)."""
+        return self.model.embedding.weight if self.config.tied else self.lm_head.weight
+
     def head(self, features: Tensor) -> Tensor:
         """Logits (..., V) of features (..., C)."""
-        return F.linear(features, self.model.wte.weight)
+        return F.linear(features, self.head_weight)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits (B, T, V) of the token after each of tokens (B, T); see GPT.forward."""
+        """Logits (B, T, V) of the token after each of tokens (B, T); see Decoder.forward."""
         return self.head(self.model(tokens, cache))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:

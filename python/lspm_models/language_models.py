@@ -1,0 +1,107 @@
+"""The language models there are: the config and the module of each, and the options of the scripts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lspm_models.models.gpt import GPT, GPTConfig
+from lspm_models.models.llama import ROPE_SCALINGS, Llama, LlamaConfig
+from lspm_models.tasks.language_modelling import LanguageModelling
+
+Config = GPTConfig | LlamaConfig
+CONFIGS: dict[str, type[Config]] = {"gpt": GPTConfig, "llama": LlamaConfig}
+MODELS = {GPTConfig: GPT, LlamaConfig: Llama}
+
+
+def make_task(config: Config, **arguments: Any) -> LanguageModelling:
+    """Makes the task of a config, with random weights; arguments are the model's."""
+    return LanguageModelling(MODELS[type(config)](config, **arguments))
+
+
+def name_of(config: Config) -> str:
+    """Returns what the scripts call the model of a config."""
+    return next(name for name, kind in CONFIGS.items() if kind is type(config))
+
+
+def to_settings(config: Config) -> dict:
+    """Returns what a checkpoint keeps of a config. A GPT's has no name: it was the first."""
+    name = name_of(config)
+    return asdict(config) if name == "gpt" else {"model": name, **asdict(config)}
+
+
+def from_settings(settings: Any, where: str) -> Config:
+    """Returns the config that to_settings described.
+
+    Raises:
+        ValueError: it describes none; `where` is what the reader calls the place it is from.
+    """
+    try:
+        fields = dict(settings)
+        return CONFIGS[fields.pop("model", "gpt")](**fields)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint: {where} must hold the config of a language model, got {settings!r}"
+        ) from error
+
+
+def _option(value: Any, text: str, /, **metadata: Any) -> Any:
+    return field(default=value, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True)
+class GPTOptions:
+    """The shape of a GPT but for the vocabulary, which the tokenizer brings."""
+
+    model: str = _option("gpt", "gpt, or llama, which has other options", choices=("gpt",))
+    context: int = _option(256, "tokens seen at once, and per training sequence")
+    layers: int = _option(4, "blocks")
+    heads: int = _option(4, "attention heads per block")
+    width: int = _option(256, "features per token, a multiple of heads")
+    dropout: float = _option(0.0, "probability of dropping a feature in training")
+    bias: bool = _option(True, "biases in linear layers and norms")
+    eps: float = _option(1e-5, "added to the variance in norms")
+
+    def __post_init__(self) -> None:
+        self.with_vocabulary(1)  # the shape checks its own rules
+
+    def with_vocabulary(self, size: int) -> GPTConfig:
+        """Returns the whole shape; a ValueError names a field that breaks its rule."""
+        return _whole(self, size)
+
+
+@dataclass(frozen=True)
+class LlamaOptions:
+    """The shape of a Llama but for the vocabulary, which the tokenizer brings."""
+
+    model: str = _option("llama", "llama, or gpt, which has other options", choices=("llama",))
+    context: int = _option(256, "tokens seen at once, and per training sequence")
+    layers: int = _option(4, "blocks")
+    heads: int = _option(4, "heads of queries per block")
+    key_value_heads: int = _option(2, "heads of keys and values, which divide heads")
+    width: int = _option(256, "features per token")
+    hidden: int = _option(768, "features between the layers of an MLP")
+    head_size: int = _option(0, "features of a head, even", default="width / heads")
+    tied: bool = _option(True, "the head is the table of token embeddings")
+    eps: float = _option(1e-5, "added to the mean square in norms")
+    theta: float = _option(10_000.0, "base of the rotation's wavelengths")
+    rope_scaling: str = _option("none", "how angles are scaled for a longer context", choices=ROPE_SCALINGS)
+    rope_factor: float = _option(1.0, "what angles are divided by")
+    rope_low: float = _option(1.0, "llama3: waves that fit in rope_context less often are divided")
+    rope_high: float = _option(4.0, "llama3: waves that fit in rope_context more often are kept")
+    rope_context: int = _option(8192, "llama3: the context that was pretrained with")
+
+    def __post_init__(self) -> None:
+        self.with_vocabulary(1)  # the shape checks its own rules
+
+    def with_vocabulary(self, size: int) -> LlamaConfig:
+        """Returns the whole shape; a ValueError names a field that breaks its rule."""
+        return _whole(self, size)
+
+
+def _whole(options: GPTOptions | LlamaOptions, size: int) -> Any:
+    fields = asdict(options)
+    name, mine = fields.pop("model"), type(options).model
+    if name != mine:  # a config file's; jobs have read it and choose by it
+        raise ValueError(f"model: name must be {mine} beside its options, got {name!r}")
+    return CONFIGS[name](vocabulary_size=size, **fields)

@@ -1,0 +1,267 @@
+"""What decoders are built from: norms, attention, MLPs, the block, and the model around its blocks.
+
+Each residual addition and the norm after it are one kernel. Names in a state dict are those of Hugging Face's
+models, which differ: a block takes them beside its parts.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lspm_models.models.cache import KeyValueCache
+from lspm_models.models.operations import Operations
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines (T, D / 2)
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Raises ValueError unless each field is a whole number of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{type(config).__name__}: {name} must be a positive integer, got {value!r}")
+
+
+def check_eps(config: object) -> None:
+    """Raises ValueError unless what is added in norms is positive and finite."""
+    if not 0 < config.eps < math.inf:
+        raise ValueError(f"{type(config).__name__}: eps must be positive and finite, got {config.eps}")
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm of x + residual, which comes back beside it; of x alone where there is no residual."""
+
+    def __init__(self, width: int, eps: float, bias: bool, ops: Operations):
+        super().__init__(width, eps=eps, bias=bias)
+        self.ops = ops
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            return self.ops.layer_norm(x, self.weight, self.bias, self.eps), x
+        return self.ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """As LayerNorm, of RMS norm."""
+
+    def __init__(self, width: int, eps: float, ops: Operations):
+        super().__init__(width, eps=eps)
+        self.ops = ops
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            return self.ops.rms_norm(x, self.weight, self.eps), x
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; subclasses have the projections.
+
+    Args:
+        layer: which one of the cache's.
+        ops: kernels.
+    """
+
+    def __init__(self, layer: int, ops: Operations):
+        super().__init__()
+        self.layer, self.ops = layer, ops
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache | None, rotation: Rotation | None
+    ) -> Tensor:
+        """(B, T, H D) of q (B, H, T, D) and k, v (B, H_kv, T, D), behind those in the cache."""
+        if rotation is not None:
+            q, k = self.ops.rotary(q, *rotation), self.ops.rotary(k, *rotation)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        return self.ops.attention(q, k, v, causal=True).transpose(1, 2).flatten(2)
+
+
+class PackedAttention(Attention):
+    """GPT-2's: one projection to queries, keys and values."""
+
+    def __init__(self, width: int, heads: int, bias: bool, dropout: float, layer: int, ops: Operations):
+        super().__init__(layer, ops)
+        self.heads = heads
+        self.c_attn = nn.Linear(width, 3 * width, bias=bias)
+        self.c_proj = nn.Linear(width, width, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, cache: KeyValueCache | None = None, rotation: Rotation | None = None
+    ) -> Tensor:
+        B, T, C = x.shape
+        packed = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = packed.transpose(1, 3).unbind(2)  # (B, H, T, D), views
+        return self.dropout(self.c_proj(self.attend(q, k, v, cache, rotation)))
+
+
+class GroupedAttention(Attention):
+    """Llama's: several heads of queries share one of keys and values; no biases."""
+
+    def __init__(
+        self, width: int, heads: int, key_value_heads: int, head_size: int, layer: int, ops: Operations
+    ):
+        super().__init__(layer, ops)
+        self.head_size = head_size
+        self.q_proj = nn.Linear(width, heads * head_size, bias=False)
+        self.k_proj = nn.Linear(width, key_value_heads * head_size, bias=False)
+        self.v_proj = nn.Linear(width, key_value_heads * head_size, bias=False)
+        self.o_proj = nn.Linear(heads * head_size, width, bias=False)
+
+    def forward(
+        self, x: Tensor, cache: KeyValueCache | None = None, rotation: Rotation | None = None
+    ) -> Tensor:
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for p in projections)
+        return self.o_proj(self.attend(q, k, v, cache, rotation))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU, in its tanh form, between them."""
+
+    def __init__(self, width: int, bias: bool, dropout: float):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width, bias=bias)
+        self.c_proj = nn.Linear(4 * width, width, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU between linear layers. Source: Shazeer, GLU Variants Improve Transformer, 2020."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each after a norm and beside a residual.
+
+    It takes and gives (x, residual) whose sum is the residual stream: the addition is left to the norm that
+    follows, in the next block or at the end.
+
+    Args:
+        parts: norm, attention, norm and MLP, in this order, by the names that they have in the state dict.
+    """
+
+    def __init__(self, **parts: nn.Module):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        rotation: Rotation | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        norm, attention, next_norm, mlp = self.children()
+        x, residual = norm(x, residual)
+        x, residual = next_norm(attention(x, cache, rotation), residual)
+        return mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """Features of each token from the tokens up to it.
+
+    A subclass has `config`, with vocabulary_size and context, `embedding`, `blocks` and `norm`.
+
+    Args:
+        gradient_checkpointing: keep only each block's inputs for the backward, which runs the blocks again.
+    """
+
+    def __init__(self, gradient_checkpointing: bool):
+        super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers are learned."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def initialize(self, outputs: tuple[str, ...]) -> None:
+        """GPT-2's: normal with deviation 0.02, 0 in biases, 1 in norms.
+
+        Args:
+            outputs: names of the layers that add to the residual, whose deviation is over sqrt(additions).
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                additions = 2 * len(self.blocks) if name.split(".")[-2] in outputs else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(additions))
+
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Features after the final norm.
+
+        Under autocast the residual stream has autocast's dtype, as in a model whose parameters have it.
+
+        Args:
+            tokens: (B, T) int64 ids; T, and the cache's length, together at most the context.
+            cache: the tokens before these; it is extended by them. Only under torch.no_grad().
+
+        Returns:
+            (B, T, C).
+
+        Raises:
+            ValueError: tokens or cache break a rule above.
+        """
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError(f"{self._name}: cache must be used under torch.no_grad(), got gradients enabled")
+        past = cache.length if cache is not None else 0
+        x, residual = self._embed(tokens, past), None
+        rotation = self.rotation(past, past + tokens.shape[1], cache)
+        for block in self.blocks:
+            if self.gradient_checkpointing and cache is None:
+                x, residual = checkpoint(block, x, residual, None, rotation, use_reentrant=False)
+            else:
+                x, residual = block(x, residual, cache, rotation)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x, residual)[0]
+
+    def rotation(self, past: int, end: int, cache: KeyValueCache | None) -> Rotation | None:
+        """Cosines and sines of places from past to end, which a cache may keep; None: no rotation."""
+
+    def positioned(self, x: Tensor, past: int) -> Tensor:
+        """Embeddings (B, T, C) of tokens whose first one stands at `past`, with what tells their places."""
+        return x
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _embed(self, tokens: Tensor, past: int) -> Tensor:
+        if tokens.dtype != torch.int64 or tokens.ndim != 2:
+            got = f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
+            raise ValueError(f"{self._name}: tokens must be (B, T) int64, got {got}")
+        end = past + tokens.shape[1]
+        if end > self.config.context:
+            raise ValueError(f"{self._name}: tokens must fit the context of {self.config.context}, got {end}")
+        try:
+            x = self.embedding(tokens)
+        except IndexError:  # the look-up checks each id anyway; this says which was wrong
+            least, most = tokens.aminmax()
+            wrong = least if least < 0 else most
+            raise ValueError(
+                f"{self._name}: tokens must be in [0, {self.config.vocabulary_size}), got {wrong}"
+            ) from None
+        x = self.positioned(x, past)
+        device = x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

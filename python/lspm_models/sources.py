@@ -1,0 +1,59 @@
+"""Where language models come from: a run of ours, a folder of Hugging Face's, a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lspm_models.data.tokenizers import Tokenizer
+from lspm_models.gguf_model import GgufModel
+from lspm_models.hugging_face import HuggingFaceFolder
+from lspm_models.json_files import read_object
+from lspm_models.pretrained import Pretrained
+from lspm_models.run_folder import RunCheckpoint
+from lspm_models.tasks.language_modelling import LanguageModelling
+
+
+def open_source(path: str | Path) -> RunCheckpoint | Pretrained:
+    """Opens a model; its weights and its tokenizer are read when they are asked for.
+
+    Args:
+        path: a run folder, one checkpoint in it, a folder of Hugging Face's with config.json and safetensors,
+            or a GGUF file.
+
+    Raises:
+        ValueError: there is no model, or one that is not read; the message says what and where.
+    """
+    path = Path(path)
+    if not is_foreign(path):
+        return RunCheckpoint(path)
+    return HuggingFaceFolder(path) if path.is_dir() else GgufModel(path)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a path is a model in the formats of others, or must be if it is one."""
+    if not path.is_dir():
+        return path.is_file() or path.suffix == ".gguf"
+    config = path / "config.json"  # a run has one, too
+    return config.exists() and not (path / "checkpoints").exists() and "model_type" in read_object(config)
+
+
+def load_language_model(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[LanguageModelling, Tokenizer]:
+    """Loads a language model with its tokenizer.
+
+    Args:
+        path: see open_source.
+        device: where the model shall be.
+
+    Returns:
+        The task, in eval mode, and the tokenizer.
+
+    Raises:
+        ValueError: there is no model, or its parts do not fit each other.
+    """
+    source = open_source(path)
+    tokenizer = source.tokenizer()
+    return source.task().to(device), tokenizer

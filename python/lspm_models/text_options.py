@@ -1,0 +1,44 @@
+"""The options of generate.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _option(value: Any, text: str, /, **metadata: Any) -> Any:
+    return field(default=value, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True)
+class Text:
+    """What to continue, and how far."""
+
+    prompt: str | None = _option(
+        None, "text to continue; - reads standard input", default="begin a new text", metavar="TEXT"
+    )
+    chat: str | None = _option(
+        None, "message to answer, by a model that chats", default="continue a text", metavar="TEXT"
+    )
+    system: str | None = _option(
+        None, "what the model shall be, before --chat", default="the template's", metavar="TEXT"
+    )
+    tokens: int = _option(200, "most tokens to add")
+    sequences: int = _option(1, "continuations to make")
+    stop: str | None = _option(None, "end before this text", default="where the model ends", metavar="TEXT")
+
+    def __post_init__(self) -> None:
+        if self.chat is not None and self.prompt is not None:
+            raise ValueError(f"generate: prompt must be absent beside chat, got {self.prompt!r}")
+        if self.chat is None and self.system is not None:
+            raise ValueError(f"generate: system must be beside chat, got {self.system!r} alone")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen."""
+
+    temperature: float = _option(0.8, "below 1, probable tokens come more often than the model says")
+    top_k: int | None = _option(None, "choose among so many of the most probable tokens", default="all")
+    top_p: float | None = _option(None, "choose among the most probable that sum to this", default="1")
+    seed: int | None = _option(None, "the same seed gives the same text", default="a new one each time")
