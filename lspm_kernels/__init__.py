@@ -28,12 +28,14 @@ from lspm_kernels.ops.rotary import rotary
 from lspm_kernels.ops.top_k_scores import top_k_scores
 from lspm_kernels.packed_conv2d import PackedConv2d
 from lspm_kernels.rating_blocks import RatingBlocks, rating_blocks
+from lspm_kernels.weight_only_linear import WeightOnlyLinear, weight_only_
 
 __all__ = [
     "FallbackWarning",
     "FusedEmbeddingBag",
     "PackedConv2d",
     "RatingBlocks",
+    "WeightOnlyLinear",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -64,4 +66,5 @@ __all__ = [
     "rotary",
     "top_k_scores",
     "use_backend",
+    "weight_only_",
 ]

@@ -12,7 +12,7 @@ with errors_in_one_line("generate.py"):  # what comes in with these may not be i
     import torch
 
     from lspm_models.generate import generate
-    from lspm_models.sources import load_language_model
+    from lspm_models.sources import WEIGHTS, load_language_model
 
 DESCRIPTION = """\
 Let a model continue a text. The first continuation appears as it is made, others when all are done.
@@ -22,6 +22,7 @@ EXAMPLES = [
     'generate.py runs/demo --prompt "def " --sequences 3 --seed 1',
     "generate.py runs/demo --prompt 'import ' --greedy --stop $'\\n\\n'",
     "generate.py runs/demo --prompt - --tokens 400 < beginning.txt",
+    "generate.py runs/demo --prompt 'class ' --weights int8",
     "generate.py SmolLM2-135M-Instruct.Q4_1.gguf --chat 'What is the capital of Italy?' --greedy",
 ]
 
@@ -32,6 +33,8 @@ def main() -> int:
     help = "run folder, one checkpoint in it, Hugging Face folder, or GGUF file"
     parser.run.add_argument("source", metavar="MODEL", help=help)
     parser.run.add_argument("--greedy", action="store_true", help="always the most probable token")
+    help = "of linear layers: fewer bits are faster and less exact  [float32]"
+    parser.run.add_argument("--weights", choices=tuple(WEIGHTS), default="float32", help=help)
     parser.add_config("text", Text)
     parser.add_config("sampling", Sampling)
     arguments = parser.parse_args()
@@ -43,12 +46,13 @@ def main() -> int:
     for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Ctrl-C, or `| head`: end without a traceback
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     with errors_in_one_line(parser.prog):
-        write(arguments.source, Text(**options["text"]), sampling)
+        write(arguments.source, arguments.weights, Text(**options["text"]), sampling)
     return 0
 
 
-def write(source: str, text: Text, sampling: dict) -> None:
+def write(source: str, weights: str, text: Text, sampling: dict) -> None:
     task, tokenizer = load_language_model(source, "cuda" if torch.cuda.is_available() else "cpu")
+    task.read_only_(*WEIGHTS[weights])
     prompt = sys.stdin.read().removesuffix("\n") if text.prompt == "-" else text.prompt
     tokens = tokenizer.prompt(prompt) if text.chat is None else tokenizer.chat(text.chat, text.system)
     transcript = Transcript(sys.stdout, prompt or "", text.sequences, tokenizer.decode, text.stop)

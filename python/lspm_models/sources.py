@@ -14,6 +14,9 @@ from lspm_models.pretrained import Pretrained
 from lspm_models.run_folder import RunCheckpoint
 from lspm_models.tasks.language_modelling import LanguageModelling
 
+# Names of what a model for generation keeps its weights in: dtype, and columns to a scale.
+WEIGHTS = {"float32": (torch.float32,), "bfloat16": (torch.bfloat16,), "int8": (torch.int8, 32)}
+
 
 def open_source(path: str | Path) -> RunCheckpoint | Pretrained:
     """Opens a model; its weights and its tokenizer are read when they are asked for.

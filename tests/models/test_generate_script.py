@@ -98,6 +98,12 @@ def test_greedy_needs_no_seed(run, folder):
     assert run(folder, "--prompt", "def ", "--tokens", 30, "--temperature", 0) == (0, text + "\n", "")
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_keeps_weights_in_fewer_bits(run, folder, weights):
+    code, text, error = run(folder, "--prompt", "let", "--greedy", "--tokens", 10, "--weights", weights)
+    assert (code, error) == (0, "") and len(text) == len("let") + 10 + 1
+
+
 def test_ends_before_the_stop_text(run, folder):
     [text] = expected(folder, "ab", max_new_tokens=30, seed=5, temperature=0.8)
     stop = text[12:14]

@@ -1,8 +1,10 @@
 """Language modelling: from features to the next token."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lspm_kernels
 from lspm_models.models.blocks import Decoder
 from lspm_models.models.cache import KeyValueCache
 
@@ -19,6 +21,7 @@ class LanguageModelling(nn.Module):
     def __init__(self, model: Decoder):
         super().__init__()
         self.model = model
+        self.logits = None  # of read_only_, in place of a tied head
         if not self.config.tied:
             self.lm_head = nn.Linear(*reversed(model.embedding.weight.shape), bias=False)
             nn.init.normal_(self.lm_head.weight, std=0.02)
@@ -35,7 +38,22 @@ class LanguageModelling(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         """Logits (..., V) of features (..., C)."""
-        return F.linear(features, self.head_weight)
+        if not self.config.tied:
+            return self.lm_head(features)
+        return F.linear(features, self.head_weight) if self.logits is None else self.logits(features)
+
+    def read_only_(self, dtype: torch.dtype, group_size: int | None = None) -> "LanguageModelling":
+        """Makes it a model for generation alone: the weights of linear layers, and of the head, in dtype.
+
+        Args:
+            dtype, group_size: as lspm_kernels.weight_only_ takes them; the table of embeddings stays.
+        """
+        if self.config.tied:
+            divides = group_size and self.head_weight.shape[1] % group_size == 0
+            size = group_size if divides else None
+            self.logits = lspm_kernels.WeightOnlyLinear(self.head_weight, dtype=dtype, group_size=size)
+        lspm_kernels.weight_only_(self, dtype, group_size=group_size)
+        return self
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits (B, T, V) of the token after each of tokens (B, T); see Decoder.forward."""
