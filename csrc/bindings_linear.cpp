@@ -15,8 +15,7 @@ namespace {
 void linear_forward(const TensorView& x, const TensorView& weight, const OptionalView& bias,
                     const OptionalView& scales, const TensorView& y, int threads) {
   check_first(x, "x");
-  if (x.dim() != 2) TensorView::refuse("x", "have 2 dimensions");
-  if (weight.dim() != 2 || weight.size(1) != x.size(1)) TensorView::refuse("weight", "have x's columns");
+  if (weight.dim() != 2 || weight.size(1) != x.size(-1)) TensorView::refuse("weight", "have x's columns");
   if (weight.size(1) > 1 && weight.stride(1) != 1) TensorView::refuse("weight", "have contiguous rows");
   const bool integers = weight.dtype() == DType::i8;
   if (!integers && weight.dtype() > DType::f16) TensorView::refuse("weight", "be of floats or int8");
@@ -24,7 +23,8 @@ void linear_forward(const TensorView& x, const TensorView& weight, const Optiona
   const DType bias_dtype = bias ? bias->dtype() : DType::f32;
   if (bias_dtype != DType::f32 && bias_dtype != x.dtype())
     TensorView::refuse("bias", "have x's dtype or float32");
-  const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0);
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const int64_t rows = inputs ? x.numel() / inputs : outputs ? y.numel() / outputs : 0;
   const int64_t groups = scales ? scales->size(-1) : 1;
   if (groups < 1 || inputs % groups || (groups > 1 && inputs / groups % 32))
     TensorView::refuse("scales", "be of groups of a multiple of 32 columns");

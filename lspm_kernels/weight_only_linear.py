@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from lspm_kernels.ops.linear import linear, quantize_int8
+from lspm_kernels.ops.linear import FLOATS, linear, product, quantize_int8
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_DTYPES = (*FLOATS, torch.int8)
 
 
 class WeightOnlyLinear(nn.Module):
@@ -55,7 +55,17 @@ class WeightOnlyLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) of x (..., K), in x's dtype."""
-        return linear(x, self.weight, self.bias, scales=self.scales)
+        weight, bias, scales = self.weight, self.bias, self.scales
+        device = weight.device
+        if (
+            type(x) is not Tensor
+            or x.dtype not in FLOATS
+            or x.device != device
+            or x.shape[-1:] != weight.shape[1:]
+            or torch.is_autocast_enabled(device.type)
+        ):
+            return linear(x, weight, bias, scales=scales)
+        return product(x, weight, bias, scales)
 
     def extra_repr(self) -> str:
         """What print() shows of a layer."""

@@ -8,7 +8,7 @@ from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import linear as reference
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # As many rows as the kernels read weights for at the rate of memory, or nearly: from here on products bound a
 # call, and torch's (oneDNN, MKL, cuBLAS) block them better than kernels that were made to read.
 MOST_ROWS = 8
@@ -27,7 +27,7 @@ _CONSTANTS = Limit(
 # There is no CUDA C++: a product of few rows is bound by reading the weight, which Triton's loads of 16 bytes
 # do as well as any; compiled and emulated, not timed.
 BACKENDS = tuple(
-    Backend(name, device, _FLOATS, kernel("linear_forward"), None, missing, (_FEW, _CONSTANTS))
+    Backend(name, device, FLOATS, kernel("linear_forward"), None, missing, (_FEW, _CONSTANTS))
     for name, device, kernel, missing in (
         ("cpu", "cpu", compiled.cpu_kernel, compiled.nothing_missing),
         ("triton", "cuda", triton.kernel, triton.missing),
@@ -44,12 +44,11 @@ def _differentiates(*tensors):
 
 
 def _forward(row, x, weight, bias, scales, saves=True):
-    y = x.new_empty(*x.shape[:-1], len(weight))
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
     if row is not None and y.numel():
-        rows = _rows(x)
-        others = (t if t is None else t.contiguous() for t in (bias, scales))
-        given = x.reshape(rows, x.shape[-1]).contiguous(), checks.rows(weight), *others
-        row.forward(*given, y.view(rows, len(weight)))
+        bias = None if bias is None else bias.contiguous()
+        scales = None if scales is None else scales.contiguous()
+        row.forward(x.contiguous(), checks.rows(weight), bias, scales, y)
     return y
 
 
@@ -92,7 +91,13 @@ def linear(
 
     Source: Dettmers et al., "LLM.int8()" (2022), for integers with a scale to a row.
     """
-    x = _check(x, weight, bias, scales)
+    return product(_check(x, weight, bias, scales), weight, bias, scales, backend)
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, backend: str | None = None
+) -> Tensor:
+    """linear of arguments that were checked, as by a module that keeps them; x in linear's dtype."""
     if backend is None and (_rows(x) > MOST_ROWS or _differentiates(x, weight)):
         given = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, reference.dequantized(weight, scales, x.dtype), given)
@@ -141,13 +146,13 @@ def _check(x, weight, bias, scales):
     if not isinstance(x, Tensor) or x.dim() == 0 or not x.is_floating_point():
         got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{op}: x must be a floating-point tensor of one dimension or more, got {got}")
-    if x.dtype in _FLOATS and torch.is_autocast_enabled(x.device.type):
+    if x.dtype in FLOATS and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    K, dtypes = x.shape[-1], {*_FLOATS, x.dtype}
+    K, dtypes = x.shape[-1], {*FLOATS, x.dtype}
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != K:
         raise ValueError(f"{op}: weight must be of shape (N, {K}), got {checks.shape(weight)}")
     if weight.dtype not in dtypes and weight.dtype != torch.int8:
-        rule = f"one of {', '.join(map(str, (*_FLOATS, torch.int8)))}"
+        rule = f"one of {', '.join(map(str, (*FLOATS, torch.int8)))}"
         raise ValueError(f"{op}: weight must have dtype {rule}, got {weight.dtype}")
     if bias is not None:
         checks.parameter(op, "bias", bias, len(weight), x.device, (*dtypes,))

@@ -46,15 +46,16 @@ def forward(x, weight, bias, scales, y):
     """x @ weight.T + bias; the contract is that of csrc/linear.h.
 
     Args:
-        x: (rows, inputs), contiguous, of few rows.
+        x: (..., inputs), contiguous, of few rows.
         weight: (outputs, inputs), rows contiguous.
         bias: (outputs,), or None.
         scales: (outputs, groups) float32, or None.
-        y: (rows, outputs), contiguous.
+        y: (..., outputs), contiguous.
     """
     if not y.numel():
         return
-    (rows, inputs), outputs = x.shape, len(weight)
+    outputs, inputs = weight.shape
+    rows = y.numel() // outputs
     groups, columns = 1 if scales is None else scales.shape[1], _COLUMNS
     if groups > 1:  # a tile lies in one group: it has the largest power of two that divides the group's
         group = inputs // groups

@@ -168,7 +168,7 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
         rotation: Rotation | None = None,
     ) -> tuple[Tensor, Tensor]:
-        norm, attention, next_norm, mlp = self.children()
+        norm, attention, next_norm, mlp = self._modules.values()
         x, residual = norm(x, residual)
         x, residual = next_norm(attention(x, cache, rotation), residual)
         return mlp(x), residual
