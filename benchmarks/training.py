@@ -11,17 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lspm_kernels import AdamW
 from lspm_models.models.gpt import GPT, GPTConfig
 from lspm_models.models.operations import FUSED, PLAIN
 from lspm_models.tasks.language_modelling import LanguageModelling
 
 VARIANTS = {"lspm": FUSED, "torch": PLAIN}
+CLIP = 1.0  # the largest norm of the gradients, as in GPT-3's training
 TINY = GPTConfig(vocabulary_size=128, context=32, layers=2, heads=2, width=64)
 
 
 @dataclass(frozen=True)
 class Training:
-    """Forward, loss, backward and AdamW on batch x tokens ids; bfloat16 is autocast over float32 weights."""
+    """Forward, loss, backward, clipping and AdamW on batch x tokens ids; bfloat16 is autocast over float32
+    weights."""
 
     name: str
     config: GPTConfig
@@ -36,12 +39,18 @@ class Training:
     def step(self, variant: str, device: str) -> Callable[[], None]:
         """A function that trains a new model by one step."""
         model, tokens, targets = self._model(variant, device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        parameters, fused = list(model.parameters()), variant == "lspm"
+        if fused:
+            optimizer = AdamW(parameters, lr=1e-4, clip_norm=CLIP)
+        else:
+            optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
         def train() -> None:
             with self._autocast(device):
                 loss = model.loss(tokens, targets)
             loss.backward()
+            if not fused:
+                torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -6,6 +6,22 @@ isa: str
 _Sequences = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int]
 _Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
+def adamw_count(steps: Sequence[Tensor], counts: Tensor) -> None: ...
+def adamw_norm(grads: Sequence[Tensor], norm: Tensor, threads: int) -> None: ...
+def adamw_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    master_params: Sequence[Tensor],
+    scale: Tensor | None,
+    steps: Sequence[int],
+    numbers: Sequence[float],
+    maximize: bool,
+    seed: int | None,
+    threads: int,
+) -> None: ...
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,

@@ -1,7 +1,9 @@
 """Fused kernels that make large pretrained models faster and smaller in PyTorch, on GPUs and on CPUs."""
 
+from lspm_kernels.adamw import AdamW
 from lspm_kernels.dispatch import FallbackWarning, use_backend
 from lspm_kernels.fused_embedding_bag import FusedEmbeddingBag
+from lspm_kernels.ops.adamw import adamw_, adamw_norm
 from lspm_kernels.ops.attention import attention
 from lspm_kernels.ops.attention_varlen import attention_varlen
 from lspm_kernels.ops.attention_with_kv_cache import attention_with_kv_cache
@@ -31,11 +33,14 @@ from lspm_kernels.rating_blocks import RatingBlocks, rating_blocks
 from lspm_kernels.weight_only_linear import WeightOnlyLinear, weight_only_
 
 __all__ = [
+    "AdamW",
     "FallbackWarning",
     "FusedEmbeddingBag",
     "PackedConv2d",
     "RatingBlocks",
     "WeightOnlyLinear",
+    "adamw_",
+    "adamw_norm",
     "add_layer_norm",
     "add_rms_norm",
     "attention",

@@ -6,7 +6,7 @@ transforms or intercepts tensors (torch.compile, torch.export, torch.func, fake 
 torch.ops.lspm.<name>, which runs the same row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_grad_enabled = torch.is_grad_enabled
 _PLAIN = {type(None), bool, int, float, str}
+_ORDINARY = frozenset({Tensor, Parameter})
 
 
 class Operator:
@@ -162,13 +163,23 @@ class InPlaceOperator:
         self._op, self._update = op, update
 
     def __call__(self, row: Backend, *args) -> None:
-        written = [args[i] for i in self._written if args[i] is not None]
+        written = _tensors(args[i] for i in self._written)
         if _is_grad_enabled() and any(t.requires_grad for t in written):
             rule = "not require a gradient while gradients are recorded: call it under torch.no_grad()"
             raise ValueError(f"{self._name}_: what it changes must {rule}")
-        tensors = (a for a in args if isinstance(a, Tensor))
-        if _is_compiling() or _dispatch_modes() or any(type(t) not in (Tensor, Parameter) for t in tensors):
+        if _is_compiling() or _dispatch_modes() or not _ORDINARY.issuperset(map(type, _tensors(args))):
             return self._op(*args, row.name)
         self._update(row, *args)
         torch.autograd.graph.increment_version(written)
         return None
+
+
+def _tensors(args: Iterable) -> list[Tensor]:
+    """Those among the arguments, and in lists among them."""
+    found = []
+    for a in args:
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif type(a) is list and a and isinstance(a[0], Tensor):
+            found += a
+    return found

@@ -10,6 +10,7 @@ from lspm_kernels.__main__ import backends
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 PUBLIC = {
+    "adamw": ["adamw_"],
     "layer_norm": ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"],
     "attention": ["attention"],
     "attention_varlen": ["attention_varlen"],

@@ -6,51 +6,13 @@
 #include "embedding_bag_update.h"
 
 #include "cpu/bags.h"
-#include "cpu/philox.h"
+#include "cpu/random_rounding.h"
+#include "cpu/sqrt.h"
 
 namespace lspm::cpu {
 namespace {
 
 constexpr const char* kNames[] = {"embedding_bag_sgd_", "embedding_bag_adagrad_", "embedding_bag_adam_"};
-
-F sqrt(F v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (float& lane : lanes) lane = std::sqrt(lane);  // which compilers make one instruction
-  return load(lanes);
-}
-
-// The bfloat16 above or below each lane, by the high half of a word; what is not finite is as always.
-F rounded_at_random(F v, U word) {
-  const U bits = reinterpret_cast<U>(v), moved = (bits + (word >> 16)) & 0xffff0000u;
-  return (bits & 0x7f800000u) == 0x7f800000u ? v : reinterpret_cast<F>(moved);
-}
-
-// Rounds `values` (dim) to bfloat16 into `row`, the r-th of the table.
-void store_at_random(bf16* row, const float* values, int64_t r, int64_t dim, uint64_t seed) {
-  constexpr int kBlock = 16;  // words of four kinds that one counter gives, each for so many elements
-  const auto lane = [](int from) {
-    U u;
-    for (int i = 0; i < kLanes; ++i) u[i] = uint32_t(from + i);
-    return u;
-  };
-  for (int64_t d = 0; d < dim; d += 4 * kBlock)
-    for (int from = 0; from < kBlock; from += kLanes) {
-      const U counter = lane(from) + uint32_t(d / 4), low = counter - counter;
-      U x[4] = {counter, low + uint32_t(r), low + uint32_t(uint64_t(r) >> 32), low};
-      philox(seed, x);
-      for (int k = 0; k < 4; ++k) {
-        const int64_t at = d + k * kBlock + from;
-        const auto store = [&](auto lanes) {
-          lanes.store(row + at, rounded_at_random(lanes.load(values + at), x[k]));
-        };
-        if (at + kLanes <= dim)
-          store(AllLanes{});
-        else if (at < dim)
-          store(FirstLanes{int(dim - at)});
-      }
-    }
-}
 
 template <class T>
 class Stepper {
@@ -114,7 +76,9 @@ class Stepper {
     if constexpr (std::is_same_v<T, bf16>) {
       if (step_.stochastic) {
         for_each_vector(dim_, [&](int64_t d, auto lanes) { lanes.store(g + d, value(d, lanes)); });
-        return store_at_random(row, g, r, dim_, step_.seed);
+        return for_each_word(step_.seed, r, 0, dim_, [&](int64_t d, U word, auto lanes) {
+          lanes.store(row + d, rounded_at_random(lanes.load(g + d), word));
+        });
       }
     }
     for_each_vector(dim_, [&](int64_t d, auto lanes) { lanes.store(row + d, value(d, lanes)); });

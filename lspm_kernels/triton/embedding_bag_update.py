@@ -22,29 +22,11 @@ from lspm_kernels.triton.bags import (
     sum_of_parts,
     tile_of,
 )
+from lspm_kernels.triton.hashing import rounded_at_random
 
 _ADAGRAD, _ADAM = 1, 2  # as csrc/embedding_bag_update.h numbers them
 _WHOLE_ROW = {"most": 1024}
 _WORDS = {"least": 64}  # columns that 16 counters have words for
-
-
-@triton.jit
-def _rounded_at_random(value, seed, row, first, DIM: tl.constexpr):
-    """A row's columns from `first` on as the bfloat16 above or below; what is not finite is as always.
-
-    A counter gives the words of four columns that lie 16 apart, so DIM is a multiple of 64.
-    """
-    counter = first // 4 + tl.arange(0, DIM // 4)
-    nothing = counter * 0
-    low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
-    low, high = low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True)
-    w0, w1, w2, w3 = tl.philox(seed, counter, low + nothing, high + nothing, nothing)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    words = tl.reshape(words, (DIM // 64, 16, 2, 2))  # (.., word // 2, word % 2)
-    words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (DIM,))
-    bits = value.to(tl.uint32, bitcast=True)
-    moved = ((bits + (words >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return tl.where((bits & 0x7F800000) == 0x7F800000, value, moved)
 
 
 @triton.jit
@@ -70,7 +52,7 @@ def _change(
         square += grow2 * (g * g - square)
         new = old - lr * mean / (tl.sqrt_rn(square) * root + eps)
     if seed is not None:
-        new = _rounded_at_random(new, seed, row, first, DIM)
+        new = rounded_at_random(new, seed, row, first, DIM)
     tl.debug_barrier()  # several threads read an element, and one of them writes it
     if OPTIMIZER == 1:
         tl.store(first_state + row, squares)

@@ -1,4 +1,4 @@
-"""The hash by which csrc/random_bits.h draws random bits of a place."""
+"""Random bits of a place: the hash of csrc/random_bits.h, and the rounding of csrc/cpu/random_rounding.h."""
 
 import triton
 import triton.language as tl
@@ -11,3 +11,25 @@ def random_bits(seed, place):
     x = seed.to(tl.uint64) + place.to(tl.uint64) * tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
     x = (x ^ (x >> 32)) * factor
     return (((x ^ (x >> 32)) * factor) >> 32).to(tl.int64)
+
+
+@triton.jit
+def rounded_at_random(value, seed, row, first, DIM: tl.constexpr):
+    """A row's columns from `first` on as the bfloat16 above or below; what is not finite is as always.
+
+    A counter gives the words of four columns that lie 16 apart, so DIM and first are multiples of 64.
+    """
+    counter = first // 4 + tl.arange(0, DIM // 4)
+    nothing = counter.to(tl.int32) * 0
+    low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
+    low, high = low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True)
+    above = nothing
+    if counter.dtype == tl.int64:
+        above = (counter >> 32).to(tl.int32)
+    w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.int32), low + nothing, high + nothing, above)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    words = tl.reshape(words, (DIM // 64, 16, 2, 2))  # (.., word // 2, word % 2)
+    words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (DIM,))
+    bits = value.to(tl.uint32, bitcast=True)
+    moved = ((bits + (words >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where((bits & 0x7F800000) == 0x7F800000, value, moved)

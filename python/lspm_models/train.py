@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lspm_kernels import AdamW
 from lspm_models import checkpoint
 from lspm_models.distributed import Processes
 from lspm_models.fit_config import FREE, PRECISIONS, FitConfig, learning_rate
@@ -104,11 +105,11 @@ class _Fit:
             "data_fingerprint": data.fingerprint,
             "processes": processes.count,
         }
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             parameter_groups(self.task, config.weight_decay),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
-            fused=True,
+            clip_norm=config.clip or None,
         )
         self.step, self.tokens, self.seconds_before = 0, 0, 0.0
         self.train_loss = self.validation_loss = math.nan
@@ -182,16 +183,16 @@ class _Fit:
                     loss = self.loss(inputs, targets) / config.accumulation
                 loss.backward()
             total, count = total + loss.detach(), count + self.size(targets)
-        norm = nn.utils.clip_grad_norm_(self.task.parameters(), config.clip or math.inf)
+        norm = self.optimizer.measure_grad_norm()
         loss, count, signals = self.processes.sum(
             [float(total), count, interruption.received or 0], self.device
         )
-        loss, norm = loss / self.processes.count, float(norm)
+        loss = loss / self.processes.count
         self.require_finite("loss", loss, self.step + 1)
-        self.require_finite("gradient norm", norm, self.step + 1)
-        self.optimizer.step()
+        self.require_finite("gradient norm", float(norm), self.step + 1)
+        self.optimizer.step(grad_norm=norm)
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm, int(count), (interruption.received or signal.SIGINT) if signals else None
+        return loss, float(norm), int(count), (interruption.received or signal.SIGINT) if signals else None
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -221,6 +221,8 @@ class Copies:
         self.buffers = {}  # address of the storage -> its bytes, their copy
 
     def pointer(self, tensor):
+        if targets := getattr(tensor, "addresses_of", None):
+            return self.table(tensor, targets)
         storage = tensor.untyped_storage()
         host = storage.data_ptr()
         if host not in self.buffers:
@@ -231,6 +233,12 @@ class Copies:
             tensor.uninitialised = False
             self.buffers[host] = content, buffer
         return ctypes.c_void_p(self.buffers[host][1].pointer.value + tensor.data_ptr() - host)
+
+    def table(self, tensor, targets):
+        """A copy of a table of addresses, those of the tensors that it is marked with, as they are there."""
+        there = {t.data_ptr(): self.pointer(t).value for t in targets if t.numel()}
+        translated = torch.tensor([there.get(address, 0) for address in tensor.flatten().tolist()])
+        return self.library.copy(translated).pointer
 
     def copy_back(self):
         for content, buffer in self.buffers.values():

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tiny_task import configuration, counting, table
 from torch import nn
 
+from lspm_kernels import AdamW
 from lspm_models import checkpoint
 from lspm_models.run_log import read_log
 from lspm_models.train import fit
@@ -128,6 +129,20 @@ def test_weights_optimizer_and_generators_come_back(trained):
         torch.manual_seed(1)
         step(ours, theirs, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_torchs_optimizer_goes_on_in_ours(trained):
+    """As that of a run from before there was ours: in the same steps, but for rounding."""
+    model, optimizer, path = trained
+    other = table()
+    other_optimizer = AdamW(other.parameters(), lr=0.1)
+    checkpoint.load_training(path, other, other_optimizer)
+    for ours, theirs in ((model, optimizer), (other, other_optimizer)):
+        torch.manual_seed(1)
+        step(ours, theirs, 2)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(entry["step"] == 5 for entry in other_optimizer.state.values())
 
 
 def test_a_checkpoint_is_tensors_and_text(trained):

@@ -90,11 +90,13 @@ MUTATIONS = [
     ),
     in_update(
         name="embedding_bag_update, cpu: every vector rounded by the words of the first",
+        file="csrc/cpu/random_rounding.h",
         old="lane(from) + uint32_t(d / 4)",
         new="lane(0) + uint32_t(d / 4)",
     ),
     in_update(
         name="embedding_bag_update, cpu: infinity rounded at random",
+        file="csrc/cpu/random_rounding.h",
         old="return (bits & 0x7f800000u) == 0x7f800000u ? v : reinterpret_cast<F>(moved);",
         new="return reinterpret_cast<F>(moved);",
     ),
@@ -155,11 +157,13 @@ MUTATIONS = [
     ),
     in_triton_update(
         name="embedding_bag_update, triton: every block of columns rounded by the words of the first",
+        file="lspm_kernels/triton/hashing.py",
         old="counter = first // 4 + ",
         new="counter = ",
     ),
     in_triton_update(
         name="embedding_bag_update, triton: a NaN rounded at random",
+        file="lspm_kernels/triton/hashing.py",
         old="tl.where((bits & 0x7F800000) == 0x7F800000, value, moved)",
         new="moved",
     ),
