@@ -10,7 +10,7 @@ namespace lspm {
 // c[0] + c[1] x + c[2] x ** 2 + ..., by pairs, then pairs of pairs: few of the products wait for each other,
 // and a processor that looks 100 instructions ahead computes that many more vectors at once (Estrin 1960).
 template <class C, int kTerms>
-inline F polynomial(F x, const C (&c)[kTerms]) {
+__attribute__((always_inline)) inline F polynomial(F x, const C (&c)[kTerms]) {
   if constexpr (kTerms == 1) {
     return F{} + c[0];
   } else {
@@ -28,7 +28,7 @@ inline F polynomial(F x, const C (&c)[kTerms]) {
 // 2 ** x for -252 < x < 254, by a minimax polynomial on |x - n| <= 1 / 2: of relative error 2e-9, or 2.8e-6
 // where the result is to be rounded to a half type T.
 template <class T>
-inline F exp2(F x) {
+__attribute__((always_inline)) inline F exp2(F x) {
   const F n = nearest(x), r = x - n;
   if constexpr (sizeof(T) == sizeof(float)) {
     constexpr float kTerms[] = {1.0f,           0.693147182f,   0.240226477f,  0.0555033237f,
@@ -58,7 +58,7 @@ constexpr float kZero = kActivation == Activation::silu   ? (kIsFloat<T> ? -100.
 // which saves what erf needs: a second branch near 0 and the reduction of exp's argument. The error of z *
 // cdf(z) is 1.2e-8, or 6e-7 for half types.
 template <Activation kActivation, class T>
-inline F tail(F m) {
+__attribute__((always_inline)) inline F tail(F m) {
   if constexpr (kActivation == Activation::silu) {
     if constexpr (kIsFloat<T>) return 1.0f / (1.0f + exp(-m));
     return 1.0f / (1.0f + exp2<T>(m * -1.44269504f));
@@ -78,7 +78,7 @@ inline F tail(F m) {
 
 // The density at m, whose distribution function there is t; the normal one as t times a polynomial.
 template <Activation kActivation, class T>
-inline F density(F m, F t) {
+__attribute__((always_inline)) inline F density(F m, F t) {
   if constexpr (kActivation == Activation::silu) {
     return t * (1.0f - t);
   } else if constexpr (kActivation == Activation::gelu_tanh) {
@@ -95,12 +95,12 @@ inline F density(F m, F t) {
 }
 
 template <Activation kActivation, class T>
-inline F below(F z) {  // m; NaN at NaN
+__attribute__((always_inline)) inline F below(F z) {  // m; NaN at NaN
   return max(broadcast(kZero<kActivation, T>), reinterpret_cast<F>(reinterpret_cast<U>(z) | 0x80000000u));
 }
 
 template <Activation kActivation, class T = float>
-inline F activated(F z) {
+__attribute__((always_inline)) inline F activated(F z) {
   if constexpr (kActivation == Activation::none) return z;
   if constexpr (kActivation == Activation::relu) return z < 0.0f ? F{} : z;
   if constexpr (kActivation == Activation::relu6) return z < 0.0f ? F{} : z > 6.0f ? broadcast(6.0f) : z;
@@ -112,7 +112,7 @@ inline F activated(F z) {
 
 // g times the activation's slope at z.
 template <Activation kActivation, class T = float>
-inline F through(F g, F z) {
+__attribute__((always_inline)) inline F through(F g, F z) {
   if constexpr (kActivation == Activation::none) return g;
   if constexpr (kActivation == Activation::relu) return z <= 0.0f ? F{} : g;
   if constexpr (kActivation == Activation::relu6) return z <= 0.0f ? F{} : z >= 6.0f ? F{} : g;
@@ -123,11 +123,11 @@ inline F through(F g, F z) {
 }
 
 template <Activation kActivation, class T = float>
-inline Pair activated(Pair z) {
+__attribute__((always_inline)) inline Pair activated(Pair z) {
   return {activated<kActivation, T>(z.first), activated<kActivation, T>(z.second)};
 }
 template <Activation kActivation, class T = float>
-inline Pair through(Pair g, Pair z) {
+__attribute__((always_inline)) inline Pair through(Pair g, Pair z) {
   return {through<kActivation, T>(g.first, z.first), through<kActivation, T>(g.second, z.second)};
 }
 

@@ -39,7 +39,7 @@ struct Job {
   void forward(int64_t at, int64_t n, const float* bias) const {
     const T* const x = this->x + at;
     T* const y = this->y + at;
-    for_each_pair<T>(0, n, [&](int64_t i, auto lanes) {
+    for_each_pair<T>(0, n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       auto z = lanes.load(x + i);
       if (bias) z += lanes.load(bias + i);
       fetch(x + i, kAhead);
@@ -53,8 +53,8 @@ struct Job {
   void backward(int64_t at, int64_t n, const float* bias, float* sums) const {
     const T *const dy = this->dy + at, *const x = this->x + at;
     T *const dx = this->dx + at, *const y = this->y ? this->y + at : nullptr;
-    const int64_t ahead = kRows == 1 ? kAhead : kRows * n;
-    for_each_pair<T>(0, n, [&](int64_t i, auto lanes) {
+    const int64_t ahead = kRows == 1 ? kAhead : std::max(kAhead, kRows * n);
+    for_each_pair<T>(0, n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       decltype(lanes.load(x)) b{}, total{};
       if (bias) b = lanes.load(bias + i);
 #pragma GCC unroll 2

@@ -46,7 +46,7 @@ struct Job {
     const T* const gate = this->gate.data + r * this->gate.stride + at;
     const T* const up = this->up.data + r * this->up.stride + at;
     T* const y = this->y.data + r * this->y.stride + at;
-    for_each_pair<T>(0, n, [&](int64_t i, auto lanes) {
+    for_each_pair<T>(0, n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       const auto z = lanes.load(gate + i), u = lanes.load(up + i);
       fetch(gate + i);
       fetch(up + i);
@@ -62,7 +62,7 @@ struct Job {
     T* const dgate = this->dgate.data + r * this->dgate.stride + at;
     T* const dup = this->dup.data + r * this->dup.stride + at;
     T* const y = this->y.data ? this->y.data + r * this->y.stride + at : nullptr;
-    for_each_pair<T>(0, n, [&](int64_t i, auto lanes) {
+    for_each_pair<T>(0, n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       const auto g = lanes.load(dy + i), z = lanes.load(gate + i), u = lanes.load(up + i);
       fetch(dy + i);
       fetch(gate + i);

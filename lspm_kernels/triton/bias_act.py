@@ -107,9 +107,16 @@ def _sum_runs_kernel(partial, dbias, runs, cols, RUNS: tl.constexpr, COLS: tl.co
 
 
 def tile(cols, elements):
-    """A tile of so many elements, with its warps."""
+    """A tile of so many elements, with its warps.
+
+    Triton reads 16 bytes at a time where it sees that it may, else element by element, with an address for
+    each: a thread then has registers for fewer elements.
+    """
+    if cols % 16:
+        elements //= 4
     width = min(triton.next_power_of_2(cols), _COLS)
-    return {"ROWS": elements // width, "COLS": width, "num_warps": _WARPS}
+    # maxnreg: left to itself, ptxas aims at one more block per multiprocessor and spills for it.
+    return {"ROWS": elements // width, "COLS": width, "num_warps": _WARPS, "maxnreg": 128}
 
 
 def forward(x, bias, y, activation):

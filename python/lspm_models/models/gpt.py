@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -95,14 +94,16 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with GELU, in its tanh form, between them."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, ops: Operations):
         super().__init__()
+        self.ops = ops
         self.c_fc = nn.Linear(config.width, 4 * config.width, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.width, config.width, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
+        return self.dropout(self.ops.mlp(x, *layers, activation="gelu_tanh"))
 
 
 class Block(nn.Module):
@@ -117,7 +118,7 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(config, ops)
         self.attn = Attention(config, layer, ops)
         self.ln_2 = LayerNorm(config, ops)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, ops)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, cache: KeyValueCache | None = None

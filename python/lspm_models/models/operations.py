@@ -5,6 +5,7 @@ One model definition then stands on both sides of a comparison: GPT(config) and 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ class Operations:
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     attention: Callable[..., Tensor]
+    mlp: Callable[..., Tensor]
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -44,5 +46,27 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tens
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
-FUSED = Operations(lspm_kernels.layer_norm, lspm_kernels.add_layer_norm, lspm_kernels.attention)
-PLAIN = Operations(_layer_norm, _add_layer_norm, _attention)
+_ACTIVATIONS = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def _mlp(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    *,
+    activation: str,
+) -> Tensor:
+    return F.linear(_ACTIVATIONS[activation](F.linear(x, weight_in, bias_in)), weight_out, bias_out)
+
+
+FUSED = Operations(
+    lspm_kernels.layer_norm, lspm_kernels.add_layer_norm, lspm_kernels.attention, lspm_kernels.mlp
+)
+PLAIN = Operations(_layer_norm, _add_layer_norm, _attention, _mlp)
