@@ -17,6 +17,7 @@ import bench_attention_options
 import bench_attention_varlen
 import bench_attention_with_kv_cache
 import bench_batch_norm_act
+import bench_bias_act
 import bench_bpr
 import bench_conv2d
 import bench_conv2d_batch_norm
@@ -28,8 +29,10 @@ import bench_max_pool2d
 import bench_mf
 import bench_mf_als
 import bench_mf_sgd
+import bench_mlp
 import bench_nmf
 import bench_rotary
+import bench_swiglu
 import bench_top_k_scores
 import machine
 import results
@@ -42,7 +45,8 @@ import harness
 OPS = (
     bench_layer_norm, bench_attention, bench_attention_options, bench_attention_varlen,
     bench_attention_with_kv_cache, bench_rotary, bench_max_pool2d, bench_global_avg_pool,
-    bench_cross_entropy, bench_embedding_bag, bench_batch_norm_act, bench_conv2d, bench_conv2d_batch_norm,
+    bench_bias_act, bench_swiglu, bench_mlp, bench_cross_entropy, bench_embedding_bag, bench_batch_norm_act,
+    bench_conv2d, bench_conv2d_batch_norm,
     bench_mf, bench_mf_als, bench_mf_sgd, bench_bpr, bench_nmf, bench_top_k_scores,
 )  # fmt: skip
 PREDICTED = "predicted, not measured"

@@ -98,6 +98,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         py::arg("threads"));
   bind_attention(m);
 #ifndef LSPM_CUDA
+  bind_activation(m);
   bind_adamw(m);
   bind_attention_with_kv_cache(m);
   bind_linear(m);

@@ -46,6 +46,7 @@ inline void* optional(const lspm::OptionalView& view, const char* name, const ls
 }
 
 // One for each further file, called by the module's init.
+void bind_activation(pybind11::module_& m);
 void bind_adamw(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
 void bind_attention_with_kv_cache(pybind11::module_& m);

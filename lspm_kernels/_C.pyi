@@ -121,6 +121,18 @@ def batch_norm_act_sums(
     activation: int,
     threads: int,
 ) -> None: ...
+def bias_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    dx: Tensor,
+    dbias: Tensor | None,
+    y: Tensor | None,
+    partial: Tensor | None,
+    activation: int,
+    threads: int,
+) -> None: ...
+def bias_act_forward(x: Tensor, bias: Tensor | None, y: Tensor, activation: int, threads: int) -> None: ...
 def bpr_update(
     user_factors: Tensor,
     item_factors: Tensor,
@@ -381,6 +393,17 @@ def rotary_forward(
     interleaved: bool,
     threads: int,
 ) -> None: ...
+def swiglu_backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    dgate: Tensor,
+    dup: Tensor | None,
+    y: Tensor | None,
+    activation: int,
+    threads: int,
+) -> None: ...
+def swiglu_forward(gate: Tensor, up: Tensor | None, y: Tensor, activation: int, threads: int) -> None: ...
 def top_k_scores_forward(
     queries: Tensor,
     items: Tensor,

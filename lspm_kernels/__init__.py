@@ -8,6 +8,7 @@ from lspm_kernels.ops.attention import attention
 from lspm_kernels.ops.attention_varlen import attention_varlen
 from lspm_kernels.ops.attention_with_kv_cache import attention_with_kv_cache
 from lspm_kernels.ops.batch_norm_act import batch_norm_act
+from lspm_kernels.ops.bias_act import bias_act, bias_gelu
 from lspm_kernels.ops.bpr import bpr_
 from lspm_kernels.ops.conv2d import conv2d
 from lspm_kernels.ops.conv2d_batch_norm import conv2d_batch_norm, fold_batch_norm
@@ -25,8 +26,10 @@ from lspm_kernels.ops.max_pool2d import max_pool2d
 from lspm_kernels.ops.mf import mf
 from lspm_kernels.ops.mf_als import mf_als_, mf_als_loss
 from lspm_kernels.ops.mf_sgd import mf_sgd_
+from lspm_kernels.ops.mlp import gated_mlp, mlp
 from lspm_kernels.ops.nmf import nmf_
 from lspm_kernels.ops.rotary import rotary
+from lspm_kernels.ops.swiglu import geglu, swiglu
 from lspm_kernels.ops.top_k_scores import top_k_scores
 from lspm_kernels.packed_conv2d import PackedConv2d
 from lspm_kernels.rating_blocks import RatingBlocks, rating_blocks
@@ -47,6 +50,8 @@ __all__ = [
     "attention_varlen",
     "attention_with_kv_cache",
     "batch_norm_act",
+    "bias_act",
+    "bias_gelu",
     "bpr_",
     "conv2d",
     "conv2d_batch_norm",
@@ -56,6 +61,8 @@ __all__ = [
     "embedding_bag_adam_",
     "embedding_bag_sgd_",
     "fold_batch_norm",
+    "gated_mlp",
+    "geglu",
     "global_avg_pool",
     "layer_norm",
     "linear",
@@ -64,11 +71,13 @@ __all__ = [
     "mf_als_",
     "mf_als_loss",
     "mf_sgd_",
+    "mlp",
     "nmf_",
     "quantize_int8",
     "rating_blocks",
     "rms_norm",
     "rotary",
+    "swiglu",
     "top_k_scores",
     "use_backend",
     "weight_only_",

@@ -144,3 +144,14 @@ def seed_number(op: str, value: int) -> None:
     """Raises ValueError unless value can be a seed."""
     if not isinstance(value, int) or not 0 <= value < 2**63:
         raise ValueError(f"{op}: seed must be an integer from 0 to 2 ** 63 - 1, got {value!r}")
+
+
+def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """x and others in autocast's dtype where that is on, as torch's own products take them."""
+    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return tuple(
+            t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+            for t in (x, *others)
+        )
+    return (x, *others)

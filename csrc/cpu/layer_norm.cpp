@@ -11,19 +11,10 @@
 
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "cpu/runs.h"
 
 namespace lspm::cpu {
 namespace {
-
-// Weights as floats, in the order in which pairs of T lie; null where there are none.
-template <class T, class W>
-const float* ordered(const W* weights, int64_t cols, float* room) {
-  if constexpr (std::is_same_v<W, float> && !PairLanes<T>::kApart) return weights;
-  if (!weights) return nullptr;
-  for_each_pair<T>(0, cols,
-                   [&](int64_t i, auto lanes) { lanes.store(room + i, lanes.load_ordered(weights + i)); });
-  return room;
-}
 
 // The mean and the sum of squared deviations of a row that is seen once. Eight vectors at a time stay in
 // registers until their own mean, lane by lane, is known; what lies between these means and the row's is
@@ -216,26 +207,6 @@ struct Backward {
   }
 };
 
-// total[i] = the sum of first[p * stride + i] over p in order, with the rounding errors carried along
-// (Knuth's two-sum): as many terms as there are runs would otherwise cost a digit. The runs lie in the order
-// of pairs of T.
-template <class T, class W>
-void add_runs(const float* first, int64_t stride, W* total, const LayerNormShape& s, int threads) {
-  if (!total) return;
-  constexpr int64_t kUnit = 2 * kLanes;
-  parallel_for((s.cols + kUnit - 1) / kUnit, s.partials * s.cols, threads, [&](int64_t begin, int64_t end) {
-    for_each_pair<T>(begin * kUnit, std::min(end * kUnit, s.cols), [&](int64_t i, auto lanes) {
-      decltype(lanes.load(first)) v{}, lost{};
-      for (int64_t p = 0; p < s.partials; ++p) {
-        const auto term = lanes.load(first + p * stride + i), next = v + term, seen = next - v;
-        lost += (v - (next - seen)) + (term - seen);
-        v = next;
-      }
-      lanes.store_ordered(total + i, v + lost);
-    });
-  });
-}
-
 template <class T, class W>
 void forward(const void* x, const void* residual, const void* weight, const void* bias, void* sum, void* y,
              float* mean, float* rstd, const LayerNormShape& s, float eps, int threads) {
@@ -286,8 +257,8 @@ void backward(const void* dy, const void* dsum, const void* sum, const float* me
       (job.*rows)(from, to, weights, dweight ? dw : nullptr, dbias ? db : nullptr);
     }
   });
-  add_runs<T>(partial, 2 * s.cols, static_cast<W*>(dweight), s, threads);
-  add_runs<T>(partial + s.cols, 2 * s.cols, static_cast<W*>(dbias), s, threads);
+  add_runs<T>(partial, s.partials, 2 * s.cols, static_cast<W*>(dweight), s.cols, threads);
+  add_runs<T>(partial + s.cols, s.partials, 2 * s.cols, static_cast<W*>(dbias), s.cols, threads);
 }
 
 // Calls f(T{}, W{}) for the shape's two element types.

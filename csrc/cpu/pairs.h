@@ -33,6 +33,21 @@ inline void add_product(F& sum, Pair a, Pair b) {
 inline F joined(F v) { return v; }
 inline F joined(Pair v) { return v.first + v.second; }
 
+// Turns (a, b), one after the other, into their even and their odd elements; zip() is the way back.
+inline void unzip(F& a, F& b) {
+  static constexpr Order kEven{[](int i) { return 2 * i; }}, kOdd{[](int i) { return 2 * i + 1; }};
+  const F first = shuffle(a, b, kEven);
+  b = shuffle(a, b, kOdd);
+  a = first;
+}
+inline void zip(F& a, F& b) {
+  static constexpr Order kLow{[](int i) { return i / 2 + (i & 1) * kLanes; }};
+  static constexpr Order kHigh{[](int i) { return (i + kLanes) / 2 + (i & 1) * kLanes; }};
+  const F first = shuffle(a, b, kLow);
+  b = shuffle(a, b, kHigh);
+  a = first;
+}
+
 // The two halves of what 32-bit elements hold as bfloat16, and back.
 inline Pair apart(U u) { return {reinterpret_cast<F>(u << 16), reinterpret_cast<F>(u & 0xffff0000u)}; }
 inline U together(Pair v) { return to_pairs(v.first, v.second); }

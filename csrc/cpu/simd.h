@@ -351,16 +351,33 @@ inline F first_lanes(F v, int64_t n, F rest) {
 #endif
 }
 
+// The integer nearest to x, for |x| < 2 ** 22.
+inline F nearest(F x) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2 ** 23, which leaves no bit for a fraction
+  return (x + kRound) - kRound;
+#endif
+}
+
+// v * 2 ** n for an integer n from -252 to 254.
+inline F times_power(F v, F n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(v, n);
+#else
+  // In two factors, as 2 ** n alone may be outside of the normal range.
+  using I = int32_t __attribute__((vector_size(sizeof(F))));
+  const I i = __builtin_convertvector(n, I), half = i >> 1;
+  return v * reinterpret_cast<F>((half + 127) << 23) * reinterpret_cast<F>((i - half + 127) << 23);
+#endif
+}
+
 // e ** x for x < 88: 0 at -inf, NaN at NaN. Within 1 ulp with fused multiply-add, 2 without; results below
 // the normal range lose only what they round away.
 inline F exp(F x) {
   x = max(broadcast(-110.0f), x);
-#if defined(__AVX512F__)
-  const F n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2 ** 23, which leaves no bit for a fraction
-  const F shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-#endif
+  const F n = nearest(x * 1.44269504f);
   // x = n log 2 + r, with log 2 in two parts, the first so short that its product with n is exact.
   const F r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
   // The minimax polynomial on |r| <= log(2) / 2 (Remez); its relative error is 1.9e-9.
@@ -370,14 +387,7 @@ inline F exp(F x) {
   p = p * r + 4.99999921e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, n);
-#else
-  // In two factors, as 2 ** n alone may be below the normal range.
-  using I = int32_t __attribute__((vector_size(sizeof(F))));
-  const I i = reinterpret_cast<I>(shifted) - 0x4b400000, half = i >> 1;
-  return p * reinterpret_cast<F>((half + 127) << 23) * reinterpret_cast<F>((i - half + 127) << 23);
-#endif
+  return times_power(p, n);
 }
 
 // `yes` where a byte at p is not 0.

@@ -46,8 +46,9 @@ MUTATIONS = [
     ),
     in_kernel(
         name="cpu: the last run is not added",
-        old="p < s.partials; ++p) {\n        const auto",
-        new="p + 1 < s.partials; ++p) {\n        const auto",
+        file="csrc/cpu/runs.h",
+        old="p < runs; ++p)",
+        new="p + 1 < runs; ++p)",
     ),
     in_op(
         name="op: weights that are not contiguous read as if they were",

@@ -65,6 +65,11 @@ def updated_bags():
     return step, [torch.randn(90, 64).to(BF16), torch.randn(4, 64).to(BF16)]
 
 
+def activations():
+    x, bias = torch.randn(300, 768).to(BF16), torch.randn(768)
+    return lambda x, b: (lk.bias_act(x, b), lk.swiglu(x)), [x, bias]
+
+
 def rotation():
     tables = torch.randn(2, 40, 16).unbind()
     return lambda x: lk.rotary(x, *tables), [torch.randn(2, 3, 40, 64).to(BF16)]
@@ -73,7 +78,7 @@ def rotation():
 OPS = {
     f.__name__: f
     for f in (
-        *(attention, norm, convolution, batch_norm, pools, loss, rotation),
+        *(attention, norm, convolution, batch_norm, pools, loss, activations, rotation),
         *(bags, weighted_bags, updated_bags),
     )
 }

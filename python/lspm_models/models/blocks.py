@@ -123,27 +123,35 @@ class GroupedAttention(Attention):
 class MLP(nn.Module):
     """Two linear layers with GELU, in its tanh form, between them."""
 
-    def __init__(self, width: int, bias: bool, dropout: float):
+    def __init__(self, width: int, bias: bool, dropout: float, ops: Operations):
         super().__init__()
+        self.ops = ops
         self.c_fc = nn.Linear(width, 4 * width, bias=bias)
         self.c_proj = nn.Linear(4 * width, width, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        if type(self.c_fc) is not nn.Linear:  # its weight is kept in fewer bits, which the layer reads
+            return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
+        return self.dropout(self.ops.mlp(x, *layers, activation="gelu_tanh"))
 
 
 class GatedMLP(nn.Module):
     """SwiGLU between linear layers. Source: Shazeer, GLU Variants Improve Transformer, 2020."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, ops: Operations):
         super().__init__()
+        self.ops = ops
         self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if type(self.gate_proj) is not nn.Linear:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        return self.ops.gated_mlp(x, *weights, activation="silu")
 
 
 class Block(nn.Module):

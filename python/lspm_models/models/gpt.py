@@ -86,7 +86,7 @@ class GPT(Decoder):
                 ln_1=LayerNorm(width, config.eps, bias, ops),
                 attn=PackedAttention(width, config.heads, bias, dropout, layer, ops),
                 ln_2=LayerNorm(width, config.eps, bias, ops),
-                mlp=MLP(width, bias, dropout),
+                mlp=MLP(width, bias, dropout, ops),
             )
             for layer in range(config.layers)
         )

@@ -126,7 +126,7 @@ class Llama(Decoder):
                 input_layernorm=RMSNorm(config.width, config.eps, ops),
                 self_attn=GroupedAttention(config.width, *heads, layer, ops),
                 post_attention_layernorm=RMSNorm(config.width, config.eps, ops),
-                mlp=GatedMLP(config.width, config.hidden),
+                mlp=GatedMLP(config.width, config.hidden, ops),
             )
             for layer in range(config.layers)
         )

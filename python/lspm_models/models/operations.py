@@ -5,6 +5,7 @@ One model definition then stands on both sides of a comparison: GPT(config) and 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ class Operations:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., Tensor]
     attention: Callable[..., Tensor]
+    mlp: Callable[..., Tensor]
+    gated_mlp: Callable[..., Tensor]
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -62,6 +65,33 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tens
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 
+_ACTIVATIONS = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def _mlp(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    *,
+    activation: str,
+) -> Tensor:
+    return F.linear(_ACTIVATIONS[activation](F.linear(x, weight_in, bias_in)), weight_out, bias_out)
+
+
+def _gated_mlp(
+    x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor, *, activation: str
+) -> Tensor:
+    gate = _ACTIVATIONS[activation](F.linear(x, weight_gate))
+    return F.linear(gate * F.linear(x, weight_up), weight_down)
+
+
 FUSED = Operations(
     lspm_kernels.layer_norm,
     lspm_kernels.add_layer_norm,
@@ -69,6 +99,8 @@ FUSED = Operations(
     lspm_kernels.add_rms_norm,
     lspm_kernels.rotary,
     lspm_kernels.attention,
+    lspm_kernels.mlp,
+    lspm_kernels.gated_mlp,
 )
 PLAIN = Operations(
     _layer_norm,
@@ -77,4 +109,6 @@ PLAIN = Operations(
     _add_rms_norm,
     _rotary,
     _attention,
+    _mlp,
+    _gated_mlp,
 )
