@@ -15,7 +15,7 @@ using lspm::TensorView;
 
 namespace {
 
-using Views = std::vector<TensorView>;
+using TensorList = std::vector<TensorView>;
 
 // Whether the elements lie side by side, in any order of the dimensions.
 bool has_no_gaps(const TensorView& x) {
@@ -38,7 +38,7 @@ bool lies_as(const TensorView& x, const TensorView& other) {
 }
 
 // The i-th of a list, or null where there is no list.
-void* data(const Views& views, size_t i, const char* name, const Views& params, DType dtype) {
+void* data(const TensorList& views, size_t i, const char* name, const TensorList& params, DType dtype) {
   if (views.empty()) return nullptr;
   if (views.size() != params.size()) TensorView::refuse(name, "be as many as params");
   const int64_t elements = params[i].numel();
@@ -48,8 +48,9 @@ void* data(const Views& views, size_t i, const char* name, const Views& params, 
 }
 
 // numbers: lr, beta1, beta2, eps and weight_decay.
-void adamw_update(const Views& params, const Views& grads, const Views& exp_avgs, const Views& exp_avg_sqs,
-                  const Views& max_exp_avg_sqs, const Views& master_params, const OptionalView& scale,
+void adamw_update(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                  const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                  const TensorList& master_params, const OptionalView& scale,
                   const std::vector<int64_t>& steps, const std::array<double, 5>& numbers, bool maximize,
                   const std::optional<uint64_t>& seed, int threads) {
   if (params.empty()) return;
@@ -84,7 +85,7 @@ void adamw_update(const Views& params, const Views& grads, const Views& exp_avgs
   lspm::cpu::adamw_update(tensors.data(), int64_t(count), factor, step, threads);
 }
 
-void adamw_norm(const Views& grads, const TensorView& norm, int threads) {
+void adamw_norm(const TensorList& grads, const TensorView& norm, int threads) {
   if (grads.empty()) TensorView::refuse("grads", "be one tensor or more");
   check_first(grads[0], "grads");
   std::vector<lspm::AdamwGrad> tensors;
@@ -99,7 +100,7 @@ void adamw_norm(const Views& grads, const TensorView& norm, int threads) {
 
 // Adds 1 to each of the steps, float32 as torch has them, and tells them: in torch 148 additions take longer
 // than small tensors' step.
-void adamw_count(const Views& steps, const TensorView& counts) {
+void adamw_count(const TensorList& steps, const TensorView& counts) {
   if (steps.empty()) return;
   check_first(steps[0], "steps");
   auto* const told = static_cast<int64_t*>(counts.contiguous("counts", steps[0], DType::i64, steps.size()));

@@ -28,19 +28,4 @@ inline F sums_of(F (&v)[kLanes]) {
   return v[0];
 }
 
-// Turns (a, b), one after the other, into their even and their odd elements; zip() is the way back.
-inline void unzip(F& a, F& b) {
-  static constexpr Order kEven{[](int i) { return 2 * i; }}, kOdd{[](int i) { return 2 * i + 1; }};
-  const F first = shuffle(a, b, kEven);
-  b = shuffle(a, b, kOdd);
-  a = first;
-}
-inline void zip(F& a, F& b) {
-  static constexpr Order kLow{[](int i) { return i / 2 + (i & 1) * kLanes; }};
-  static constexpr Order kHigh{[](int i) { return (i + kLanes) / 2 + (i & 1) * kLanes; }};
-  const F first = shuffle(a, b, kLow);
-  b = shuffle(a, b, kHigh);
-  a = first;
-}
-
 }  // namespace lspm
