@@ -237,6 +237,36 @@ def layer_norm_forward(
     centered: bool,
     threads: int,
 ) -> None: ...
+def linear_cross_entropy_backward(
+    dloss: Tensor,
+    dlse: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    dbias: Tensor | None,
+    first: int,
+    classes: int,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float,
+    threads: int,
+) -> None: ...
+def linear_cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    kept: Tensor,
+    losses: Tensor,
+    first: int,
+    classes: int,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float,
+    threads: int,
+) -> None: ...
 def max_pool2d_backward(
     dy: Tensor, positions: Tensor, dx: Tensor, window: Sequence[int], threads: int
 ) -> None: ...

@@ -18,6 +18,7 @@ PUBLIC = {
     "max_pool2d": ["max_pool2d"],
     "global_avg_pool": ["global_avg_pool"],
     "cross_entropy": ["cross_entropy"],
+    "linear_cross_entropy": ["linear_cross_entropy"],
     "mf": ["mf"],
     "top_k_scores": ["top_k_scores"],
     "mf_sgd": ["mf_sgd_"],

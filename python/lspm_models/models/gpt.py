@@ -138,7 +138,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, *, ops: Operations = FUSED, gradient_checkpointing: bool = False):
         super().__init__()
-        self.config, self.gradient_checkpointing = config, gradient_checkpointing
+        self.config, self.ops, self.gradient_checkpointing = config, ops, gradient_checkpointing
         self.wte = nn.Embedding(config.vocabulary_size, config.width)
         self.wpe = nn.Embedding(config.context, config.width)
         self.dropout = nn.Dropout(config.dropout)

@@ -20,6 +20,7 @@ class Operations:
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     attention: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Tensor]
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -44,5 +45,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tens
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
-FUSED = Operations(lspm_kernels.layer_norm, lspm_kernels.add_layer_norm, lspm_kernels.attention)
-PLAIN = Operations(_layer_norm, _add_layer_norm, _attention)
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int = -100
+) -> Tensor:
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=ignore_index)
+
+
+FUSED = Operations(
+    lspm_kernels.layer_norm,
+    lspm_kernels.add_layer_norm,
+    lspm_kernels.attention,
+    lspm_kernels.linear_cross_entropy,
+)
+PLAIN = Operations(_layer_norm, _add_layer_norm, _attention, _linear_cross_entropy)
