@@ -1,8 +1,9 @@
-// cross_entropy_forward and cross_entropy_backward.
+// cross_entropy and linear_cross_entropy, forward and backward.
 #include <pybind11/stl.h>
 
 #include "bindings.h"
 #include "cross_entropy.h"
+#include "linear_cross_entropy.h"
 
 namespace py = pybind11;
 using lspm::DType;
@@ -70,9 +71,73 @@ void cross_entropy_backward(const TensorView& dloss, const TensorView& logits, c
                                   WHERE(logits, threads));
 }
 
+#ifndef LSPM_CUDA
+// A block of logits: its shape, and the arguments that forward and backward share.
+struct Block {
+  lspm::LinearCrossEntropyShape shape;
+  void* logits;
+  const int64_t* target;
+  const float* weight;
+
+  Block(const TensorView& x, const TensorView& t, const OptionalView& w, int64_t first, int64_t classes,
+        int64_t ignore_index, float smoothing, float z_loss, float softcap) {
+    check_first(x, "logits");
+    if (x.dim() != 2) TensorView::refuse("logits", "have 2 dimensions");
+    shape = {x.size(0), x.size(1), first, classes, ignore_index, smoothing, z_loss, softcap, x.dtype()};
+    const auto& s = shape;
+    if (first < 0 || first + s.cols > classes)
+      TensorView::refuse("first", "leave room for a block's classes");
+    logits = x.contiguous("logits", x, s.dtype, s.rows * s.cols);
+    target = static_cast<const int64_t*>(t.contiguous("target", x, DType::i64, s.rows));
+    weight = static_cast<const float*>(optional(w, "weight", x, DType::f32, classes));
+  }
+};
+
+void linear_cross_entropy_forward(const TensorView& logits, const TensorView& target,
+                                  const OptionalView& weight, const TensorView& kept,
+                                  const TensorView& losses, int64_t first, int64_t classes,
+                                  int64_t ignore_index, float smoothing, float z_loss, float softcap,
+                                  int threads) {
+  const Block block(logits, target, weight, first, classes, ignore_index, smoothing, z_loss, softcap);
+  const auto& s = block.shape;
+  auto* pk = static_cast<float*>(kept.contiguous("kept", logits, DType::f32, s.kept()));
+  auto* pl = static_cast<float*>(losses.contiguous("losses", logits, DType::f32, s.rows));
+  py::gil_scoped_release unlocked;
+  backend::linear_cross_entropy_forward(block.logits, block.target, block.weight, pk, pl, s, threads);
+}
+
+void linear_cross_entropy_backward(const TensorView& dloss, const OptionalView& dlse,
+                                   const TensorView& logits, const TensorView& target,
+                                   const OptionalView& weight, const TensorView& statistics,
+                                   const OptionalView& dbias, int64_t first, int64_t classes,
+                                   int64_t ignore_index, float smoothing, float z_loss, float softcap,
+                                   int threads) {
+  const Block block(logits, target, weight, first, classes, ignore_index, smoothing, z_loss, softcap);
+  const auto& s = block.shape;
+  auto* pd = static_cast<float*>(dloss.contiguous("dloss", logits, DType::f32, s.rows));
+  auto* pe = static_cast<float*>(optional(dlse, "dlse", logits, DType::f32, s.rows));
+  auto* ps = static_cast<float*>(statistics.contiguous("statistics", logits, DType::f32, s.statistics()));
+  auto* pb = static_cast<float*>(optional(dbias, "dbias", logits, DType::f32, s.cols));
+  py::gil_scoped_release unlocked;
+  backend::linear_cross_entropy_backward(pd, pe, block.logits, block.target, block.weight, ps, pb, s,
+                                         threads);
+}
+#endif
+
 }  // namespace
 
 void bind_cross_entropy(py::module_& m) {
+#ifndef LSPM_CUDA
+  m.def("linear_cross_entropy_forward", &linear_cross_entropy_forward, py::arg("logits"), py::arg("target"),
+        py::arg("weight").none(true), py::arg("kept"), py::arg("losses"), py::arg("first"),
+        py::arg("classes"), py::arg("ignore_index"), py::arg("smoothing"), py::arg("z_loss"),
+        py::arg("softcap"), py::arg("threads"));
+  m.def("linear_cross_entropy_backward", &linear_cross_entropy_backward, py::arg("dloss"),
+        py::arg("dlse").none(true), py::arg("logits"), py::arg("target"), py::arg("weight").none(true),
+        py::arg("statistics"), py::arg("dbias").none(true), py::arg("first"), py::arg("classes"),
+        py::arg("ignore_index"), py::arg("smoothing"), py::arg("z_loss"), py::arg("softcap"),
+        py::arg("threads"));
+#endif
   m.def("cross_entropy_forward", &cross_entropy_forward, py::arg("logits"), py::arg("target"),
         py::arg("weight").none(true), py::arg("loss"), py::arg("statistics").none(true),
         py::arg("row_losses").none(true), py::arg("ignore_index"), py::arg("reduction"), py::arg("smoothing"),

@@ -265,6 +265,36 @@ def layer_norm_forward(
     centered: bool,
     threads: int,
 ) -> None: ...
+def linear_cross_entropy_backward(
+    dloss: Tensor,
+    dlse: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    dbias: Tensor | None,
+    first: int,
+    classes: int,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float,
+    threads: int,
+) -> None: ...
+def linear_cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    kept: Tensor,
+    losses: Tensor,
+    first: int,
+    classes: int,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float,
+    threads: int,
+) -> None: ...
 def linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, y: Tensor, threads: int
 ) -> None: ...

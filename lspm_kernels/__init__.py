@@ -22,6 +22,7 @@ from lspm_kernels.ops.embedding_bag_update import (
 from lspm_kernels.ops.global_avg_pool import global_avg_pool
 from lspm_kernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from lspm_kernels.ops.linear import linear, quantize_int8
+from lspm_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from lspm_kernels.ops.max_pool2d import max_pool2d
 from lspm_kernels.ops.mf import mf
 from lspm_kernels.ops.mf_als import mf_als_, mf_als_loss
@@ -66,6 +67,7 @@ __all__ = [
     "global_avg_pool",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "max_pool2d",
     "mf",
     "mf_als_",

@@ -67,6 +67,16 @@ def rows_of(op: str, name: str, ids: Tensor, count: int) -> None:
         raise ValueError(f"{op}: {name} must be from 0 to {count - 1}, got {got}")
 
 
+def classes(op: str, target: Tensor, count: int, ignore_index: int) -> None:
+    """Raises ValueError unless all are from 0 to count - 1 or ignored, where they can be read here."""
+    if not readable(target):
+        return
+    unknown = target[(target != ignore_index) & ((target < 0) | (target >= count))]
+    if unknown.numel():
+        got = unknown.flatten()[0].item()
+        raise ValueError(f"{op}: target must be from 0 to {count - 1} or {ignore_index}, got {got}")
+
+
 def like(op: str, name: str, t: Tensor, x: Tensor) -> None:
     """Raises ValueError unless t has x's shape and device."""
     if not isinstance(t, Tensor) or t.shape != x.shape:

@@ -22,6 +22,7 @@ PUBLIC = {
     "bias_act": ["bias_act", "bias_gelu"],
     "swiglu": ["swiglu", "geglu"],
     "mlp": ["mlp", "gated_mlp"],
+    "linear_cross_entropy": ["linear_cross_entropy"],
     "mf": ["mf"],
     "top_k_scores": ["top_k_scores"],
     "mf_sgd": ["mf_sgd_"],

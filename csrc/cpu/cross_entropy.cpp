@@ -14,55 +14,12 @@
 
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "cpu/softmax_sums.h"
 
 namespace lspm::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // logits, 4 KiB at most
-constexpr int64_t kRun = 32;      // rows
-
-using lspm::exp;
-Pair exp(Pair v) { return {exp(v.first), exp(v.second)}; }
-
-// The larger ones of `top` and of what the lanes hold, NaN left out.
-template <class T>
-F larger(Pair v, F top, PairLanes<T>) {
-  return max(v.first, max(v.second, top));
-}
-template <class T>
-F larger(F v, F top, Single<T, AllLanes>) {
-  return max(v, top);
-}
-template <class T>
-F larger(F v, F top, Single<T, FirstLanes> lanes) {
-  return max(first_lanes(v, lanes.n, top), top);
-}
-
-// The q of a row, but for what the target's class alone has of it.
-template <class T>
-struct NoneSpread {
-  static constexpr bool kAny = false;
-  template <class Lanes>
-  auto operator()(int64_t, Lanes lanes) const {
-    return decltype(lanes.load(static_cast<const T*>(nullptr))){};
-  }
-};
-
-template <class T>
-struct SmoothSpread {
-  static constexpr bool kAny = true;
-  const float* weight;
-  float each;
-  Pair all(PairLanes<T>) const { return {broadcast(each), broadcast(each)}; }
-  template <class Lanes>
-  F all(Single<T, Lanes>) const {
-    return broadcast(each);
-  }
-  template <class Lanes>
-  auto operator()(int64_t c, Lanes lanes) const {
-    return weight ? lanes.load_ordered(weight + c) * each : all(lanes);
-  }
-};
+constexpr int64_t kRun = 32;  // rows
 
 template <class T>
 struct ProbabilitySpread {
@@ -109,44 +66,6 @@ struct Job {
   }
 };
 
-// What a row sums up to, relative to its largest logit where that is finite.
-struct Sums {
-  float largest = -std::numeric_limits<float>::infinity();
-  double exps = 0, logits = 0, q = 0;  // logits: weighted by q, and relative to nothing
-};
-
-template <class T, class Spread>
-Sums sums_of(const T* x, int64_t classes, Spread spread) {
-  Sums s;
-  for (int64_t begin = 0; begin < classes; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, classes);
-    F top = broadcast(s.largest);
-    for_each_pair<T>(begin, end, [&](int64_t c, auto lanes) { top = larger(lanes.load(x + c), top, lanes); });
-    const float largest = max(top);
-    // Where all are -inf so far, exp() is 0 of the logits as they are.
-    const float shift = largest == -std::numeric_limits<float>::infinity() ? 0.0f : largest;
-    if (largest > s.largest) s.exps *= std::exp(double(s.largest) - shift);
-    s.largest = largest;
-    F exps{}, products{}, q{};
-    for_each_pair<T>(begin, end, [&](int64_t c, auto lanes) {
-      const auto v = lanes.load(x + c) - shift;
-      exps += joined(lanes.keep(exp(v)));
-      if constexpr (Spread::kAny) {
-        const auto part = lanes.keep(spread(c, lanes));
-        products += joined(lanes.keep(part * v));
-        q += joined(part);
-      }
-    });
-    s.exps += sum(exps);
-    if (Spread::kAny) {
-      const double weights = sum(q);
-      s.logits += sum(products) + shift * weights;
-      s.q += weights;
-    }
-  }
-  return s;
-}
-
 template <class T>
 struct Forward : Job<T> {
   using Job<T>::Job;
@@ -181,7 +100,9 @@ struct Forward : Job<T> {
       return {};
     }
     const T* const x = this->logits + row * s.classes;
-    const Sums sums = this->with_spread(row, [&](auto spread) { return sums_of(x, s.classes, spread); });
+    const auto block = [x](int64_t begin, int64_t) { return x + begin; };
+    const Sums sums =
+        this->with_spread(row, [&](auto spread) { return sums_of<T>(s.classes, block, spread); });
     const double log = std::log(sums.exps), lse = sums.largest + log;
     if (!this->classes) {
       keep(row, sums.largest, log, sums.q);

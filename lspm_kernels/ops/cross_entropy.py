@@ -140,7 +140,7 @@ def cross_entropy(
     row = dispatch.pick("cross_entropy", BACKENDS, backend, logits, target, weight)
     if row is None:
         if not target.is_floating_point():
-            _check_classes(target, logits, ignore_index)
+            checks.classes("cross_entropy", target, _classes(logits), ignore_index)
         options = {"reduction": reduction, "label_smoothing": label_smoothing}
         return reference.cross_entropy(logits, target, weight, ignore_index=ignore_index, **options)
     probabilities = target.is_floating_point()
@@ -162,6 +162,10 @@ def _rows(t):
     return t.reshape(-1, t.shape[-1]).contiguous()
 
 
+def _classes(logits):
+    return logits.shape[1 if logits.dim() > 1 else 0]
+
+
 def _without_classes(logits):
     return logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else logits.shape[1:]
 
@@ -174,7 +178,7 @@ def _check(logits, target, weight, ignore_index, reduction, label_smoothing):
         raise ValueError(
             f"{op}: logits must be a floating-point tensor (N, C), (C,) or (N, C, ...), got {got}"
         )
-    classes = logits.shape[1 if logits.dim() > 1 else 0]
+    classes = _classes(logits)
     shapes = _without_classes(logits), logits.shape
     if not isinstance(target, Tensor) or target.shape not in shapes:
         rule = f"classes of shape {tuple(shapes[0])} or probabilities of shape {tuple(shapes[1])}"
@@ -198,14 +202,3 @@ def _check(logits, target, weight, ignore_index, reduction, label_smoothing):
         logits = logits.float()
         target = target.float() if probabilities else target
     return logits, target, weight
-
-
-def _check_classes(target, logits, ignore_index):
-    """Checks the classes where they can be read here, as the CPU kernel does."""
-    if not checks.readable(target):
-        return
-    classes = logits.shape[1 if logits.dim() > 1 else 0]
-    unknown = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
-    if unknown.numel():
-        rule = f"from 0 to {classes - 1} or {ignore_index}"
-        raise ValueError(f"cross_entropy: target must be {rule}, got {unknown.flatten()[0].item()}")

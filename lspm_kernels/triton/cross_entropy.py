@@ -18,7 +18,7 @@ _EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def _spread(target, weight, at, col, inside, smoothing, classes, PROBABILITIES: tl.constexpr):
+def spread(target, weight, at, col, inside, smoothing, classes, PROBABILITIES: tl.constexpr):
     """The q of a tile, but for what the target's class alone has of it."""
     q = tl.where(inside, smoothing / classes, 0.0)
     if PROBABILITIES:
@@ -29,7 +29,7 @@ def _spread(target, weight, at, col, inside, smoothing, classes, PROBABILITIES: 
 
 
 @triton.jit
-def _classes_of(target, weight, row, exists, classes, ignore_index):
+def classes_of(target, weight, row, exists, classes, ignore_index):
     """Of the rows' targets: the class, its weight, and whether it is one of `classes` and to be ignored."""
     wanted = tl.load(target + row, mask=exists, other=0)
     ignored = exists & (wanted == ignore_index)
@@ -50,7 +50,7 @@ def _forward_kernel(
     exists = row < rows
     read = exists
     if not PROBABILITIES:
-        wanted, share, known, ignored = _classes_of(target, weight, row, exists, classes, ignore_index)
+        wanted, share, known, ignored = classes_of(target, weight, row, exists, classes, ignore_index)
         read = known
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     exps = tl.zeros((ROWS,), tl.float32)
@@ -67,7 +67,7 @@ def _forward_kernel(
         next_shift = tl.where(seen == float("-inf"), 0.0, seen)
         exps = exps * tl.exp(largest - next_shift) + tl.sum(tl.exp(value - next_shift[:, None]), 1)
         if SPREAD:
-            part = _spread(target, weight, at, col, inside, smoothing, classes, PROBABILITIES)
+            part = spread(target, weight, at, col, inside, smoothing, classes, PROBABILITIES)
             product = part * tl.where(inside, value - next_shift[:, None], 0.0)
             products += q * (shift - next_shift) + tl.sum(product, 1)
             q += tl.sum(part, 1)
@@ -123,7 +123,7 @@ def _backward_kernel(
     inside = exists[:, None] & (col < classes)
     read = inside
     if not PROBABILITIES:
-        wanted, share, known, ignored = _classes_of(target, weight, row, exists, classes, ignore_index)
+        wanted, share, known, ignored = classes_of(target, weight, row, exists, classes, ignore_index)
         read = inside & known[:, None]
     value = tl.load(logits + at, mask=read, other=0.0).to(tl.float32)
     largest = tl.load(statistics + row, mask=exists, other=0.0)[:, None]
@@ -134,7 +134,7 @@ def _backward_kernel(
     scale = scale / tl.load(statistics + 3 * rows)
     gradient = tl.exp((value - largest) - log) * (scale * total)[:, None]
     if SPREAD:
-        part = _spread(target, weight, at, col, inside, smoothing, classes, PROBABILITIES)
+        part = spread(target, weight, at, col, inside, smoothing, classes, PROBABILITIES)
         gradient -= part * scale[:, None]
     if not PROBABILITIES:
         hit = scale * ((1.0 - smoothing) * share)

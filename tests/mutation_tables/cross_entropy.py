@@ -15,6 +15,7 @@ def build(isa):
 
 
 in_cpu = partial(Mutation, file="csrc/cpu/cross_entropy.cpp", tests=CPU, command=build("base"))
+in_sums = partial(in_cpu, file="csrc/cpu/softmax_sums.h")
 in_op = partial(Mutation, file="lspm_kernels/ops/cross_entropy.py", tests=CPU)
 in_cuda = partial(
     Mutation,
@@ -28,17 +29,17 @@ in_triton = partial(
 )
 
 MUTATIONS = [
-    in_cpu(
+    in_sums(
         name="cross_entropy, cpu: sums are not brought to a larger logit",
         old="if (largest > s.largest) s.exps *= std::exp(double(s.largest) - shift);",
         new="",
     ),
-    in_cpu(
+    in_sums(
         name="cross_entropy, cpu: sums relative to -inf",
         old="largest == -std::numeric_limits<float>::infinity() ? 0.0f : largest",
         new="largest",
     ),
-    in_cpu(
+    in_sums(
         name="cross_entropy, cpu: zeros past a row's end taken for its logits",
         old="return max(first_lanes(v, lanes.n, top), top);",
         new="return max(v, top);",

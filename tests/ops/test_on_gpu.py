@@ -43,6 +43,16 @@ def loss():
     return lambda x: lk.cross_entropy(x, target, label_smoothing=0.1), [torch.randn(64, 1000).to(BF16)]
 
 
+def linear_loss():
+    target, (h, w) = torch.randint(300, (64,)), (torch.randn(n, 32).to(BF16) for n in (64, 300))
+    return lambda h, w: lk.linear_cross_entropy(h, w, target, z_loss=0.1), [h, w]
+
+
+def linear_loss_in_one_pass():
+    target = torch.randint(300, (64,))
+    return lambda h, w: lk.linear_cross_entropy(h, w, target), [torch.randn(64, 32), torch.randn(300, 32)]
+
+
 def bags():
     indices, offsets, options = made(90, [3, 0, 200, 17], "mean with padding", BF16)
     return lambda w: lk.embedding_bag(w, indices, offsets, **options), [torch.randn(90, 64).to(BF16)]
@@ -79,7 +89,7 @@ OPS = {
     f.__name__: f
     for f in (
         *(attention, norm, convolution, batch_norm, pools, loss, activations, rotation),
-        *(bags, weighted_bags, updated_bags),
+        *(linear_loss, linear_loss_in_one_pass, bags, weighted_bags, updated_bags),
     )
 }
 of_each_op = pytest.mark.parametrize("op", OPS)

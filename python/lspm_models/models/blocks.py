@@ -188,12 +188,13 @@ class Decoder(nn.Module):
     A subclass has `config`, with vocabulary_size and context, `embedding`, `blocks` and `norm`.
 
     Args:
+        ops: kernels.
         gradient_checkpointing: keep only each block's inputs for the backward, which runs the blocks again.
     """
 
-    def __init__(self, gradient_checkpointing: bool):
+    def __init__(self, ops: Operations, gradient_checkpointing: bool):
         super().__init__()
-        self.gradient_checkpointing = gradient_checkpointing
+        self.ops, self.gradient_checkpointing = ops, gradient_checkpointing
 
     @property
     def parameter_count(self) -> int:

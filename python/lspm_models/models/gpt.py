@@ -75,7 +75,7 @@ class GPT(Decoder):
     norm = property(lambda self: self.ln_f)
 
     def __init__(self, config: GPTConfig, *, ops: Operations = FUSED, gradient_checkpointing: bool = False):
-        super().__init__(gradient_checkpointing)
+        super().__init__(ops, gradient_checkpointing)
         self.config = config
         width, bias, dropout = config.width, config.bias, config.dropout
         self.wte = nn.Embedding(config.vocabulary_size, width)

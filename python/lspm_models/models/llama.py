@@ -117,7 +117,7 @@ class Llama(Decoder):
     blocks = property(lambda self: self.layers)
 
     def __init__(self, config: LlamaConfig, *, ops: Operations = FUSED, gradient_checkpointing: bool = False):
-        super().__init__(gradient_checkpointing)
+        super().__init__(ops, gradient_checkpointing)
         self.config = config
         heads = config.heads, config.key_value_heads, config.head_size
         self.embed_tokens = nn.Embedding(config.vocabulary_size, config.width)

@@ -26,6 +26,7 @@ class Operations:
     attention: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
     gated_mlp: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Tensor]
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -92,6 +93,13 @@ def _gated_mlp(
     return F.linear(gate * F.linear(x, weight_up), weight_down)
 
 
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int = -100
+) -> Tensor:
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=ignore_index)
+
+
 FUSED = Operations(
     lspm_kernels.layer_norm,
     lspm_kernels.add_layer_norm,
@@ -101,6 +109,7 @@ FUSED = Operations(
     lspm_kernels.attention,
     lspm_kernels.mlp,
     lspm_kernels.gated_mlp,
+    lspm_kernels.linear_cross_entropy,
 )
 PLAIN = Operations(
     _layer_norm,
@@ -111,4 +120,5 @@ PLAIN = Operations(
     _attention,
     _mlp,
     _gated_mlp,
+    _linear_cross_entropy,
 )

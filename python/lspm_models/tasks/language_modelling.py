@@ -60,7 +60,7 @@ class LanguageModelling(nn.Module):
         return self.head(self.model(tokens, cache))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy in nats, in float32.
+        """The mean cross-entropy in nats, in float32; without the logits of all tokens at once.
 
         Args:
             tokens: (B, T) int64 ids.
@@ -75,5 +75,5 @@ class LanguageModelling(nn.Module):
         if targets.shape != tokens.shape:
             shapes = f"{tuple(tokens.shape)}, got {tuple(targets.shape)}"
             raise ValueError(f"LanguageModelling.loss: targets must have the shape of tokens {shapes}")
-        logits = self(tokens).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+        features, loss = self.model(tokens), self.model.ops.linear_cross_entropy
+        return loss(features, self.head_weight, targets, ignore_index=IGNORE_INDEX)

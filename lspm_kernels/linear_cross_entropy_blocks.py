@@ -1,0 +1,194 @@
+"""The products of linear_cross_entropy, and its kernels between them, on blocks of the logits.
+
+The products are torch's, of MKL, oneDNN or cuBLAS, which leave little of the machine's peak; all blocks lie
+in the same memory, one after the other. There are two ways to cut them:
+
+By rows three products suffice, as the softmax of a row is in its block. The weight's gradient is a sum over
+blocks in float32: where it is float32 itself, its own memory serves.
+
+By classes a part of the weight's gradient is one product, rounded once; hidden's, which is small, is
+the sum. But a block waits for the sums of its rows over all classes: the backward makes it again, a fourth.
+
+By rows, half types would need another matrix in float32 for the weight's gradient, read and written for
+each block. On a Zen 5, one thread, bfloat16 from 768 to 50257, that took 710 ms for 1024 rows and 2664 ms for
+4096; by classes, in blocks that a cache holds, it was 671 ms and 2833 ms. The three products alone, of all
+logits, took 575 ms for 1024. So half types go by classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lspm_kernels import checks
+from lspm_kernels.dispatch import Backend
+
+F32 = torch.float32
+_LEAST, _MOST = 1 << 20, 256 << 20  # bytes of a block
+_BY_ROWS, _BY_CLASSES = 9, 16  # a block is at most such a part of the logits, or _LEAST
+_RUN = 4096  # losses of a sum, which one thread adds up
+_UNIT = 16  # of rows or classes a block has a multiple: what products take at once
+
+
+def losses(
+    row: Backend,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    options: tuple,
+) -> tuple[Tensor, Tensor]:
+    """The losses (N,) and the statistics (3, N) of rows."""
+    dtype = product_dtype(hidden)
+    hidden = hidden.to(dtype)
+    kept = hidden.new_empty(5, len(hidden), dtype=F32)
+    found = hidden.new_empty(len(hidden), dtype=F32)
+    for part, memory in _blocks(len(weight), len(hidden), hidden, _BY_CLASSES):
+        logits = memory.view(len(hidden), -1)
+        _linear(hidden, weight[part].to(dtype), _part(bias, part), out=logits)
+        given = logits, target, class_weight, kept, found
+        row.forward(*given, part.start, len(weight), *options)
+    return found, kept[:3]
+
+
+def gradients(
+    row: Backend,
+    dloss: Tensor,
+    dlse: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    statistics: Tensor,
+    wanted: list[bool],
+    options: tuple,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden and bias in float32, and of weight; (0,) of what is not wanted."""
+    dtype = product_dtype(hidden)
+    hidden = hidden.to(dtype)
+    dhidden = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=F32)
+    dweight = (weight.new_empty if len(hidden) else weight.new_zeros)(weight.shape if wanted[1] else 0)
+    dbias = hidden.new_zeros(len(weight) if wanted[2] else 0, dtype=F32)
+    for part, memory in _blocks(len(weight), len(hidden), hidden, _BY_CLASSES):
+        logits, classes = memory.view(len(hidden), -1), weight[part].to(dtype)
+        _linear(hidden, classes, _part(bias, part), out=logits)
+        given = dloss, dlse, logits, target, class_weight, statistics
+        row.backward(*given, dbias[part] if wanted[2] else None, part.start, len(weight), *options)
+        if wanted[0]:
+            _add_product(dhidden, logits, classes)
+        if wanted[1]:
+            _put_product(dweight[part], logits.t(), hidden)
+    return dhidden, dweight, dbias
+
+
+def losses_and_gradients(
+    row: Backend,
+    hidden: Tensor,
+    places: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    dloss: Tensor,
+    wanted: list[bool],
+    options: tuple,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses of the rows of hidden at `places`, or of all, and in the same pass gradients, in float32."""
+    rows = len(target)
+    found = hidden.new_empty(rows, dtype=F32)
+    whole = places is None
+    dhidden = (hidden.new_empty if whole else hidden.new_zeros)(hidden.shape if wanted[0] else 0)
+    dweight = (weight.new_empty if rows else weight.new_zeros)(weight.shape if wanted[1] else 0)
+    dbias = hidden.new_zeros(len(weight) if wanted[2] else 0)
+    for part, memory in _blocks(rows, len(weight), hidden, _BY_ROWS):
+        logits = memory.view(-1, len(weight))
+        inputs = hidden[part] if whole else hidden.index_select(0, places[part])
+        _linear(inputs, weight, bias, out=logits)
+        kept = hidden.new_empty(5, len(inputs))
+        given = logits, target[part], class_weight
+        row.forward(*given, kept, found[part], 0, len(weight), *options)
+        row.backward(
+            dloss[part], None, *given, kept[:3], dbias if wanted[2] else None, 0, len(weight), *options
+        )
+        if wanted[0] and whole:
+            torch.mm(logits, weight, out=dhidden[part])
+        elif wanted[0]:
+            dhidden.index_copy_(0, places[part], torch.mm(logits, weight, out=torch.empty_like(inputs)))
+        if wanted[1] and part.start == 0:
+            torch.mm(logits.t(), inputs, out=dweight)
+        elif wanted[1]:
+            dweight.addmm_(logits.t(), inputs)
+    return found, dhidden, dweight, dbias
+
+
+def places(row, target, counts, classes, ignore_index):
+    """The rows that count, where some do not; None on a GPU, for which nothing waits."""
+    if row.name != "cpu":
+        return None
+    checks.classes("linear_cross_entropy", target, classes, ignore_index)
+    places = counts.nonzero().squeeze(1)
+    return None if len(places) == len(target) else places
+
+
+def taken(t, places):
+    return t if places is None or t is None else t.index_select(0, places)
+
+
+def put(values, places, rows):
+    """values (..., kept) as (..., rows), with zeros in the others' places."""
+    if places is None:
+        return values
+    return values.new_zeros(*values.shape[:-1], rows).index_copy_(-1, places, values)
+
+
+def total(values):
+    """The sum of a vector, with the same bits for any number of threads."""
+    runs = F.pad(values.to(torch.float64), (0, -len(values) % _RUN)).view(-1, _RUN)
+    return runs.sum(1).sum().to(F32)
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """hidden's dtype; float32 on a CPU without instructions for that, where products in it are far slower."""
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if hidden.device.type != "cpu" or hidden.dtype not in supported:
+        return hidden.dtype
+    here = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, supported[hidden.dtype])()
+    return hidden.dtype if here else F32
+
+
+def _blocks(count, others, hidden, part):
+    """Slices of [0, count), and memory for the products of each with all `others`, in hidden's dtype."""
+    each = max(others, 1) * hidden.dtype.itemsize
+    most = min(max(count * each // part, _LEAST), _MOST)
+    size = max(most // each // _UNIT, 1) * _UNIT
+    memory = hidden.new_empty(min(size, count) * others)
+    for begin in range(0, count if others else 0, size):
+        end = min(begin + size, count)
+        yield slice(begin, end), memory[: (end - begin) * others]
+
+
+def _part(t, part):
+    return None if t is None else t[part]
+
+
+# With out= and in place: autocast, which would change dtypes, lets those alone.
+def _linear(inputs, weight, bias, out):
+    if bias is None:
+        torch.mm(inputs, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(out.dtype), inputs, weight.t(), out=out)
+
+
+def _put_product(out, a, b):
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b, out=a.new_empty(out.shape)))
+
+
+def _add_product(total, a, b):
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(torch.mm(a, b, out=a.new_empty(total.shape)))
