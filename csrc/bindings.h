@@ -46,17 +46,7 @@ inline void* optional(const lspm::OptionalView& view, const char* name, const ls
 }
 
 // One for each further file, called by the module's init.
-void bind_activation(pybind11::module_& m);
-void bind_adamw(pybind11::module_& m);
-void bind_attention(pybind11::module_& m);
-void bind_attention_with_kv_cache(pybind11::module_& m);
-void bind_batch_norm_act(pybind11::module_& m);
-void bind_cross_entropy(pybind11::module_& m);
-void bind_embedding_bag(pybind11::module_& m);
-void bind_linear(pybind11::module_& m);
-void bind_mf_als(pybind11::module_& m);
-void bind_mf_sgd(pybind11::module_& m);
-void bind_pool(pybind11::module_& m);
-void bind_recommender(pybind11::module_& m);
-void bind_rotary(pybind11::module_& m);
-void bind_conv2d(pybind11::module_& m);
+using Bind = void(pybind11::module_& m);
+Bind bind_activation, bind_adamw, bind_attention, bind_attention_with_kv_cache, bind_batch_norm_act,
+    bind_conv2d, bind_cross_entropy, bind_embedding_bag, bind_linear, bind_mf_als, bind_mf_sgd, bind_pool,
+    bind_recommender, bind_rotary;
