@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from glob import glob
 from pathlib import Path
 
 import pybind11
@@ -23,7 +24,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CXX = os.environ.get("CXX", "g++")
-OLDEST_NVCC = (12, 0)
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 ISAS = {
     "base": [],
@@ -32,10 +32,9 @@ ISAS = {
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-INCLUDES = ["-Icsrc", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-BINDINGS = sorted(map(str, Path("csrc").glob("bindings*.cpp")))
+INCLUDES = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 SANITIZE = [f"-fsanitize={name}", "-g1"] if (name := os.environ.get("LSPM_SANITIZE")) else []
-COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", *SANITIZE]
+COMMON = ["-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", *SANITIZE]
 # GCC 12's AVX-512 headers set off these two warnings by themselves.
 KERNEL = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
@@ -43,10 +42,15 @@ KERNEL = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-uninitialized", "-Wno-mayb
 def chosen_isas():
     known = list(ISAS) if platform.machine() == "x86_64" else ["base"]
     names = os.environ.get("LSPM_ISAS", ",".join(known)).split(",")
-    for name in names:
-        if name not in known:
-            raise SystemExit(f"setup: LSPM_ISAS must name some of {', '.join(known)}, got {name!r}")
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"setup: LSPM_ISAS must name some of {', '.join(known)}, got {unknown[0]!r}")
     return names
+
+
+def asks_for(macro, source):
+    text = Path(source).read_text()
+    included = re.findall('^#include "(.+)"', text, re.M)
+    return macro in text or any(asks_for(macro, f"csrc/{name}") for name in included)
 
 
 def find_nvcc():
@@ -61,10 +65,9 @@ def find_nvcc():
     reason = None if nvcc else f"{name} is not on PATH"
     if nvcc:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-        release = re.search(r"release (\d+)\.(\d+)", text)
-        if not release or tuple(map(int, release.groups())) < OLDEST_NVCC:
-            found = release.group(0) if release else "no version"
-            reason = f"{nvcc} must be release {'.'.join(map(str, OLDEST_NVCC))} or later, got {found}"
+        release = re.search(r"release (\d+)\.\d+", text)
+        if not release or int(release[1]) < 12:
+            reason = f"{nvcc} must be release 12.0 or later, got {release[0] if release else 'no version'}"
     if reason and wish == "1":
         raise SystemExit(f"setup: LSPM_CUDA=1, but {reason}")
     if reason:
@@ -77,9 +80,8 @@ def gencode():
     known = [arch.removeprefix("compute_") for arch in text.split()]
     wish = os.environ.get("LSPM_CUDA_ARCHS")
     archs = wish.split(";") if wish else [arch for arch in ("80", "90", "100") if arch in known]
-    for arch in archs:
-        if arch not in known:
-            raise SystemExit(f"setup: LSPM_CUDA_ARCHS must name some of {';'.join(known)}, got {arch!r}")
+    if unknown := [arch for arch in archs if arch not in known]:
+        raise SystemExit(f"setup: LSPM_CUDA_ARCHS must name some of {';'.join(known)}, got {unknown[0]!r}")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX, for later GPUs
 
@@ -90,21 +92,15 @@ class NinjaBuildExt(build_ext):
     def build_extensions(self):
         if not shutil.which(shlex.split(CXX)[0]):
             raise SystemExit(f"setup: a C++ compiler must be on PATH, got {CXX!r}; set CXX, or install g++")
-        temp = Path(os.path.relpath(self.build_temp))  # so that ninja knows its files in a moved checkout
-        temp.mkdir(parents=True, exist_ok=True)
+        file = Path(os.path.relpath(self.build_temp), "build.ninja")  # relative: a checkout may be moved
+        file.parent.mkdir(parents=True, exist_ok=True)
         self.edges = {}
         for module in self.extensions:
-            self.add_module(module, temp)
-        rule = "rule {0}\n  command = {1} {2}\n  depfile = $out.d\n  deps = gcc"
-        rules = [
-            rule.format("cxx", CXX, "-MMD -MF $out.d $flags -c $in -o $out"),
-            rule.format("nvcc", NVCC, "-MD -MF $out.d $flags -c $in -o $out"),
-            f"rule link\n  command = {CXX} -shared $in -o $out $flags",
-            f"rule nvlink\n  command = {NVCC} -shared -cudart static $in -o $out $flags",
-        ]
-        (temp / "build.ninja").write_text("\n".join([f"builddir = {temp}", *rules, *self.edges.values(), ""]))
+            self.add_module(module, file.parent)
+        rules = [f"rule {name}\n  command = {command}" for name, command in RULES.items()]
+        file.write_text("\n".join([f"builddir = {file.parent}", *rules, *self.edges.values(), ""]))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        command = [sys.executable, "-m", "ninja", "-f", str(temp / "build.ninja"), *jobs]
+        command = [sys.executable, "-m", "ninja", "-f", str(file), *jobs]
         if subprocess.run(command, check=False).returncode:
             raise SystemExit("setup: compiling csrc/ failed; the compiler's message stands above")
 
@@ -115,35 +111,40 @@ class NinjaBuildExt(build_ext):
 
     def add_module(self, module, temp):
         cuda = module.name.endswith("_cuda")
-        folder = temp / module.name
-        flags = [*COMMON, "-O2", *INCLUDES, *(["-DLSPM_CUDA"] if cuda else [])]
-        shared = folder if cuda else temp / "bindings"  # all CPU modules share the objects of the bindings
-        objects = [self.add_object(source, shared, "cxx", flags) for source in BINDINGS]
-        for source in module.sources[len(BINDINGS) :]:
-            if cuda:
-                flags = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode()]
-            else:
-                flags = [*COMMON, *KERNEL, "-Icsrc", *ISAS[module.name.split(".")[-2]]]
-            objects.append(self.add_object(source, folder, "nvcc" if cuda else "cxx", flags))
+        objects = [self.add_object("csrc/bindings.cpp", temp / ("bindings_cuda" if cuda else "bindings"))]
+        for source in module.sources:
+            isa = "cuda" if cuda else module.name.split(".")[-2]
+            if isa == "amx" and not asks_for("__AMX_", source):
+                isa = "avx512_bf16"  # where the object is the same
+            objects.append(self.add_object(source, temp / isa))
         out = Path(os.path.relpath(self.get_ext_fullpath(module.name)))
         out.parent.mkdir(parents=True, exist_ok=True)
-        link = ["-Xlinker", "-s"] if cuda else ["-fopenmp", *(SANITIZE or ["-Wl,-s"])]
-        self.add_edge(out, "nvlink" if cuda else "link", objects, link)
+        self.add_edge(out, "nvlink" if cuda else "link", objects)
 
-    def add_object(self, source, folder, rule, flags):
-        return self.add_edge(folder / (Path(source).name + ".o"), rule, [source], flags)
+    def add_object(self, source, folder):  # which has the name of its rule
+        return self.add_edge(folder / (Path(source).name + ".o"), folder.name, [source])
 
-    def add_edge(self, out, rule, inputs, flags):
+    def add_edge(self, out, rule, inputs):
         escaped = [str(path).replace(" ", "$ ") for path in (out, *inputs)]
-        self.edges[out] = f"build {escaped[0]}: {rule} {' '.join(escaped[1:])}\n  flags = {shlex.join(flags)}"
+        self.edges[out] = f"build {escaped[0]}: {rule} {' '.join(escaped[1:])}"
         return out
 
 
-def sources(folder, ending):
-    return [*BINDINGS, *sorted(map(str, Path("csrc", folder).glob(f"*.{ending}")))]
+def compiling(compiler, *flags):
+    command = f"{compiler} -std=c++17 -Icsrc -MMD -MF $out.d {shlex.join(flags)} -c $in -o $out"
+    return f"{command}\n  depfile = $out.d\n  deps = gcc"
 
 
 NVCC = find_nvcc()
-modules = [Extension(f"lspm_kernels._cpu.{isa}._C", sources("cpu", "cpp")) for isa in chosen_isas()]
-modules += [Extension("lspm_kernels._C_cuda", sources("cuda", "cu"))] if NVCC else []
+# All in one with bindings.cpp: what each takes to compile is mostly pybind11, the same for all.
+BINDINGS = [*COMMON, "-O2", *INCLUDES, *(f"-include{path}" for path in sorted(glob("csrc/bindings_*.cpp")))]
+RULES = {isa: compiling(CXX, *COMMON, *KERNEL, *flags) for isa, flags in ISAS.items()}
+RULES["bindings"] = compiling(CXX, *BINDINGS)
+RULES["link"] = f"{CXX} -shared $in -o $out -fopenmp {shlex.join(SANITIZE) or '-Wl,-s'}"
+modules = [Extension(f"lspm_kernels._cpu.{isa}._C", sorted(glob("csrc/cpu/*.cpp"))) for isa in chosen_isas()]
+if NVCC:
+    RULES["cuda"] = compiling(NVCC, "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode())
+    RULES["bindings_cuda"] = compiling(CXX, *BINDINGS, "-DLSPM_CUDA")
+    RULES["nvlink"] = f"{NVCC} -shared -cudart static $in -o $out -Xlinker -s"
+    modules.append(Extension("lspm_kernels._C_cuda", sorted(glob("csrc/cuda/*.cu"))))
 setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuildExt})

@@ -42,20 +42,20 @@ lspm::AttentionExtras attention_extras(const TensorView& q, const OptionalView& 
           static_cast<const float*>(optional(sinks, "sinks", q, DType::f32, s.heads))};
 }
 
-using Scalars = std::tuple<float, float, double>;               // scale, softcap, dropout
-using Window = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // left, right, shift, seed
+using Scalars = std::tuple<float, float, double>;                        // scale, softcap, dropout
+using AttentionWindow = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // left, right, shift, seed
 // query_starts, key_starts, key_counts, pages; the longest queries and keys. None: all sequences are as long.
 using Sequences =
     std::optional<std::tuple<OptionalView, OptionalView, OptionalView, OptionalView, int64_t, int64_t>>;
 
 // What a call is, and where its keys lie.
-struct Call {
+struct AttentionCall {
   lspm::AttentionShape shape;
   const int32_t *starts = nullptr, *pages = nullptr;
   int64_t key_batches, page_columns = 0;
 
-  Call(const TensorView& q, const TensorView& k, const TensorView& v, const Sequences& sequences,
-       const Window& window, const Scalars& scalars);
+  AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const Sequences& sequences,
+                const AttentionWindow& window, const Scalars& scalars);
 
   lspm::HeadsView of_queries(const TensorView& x, const char* name, const TensorView& q, int64_t dim) const {
     const bool packed = shape.query_starts;
@@ -80,8 +80,9 @@ struct Call {
   void set_sequences(const Sequences& sequences, const TensorView& q, const TensorView& k);
 };
 
-Call::Call(const TensorView& q, const TensorView& k, const TensorView& v, const Sequences& sequences,
-           const Window& window, const Scalars& scalars) {
+AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v,
+                             const Sequences& sequences, const AttentionWindow& window,
+                             const Scalars& scalars) {
   check_first(q, "q");
   const auto [left, right, shift, seed] = window;
   const auto [scale, softcap, dropout] = scalars;
@@ -110,7 +111,7 @@ void check_starts(const char* name, const int32_t* starts, int64_t batch, int64_
 }
 
 // That each key of a cache lies in it: k is (batch or pages, kv_heads, rows, dim).
-void check_cache(const Call& call, const TensorView& k) {
+void check_cache(const AttentionCall& call, const TensorView& k) {
   const auto& s = call.shape;
   const int64_t rows = k.size(2);
   for (int64_t b = 0; b < s.batch; ++b) {
@@ -128,7 +129,7 @@ void check_cache(const Call& call, const TensorView& k) {
 }
 #endif
 
-void Call::set_sequences(const Sequences& sequences, const TensorView& q, const TensorView& k) {
+void AttentionCall::set_sequences(const Sequences& sequences, const TensorView& q, const TensorView& k) {
   const auto& [query_starts, key_starts, key_counts, page_table, queries, keys] = *sequences;
   const auto of = [&](const OptionalView& view, const char* name, int64_t elements) {
     return static_cast<const int32_t*>(optional(view, name, q, DType::i32, elements));
@@ -168,9 +169,10 @@ void Call::set_sequences(const Sequences& sequences, const TensorView& q, const 
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v,
                        const OptionalView& bias, const OptionalView& mask, const OptionalView& slopes,
                        const OptionalView& sinks, const TensorView& out, const TensorView& lse,
-                       const OptionalView& statistics, const Sequences& sequences, const Window& window,
-                       const Scalars& scalars, [[maybe_unused]] int threads, const OptionalView& scratch) {
-  const Call call(q, k, v, sequences, window, scalars);
+                       const OptionalView& statistics, const Sequences& sequences,
+                       const AttentionWindow& window, const Scalars& scalars, [[maybe_unused]] int threads,
+                       const OptionalView& scratch) {
+  const AttentionCall call(q, k, v, sequences, window, scalars);
   const auto& s = call.shape;
   const auto tq = call.of_queries(q, "q", q, s.head_dim), to = call.of_queries(out, "out", q, s.value_dim);
   const auto tk = call.of_keys(k, "k", q, k.size(2), s.head_dim);
@@ -195,9 +197,9 @@ void attention_backward(const TensorView& dout, const OptionalView& dlse, const 
                         const OptionalView& mask, const OptionalView& slopes, const OptionalView& sinks,
                         const TensorView& out, const TensorView& statistics, const TensorView& dq,
                         const TensorView& dk, const TensorView& dv, const OptionalView& dbias,
-                        const TensorView& delta, const Sequences& sequences, const Window& window,
+                        const TensorView& delta, const Sequences& sequences, const AttentionWindow& window,
                         const Scalars& scalars, [[maybe_unused]] int threads) {
-  const Call call(q, k, v, sequences, window, scalars);
+  const AttentionCall call(q, k, v, sequences, window, scalars);
   const auto& s = call.shape;
   if (s.key_counts) TensorView::refuse("key_counts", "be None, as a cache has no gradient");
   const int64_t D = s.head_dim, Dv = s.value_dim, keys = k.size(2);

@@ -52,8 +52,8 @@ void check_running(const BatchNormActChannels& known, int64_t channels) {
 }
 #endif
 
-void statistics(const OptionalView& x, const TensorView& partial, const TensorView& mean,
-                const TensorView& variance, [[maybe_unused]] int threads) {
+void batch_norm_act_statistics(const OptionalView& x, const TensorView& partial, const TensorView& mean,
+                               const TensorView& variance, [[maybe_unused]] int threads) {
   if (partial.dim() != 3) TensorView::refuse("partial", "have 3 dimensions");
   const int64_t partials = partial.size(0), channels = partial.size(2);
   const TensorView& first = x ? *x : partial;
@@ -66,10 +66,10 @@ void statistics(const OptionalView& x, const TensorView& partial, const TensorVi
   backend::batch_norm_act_statistics(px, pp, pm, pv, s, WHERE(first, threads));
 }
 
-void forward(const TensorView& x, const OptionalView& residual, const OptionalView& weight,
-             const OptionalView& bias, const TensorView& mean, const TensorView& variance,
-             const TensorView& y, float eps, int activation, [[maybe_unused]] bool running,
-             [[maybe_unused]] int threads) {
+void batch_norm_act_forward(const TensorView& x, const OptionalView& residual, const OptionalView& weight,
+                            const OptionalView& bias, const TensorView& mean, const TensorView& variance,
+                            const TensorView& y, float eps, int activation, [[maybe_unused]] bool running,
+                            [[maybe_unused]] int threads) {
   const auto s = shape_of(x, 0, eps, activation);
   const int64_t n = s.rows * s.channels;
   void *px = x.contiguous("x", x, s.dtype, n), *pr = optional(residual, "residual", x, s.dtype, n);
@@ -82,10 +82,10 @@ void forward(const TensorView& x, const OptionalView& residual, const OptionalVi
   backend::batch_norm_act_forward(px, pr, known, py, s, WHERE(x, threads));
 }
 
-void sums(const TensorView& dy, const TensorView& x, const OptionalView& beside, const OptionalView& weight,
-          const OptionalView& bias, const TensorView& mean, const TensorView& variance,
-          const OptionalView& dresidual, const TensorView& partial, const TensorView& sums, float eps,
-          int activation, [[maybe_unused]] int threads) {
+void batch_norm_act_sums(const TensorView& dy, const TensorView& x, const OptionalView& beside,
+                         const OptionalView& weight, const OptionalView& bias, const TensorView& mean,
+                         const TensorView& variance, const OptionalView& dresidual, const TensorView& partial,
+                         const TensorView& sums, float eps, int activation, [[maybe_unused]] int threads) {
   const auto s = shape_of(dy, partial.size(0), eps, activation);
   const int64_t n = s.rows * s.channels;
   void *pdy = dy.contiguous("dy", dy, s.dtype, n), *px = x.contiguous("x", dy, s.dtype, n);
@@ -98,10 +98,10 @@ void sums(const TensorView& dy, const TensorView& x, const OptionalView& beside,
   backend::batch_norm_act_sums({pdy, px, pb}, known, pd, pp, ps, s, WHERE(dy, threads));
 }
 
-void backward(const TensorView& dy, const TensorView& x, const OptionalView& beside,
-              const OptionalView& weight, const OptionalView& bias, const TensorView& mean,
-              const TensorView& variance, const OptionalView& sums, const TensorView& dx, float eps,
-              int activation, [[maybe_unused]] int threads) {
+void batch_norm_act_backward(const TensorView& dy, const TensorView& x, const OptionalView& beside,
+                             const OptionalView& weight, const OptionalView& bias, const TensorView& mean,
+                             const TensorView& variance, const OptionalView& sums, const TensorView& dx,
+                             float eps, int activation, [[maybe_unused]] int threads) {
   const auto s = shape_of(dy, 0, eps, activation);
   const int64_t n = s.rows * s.channels;
   void *pdy = dy.contiguous("dy", dy, s.dtype, n), *px = x.contiguous("x", dy, s.dtype, n);
@@ -116,16 +116,17 @@ void backward(const TensorView& dy, const TensorView& x, const OptionalView& bes
 }  // namespace
 
 void bind_batch_norm_act(py::module_& m) {
-  m.def("batch_norm_act_statistics", &statistics, py::arg("x").none(true), py::arg("partial"),
+  m.def("batch_norm_act_statistics", &batch_norm_act_statistics, py::arg("x").none(true), py::arg("partial"),
         py::arg("mean"), py::arg("variance"), py::arg("threads"));
-  m.def("batch_norm_act_forward", &forward, py::arg("x"), py::arg("residual").none(true),
+  m.def("batch_norm_act_forward", &batch_norm_act_forward, py::arg("x"), py::arg("residual").none(true),
         py::arg("weight").none(true), py::arg("bias").none(true), py::arg("mean"), py::arg("variance"),
         py::arg("y"), py::arg("eps"), py::arg("activation"), py::arg("running"), py::arg("threads"));
-  m.def("batch_norm_act_sums", &sums, py::arg("dy"), py::arg("x"), py::arg("beside").none(true),
-        py::arg("weight").none(true), py::arg("bias").none(true), py::arg("mean"), py::arg("variance"),
-        py::arg("dresidual").none(true), py::arg("partial"), py::arg("sums"), py::arg("eps"),
+  m.def("batch_norm_act_sums", &batch_norm_act_sums, py::arg("dy"), py::arg("x"),
+        py::arg("beside").none(true), py::arg("weight").none(true), py::arg("bias").none(true),
+        py::arg("mean"), py::arg("variance"), py::arg("dresidual").none(true), py::arg("partial"),
+        py::arg("sums"), py::arg("eps"), py::arg("activation"), py::arg("threads"));
+  m.def("batch_norm_act_backward", &batch_norm_act_backward, py::arg("dy"), py::arg("x"),
+        py::arg("beside").none(true), py::arg("weight").none(true), py::arg("bias").none(true),
+        py::arg("mean"), py::arg("variance"), py::arg("sums").none(true), py::arg("dx"), py::arg("eps"),
         py::arg("activation"), py::arg("threads"));
-  m.def("batch_norm_act_backward", &backward, py::arg("dy"), py::arg("x"), py::arg("beside").none(true),
-        py::arg("weight").none(true), py::arg("bias").none(true), py::arg("mean"), py::arg("variance"),
-        py::arg("sums").none(true), py::arg("dx"), py::arg("eps"), py::arg("activation"), py::arg("threads"));
 }

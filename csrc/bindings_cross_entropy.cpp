@@ -12,13 +12,13 @@ using lspm::TensorView;
 namespace {
 
 // A call: its shape, and the arguments that forward and backward share.
-struct Call {
+struct CrossEntropyCall {
   lspm::CrossEntropyShape shape;
   const void *logits, *target;
   const float* weight;
 
-  Call(const TensorView& x, const TensorView& t, const OptionalView& w, int64_t ignore_index, int reduction,
-       float smoothing) {
+  CrossEntropyCall(const TensorView& x, const TensorView& t, const OptionalView& w, int64_t ignore_index,
+                   int reduction, float smoothing) {
     check_first(x, "logits");
     if (x.dim() != 2) TensorView::refuse("logits", "have 2 dimensions");
     if (reduction < 0 || reduction > 2) TensorView::refuse("reduction", "be 0, 1 or 2");
@@ -41,7 +41,7 @@ void cross_entropy_forward(const TensorView& logits, const TensorView& target, c
                            const TensorView& loss, const OptionalView& statistics,
                            [[maybe_unused]] const OptionalView& row_losses, int64_t ignore_index,
                            int reduction, float smoothing, [[maybe_unused]] int threads) {
-  const Call call(logits, target, weight, ignore_index, reduction, smoothing);
+  const CrossEntropyCall call(logits, target, weight, ignore_index, reduction, smoothing);
   const auto& s = call.shape;
   void* pl = loss.contiguous("loss", logits, s.dtype, s.losses());
   auto* ps = static_cast<float*>(optional(statistics, "statistics", logits, DType::f32, s.statistics()));
@@ -60,7 +60,7 @@ void cross_entropy_backward(const TensorView& dloss, const TensorView& logits, c
                             const OptionalView& weight, const TensorView& statistics,
                             const TensorView& dlogits, int64_t ignore_index, int reduction, float smoothing,
                             [[maybe_unused]] int threads) {
-  const Call call(logits, target, weight, ignore_index, reduction, smoothing);
+  const CrossEntropyCall call(logits, target, weight, ignore_index, reduction, smoothing);
   const auto& s = call.shape;
   void* pdl = dloss.contiguous("dloss", logits, s.dtype, s.losses());
   auto* ps = static_cast<float*>(statistics.contiguous("statistics", logits, DType::f32, s.statistics()));

@@ -17,12 +17,13 @@ using lspm::TensorView;
 namespace {
 
 // A table of so many rows, its bags beside what has a row for each of them.
-struct Call {
+struct EmbeddingBagCall {
   EmbeddingBagShape shape;
   Bags bags;
 
-  Call(int64_t rows, const TensorView& of_bags, const char* name, const TensorView& indices,
-       const OptionalView& offsets, const OptionalView& per_sample_weights, int64_t padding_idx, bool mean) {
+  EmbeddingBagCall(int64_t rows, const TensorView& of_bags, const char* name, const TensorView& indices,
+                   const OptionalView& offsets, const OptionalView& per_sample_weights, int64_t padding_idx,
+                   bool mean) {
     check_first(of_bags, name);
     if (of_bags.dim() != 2) TensorView::refuse(name, "have 2 dimensions");
     const DType type = indices.dtype();
@@ -57,29 +58,31 @@ struct Call {
   }
 };
 
-void forward(const TensorView& weight, const TensorView& indices, const OptionalView& offsets,
-             const OptionalView& per_sample_weights, const TensorView& out, int64_t padding_idx, bool mean,
-             [[maybe_unused]] int threads) {
-  const Call call(weight.size(0), out, "out", indices, offsets, per_sample_weights, padding_idx, mean);
+void embedding_bag_forward(const TensorView& weight, const TensorView& indices, const OptionalView& offsets,
+                           const OptionalView& per_sample_weights, const TensorView& out, int64_t padding_idx,
+                           bool mean, [[maybe_unused]] int threads) {
+  const EmbeddingBagCall call(weight.size(0), out, "out", indices, offsets, per_sample_weights, padding_idx,
+                              mean);
   void* const table = call.table(weight, "weight", out, out.dtype());
   void* const sums = out.contiguous("out", out, out.dtype(), out.numel());
   py::gil_scoped_release unlocked;
   backend::embedding_bag_forward(table, call.bags, sums, call.shape, WHERE(out, threads));
 }
 
-void backward(const TensorView& dout, const OptionalView& weight, const TensorView& indices,
-              const OptionalView& offsets, const OptionalView& per_sample_weights,
+void embedding_bag_backward(const TensorView& dout, const OptionalView& weight, const TensorView& indices,
+                            const OptionalView& offsets, const OptionalView& per_sample_weights,
 #ifdef LSPM_CUDA
-              const TensorView& bag_of, const OptionalView& sorted_rows, const OptionalView& order,
-              const OptionalView& shares, const OptionalView& parts,
+                            const TensorView& bag_of, const OptionalView& sorted_rows,
+                            const OptionalView& order, const OptionalView& shares, const OptionalView& parts,
 #endif
-              const OptionalView& dweight, const OptionalView& dweights, int64_t padding_idx, bool mean,
-              [[maybe_unused]] int threads) {
+                            const OptionalView& dweight, const OptionalView& dweights, int64_t padding_idx,
+                            bool mean, [[maybe_unused]] int threads) {
   if (dweights && !(weight && per_sample_weights))
     TensorView::refuse("weight and per_sample_weights", "be there where dweights is");
   const OptionalView& like = dweight ? dweight : weight;
   if (!like) TensorView::refuse("dweight or dweights", "be there");
-  const Call call(like->size(0), dout, "dout", indices, offsets, per_sample_weights, padding_idx, mean);
+  const EmbeddingBagCall call(like->size(0), dout, "dout", indices, offsets, per_sample_weights, padding_idx,
+                              mean);
   const DType type = dout.dtype();
   void* const gradient = dout.contiguous("dout", dout, type, dout.numel());
   void* const table = call.table(weight, "weight", dout, type);
@@ -99,17 +102,18 @@ void backward(const TensorView& dout, const OptionalView& weight, const TensorVi
 }
 
 // numbers: lr, eps, beta1, beta2 and weight_decay.
-void update(const TensorView& weight, const OptionalView& first, const OptionalView& second,
-            const TensorView& dout, const TensorView& indices, const OptionalView& offsets,
-            const OptionalView& per_sample_weights,
+void embedding_bag_update(const TensorView& weight, const OptionalView& first, const OptionalView& second,
+                          const TensorView& dout, const TensorView& indices, const OptionalView& offsets,
+                          const OptionalView& per_sample_weights,
 #ifdef LSPM_CUDA
-            const TensorView& bag_of, const TensorView& sorted_rows, const TensorView& order,
-            const TensorView& shares, const TensorView& parts,
+                          const TensorView& bag_of, const TensorView& sorted_rows, const TensorView& order,
+                          const TensorView& shares, const TensorView& parts,
 #endif
-            int64_t padding_idx, bool mean, int optimizer, const std::array<double, 5>& numbers, int64_t step,
-            const std::optional<uint64_t>& seed, [[maybe_unused]] int threads) {
+                          int64_t padding_idx, bool mean, int optimizer, const std::array<double, 5>& numbers,
+                          int64_t step, const std::optional<uint64_t>& seed, [[maybe_unused]] int threads) {
   if (optimizer < 0 || optimizer > 2) refuse_value("optimizer", "be 0, 1 or 2", optimizer);
-  const Call call(weight.size(0), dout, "dout", indices, offsets, per_sample_weights, padding_idx, mean);
+  const EmbeddingBagCall call(weight.size(0), dout, "dout", indices, offsets, per_sample_weights, padding_idx,
+                              mean);
   const DType type = dout.dtype();
   const auto& [lr, eps, beta1, beta2, weight_decay] = numbers;
   const lspm::RowStep how{lspm::RowOptimizer(optimizer),
@@ -142,10 +146,10 @@ void update(const TensorView& weight, const OptionalView& first, const OptionalV
 }  // namespace
 
 void bind_embedding_bag(py::module_& m) {
-  m.def("embedding_bag_forward", &forward, py::arg("weight"), py::arg("indices"),
+  m.def("embedding_bag_forward", &embedding_bag_forward, py::arg("weight"), py::arg("indices"),
         py::arg("offsets").none(true), py::arg("per_sample_weights").none(true), py::arg("out"),
         py::arg("padding_idx"), py::arg("mean"), py::arg("threads"));
-  m.def("embedding_bag_backward", &backward, py::arg("dout"), py::arg("weight").none(true),
+  m.def("embedding_bag_backward", &embedding_bag_backward, py::arg("dout"), py::arg("weight").none(true),
         py::arg("indices"), py::arg("offsets").none(true), py::arg("per_sample_weights").none(true),
 #ifdef LSPM_CUDA
         py::arg("bag_of"), py::arg("sorted_rows").none(true), py::arg("order").none(true),
@@ -153,7 +157,7 @@ void bind_embedding_bag(py::module_& m) {
 #endif
         py::arg("dweight").none(true), py::arg("dweights").none(true), py::arg("padding_idx"),
         py::arg("mean"), py::arg("threads"));
-  m.def("embedding_bag_update", &update, py::arg("weight"), py::arg("first").none(true),
+  m.def("embedding_bag_update", &embedding_bag_update, py::arg("weight"), py::arg("first").none(true),
         py::arg("second").none(true), py::arg("dout"), py::arg("indices"), py::arg("offsets").none(true),
         py::arg("per_sample_weights").none(true),
 #ifdef LSPM_CUDA

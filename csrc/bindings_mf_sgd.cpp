@@ -43,7 +43,7 @@ int64_t grid_of(const TensorView& offsets) {
 }
 
 const int64_t* starts_of(const TensorView& view, const char* name, const TensorView& beside, int64_t n,
-                         int64_t end) {
+                         [[maybe_unused]] int64_t end) {
   const auto* starts = data<int64_t>(view, name, beside, DType::i64, n + 1);
 #ifndef LSPM_CUDA  // whose kernels keep to what there is, as nothing is read on a GPU
   for (int64_t i = 0; i < n; ++i)

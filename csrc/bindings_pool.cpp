@@ -14,10 +14,11 @@ using lspm::TensorView;
 
 namespace {
 
-using Window = std::array<int64_t, 8>;  // kernel, stride, padding and dilation, each of rows and of columns
+using PoolWindow =
+    std::array<int64_t, 8>;  // kernel, stride, padding and dilation, each of rows and of columns
 
 lspm::MaxPool2dShape shape_of(const TensorView& x, const char* x_name, const TensorView& y,
-                              const char* y_name, const Window& w) {
+                              const char* y_name, const PoolWindow& w) {
   check_first(x, x_name);
   for (const auto& [view, name] : {std::pair{&x, x_name}, std::pair{&y, y_name}})
     if (view->dim() != 4) TensorView::refuse(name, "have 4 dimensions");
@@ -35,7 +36,7 @@ lspm::MaxPool2dShape shape_of(const TensorView& x, const char* x_name, const Ten
 DType type_of_positions(const lspm::MaxPool2dShape& s) { return s.bytes() ? DType::u8 : DType::i32; }
 
 void max_pool2d_forward(const TensorView& x, const TensorView& y, const OptionalView& positions,
-                        const Window& window, [[maybe_unused]] int threads) {
+                        const PoolWindow& window, [[maybe_unused]] int threads) {
   const auto s = shape_of(x, "x", y, "y", window);
   void *px = x.contiguous("x", x, s.dtype, s.inputs()), *py = y.contiguous("y", x, s.dtype, s.outputs());
   void* pp = optional(positions, "positions", x, type_of_positions(s), s.outputs());
@@ -44,7 +45,7 @@ void max_pool2d_forward(const TensorView& x, const TensorView& y, const Optional
 }
 
 void max_pool2d_backward(const TensorView& dy, const TensorView& positions, const TensorView& dx,
-                         const Window& window, [[maybe_unused]] int threads) {
+                         const PoolWindow& window, [[maybe_unused]] int threads) {
   const auto s = shape_of(dx, "dx", dy, "dy", window);
   void* pdy = dy.contiguous("dy", dx, s.dtype, s.outputs());
   void* pp = positions.contiguous("positions", dx, type_of_positions(s), s.outputs());

@@ -17,8 +17,13 @@ namespace {
 constexpr int64_t kItems = 16;             // at least, where there are so many, for threads to share
 constexpr int64_t kLargeImages = 1 << 18;  // elements that are no longer in the second-level cache
 
+#if defined(__AVX512BF16__)
 template <class T>
-constexpr bool kPaired = std::is_same_v<T, bf16> && std::is_same_v<OperandOf<T>, bf16>;
+constexpr bool kPaired = std::is_same_v<T, bf16>;
+#else
+template <class>
+constexpr bool kPaired = false;
+#endif
 
 // The activations that are more than a bound.
 __attribute__((noinline)) void activate(F* v, int64_t n, Activation activation) {
@@ -126,7 +131,7 @@ void add_row(const Depthwise& plan, const T* image, int64_t row, const Body* beg
       prefetch_lines<1>(y + out + kPixels * c.out_pixel, count * c.out_pixel * int64_t(sizeof(T)));
     }
     for (const Body* body = begin; body != end; ++body)
-      with_columns<T, kReads>(plan, *body, [&](auto columns) __attribute__((always_inline)) {
+      with_columns<T, kReads, kTaps>(plan, *body, [&](auto columns) __attribute__((always_inline)) {
         typename decltype(columns)::V sums[kPixels] = {};
         add_runs<kReads == Reads::pairs, kTaps, kStride>(places, depth, columns,
                                                          weights + body->slot * of_lane, sums);
@@ -145,7 +150,7 @@ Row<T> row_of(const Depthwise& plan) {
   with_runs(plan, [&](auto taps, auto stride) {
     constexpr int kTaps = taps.value, kStride = stride.value;
     if (plan.reads == Reads::own) found = &add_row<T, Reads::own, kTaps, kStride>;
-    if constexpr (kTaps <= 3) {
+    if constexpr (kGroups && kTaps <= kMostGroupTaps) {
       if (plan.reads == Reads::group) found = &add_row<T, Reads::group, kTaps, kStride>;
       if constexpr (kPaired<T>)
         if (plan.reads == Reads::pairs) found = &add_row<T, Reads::pairs, kTaps, kStride>;

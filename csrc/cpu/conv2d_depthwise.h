@@ -10,12 +10,14 @@
 #pragma once
 #include <algorithm>
 
-#include "cpu/conv2d_tiles.h"
+#include "cpu/correlation.h"
 #include "cpu/pairs.h"
 
 namespace lspm::cpu {
 
 constexpr int kPixels = kLanes == 16 ? 7 : 4;
+constexpr bool kGroups = kLanes > 4;  // whether there are kernels for groups of more than one channel
+constexpr int kMostGroupTaps = 3;     // in a run of theirs
 
 // What a lane reads: its own channel, or channels of its group; or pairs of them, of bfloat16.
 enum class Reads { own, group, pairs };
@@ -49,7 +51,7 @@ class Depthwise {
   static bool admits(const Correlation& c) {
     if (c.groups == 1) return false;
     if (c.depth == 1 && c.filters == 1) return true;
-    if (kLanes == 4 || c.depth > kMostChannels || c.channels < 2 * kLanes) return false;
+    if (!kGroups || c.depth > kMostChannels || c.channels < 2 * kLanes) return false;
     return c.filters % kLanes == 0 || (c.filters < kLanes && c.depth <= kLanes);
   }
 
@@ -168,7 +170,7 @@ class Depthwise {
     }
   }
   bool has_kernel(int64_t many) const {
-    if (reads != Reads::own && many > 3) return false;
+    if (reads != Reads::own && many > kMostGroupTaps) return false;
     return c.stride_w == 1 || (c.stride_w == 2 && many % 2 == 1);
   }
 
@@ -290,14 +292,14 @@ inline void add_products(Pair& sum, Pair a, Pair b) {
   add_products<kPairs>(sum.second, a.second, b.second);
 }
 
-// Calls f(columns) with the lanes of a body and what they read.
-template <class T, Reads kReads, class Call>
+// Calls f(columns) with the lanes of a body and what they read. Less than a vector has runs of one tap.
+template <class T, Reads kReads, int kTaps, class Call>
 __attribute__((always_inline)) inline void with_columns(const Depthwise& plan, const Body& body, Call f) {
   const int n = int(body.lanes);
   if constexpr (kReads == Reads::own) {
     if (n == 2 * kLanes) return f(OwnChannels<T, PairLanes<T>>{{}, body.filter});
     if (n == kLanes) return f(OwnChannels<T, Single<T, AllLanes>>{Single<T, AllLanes>(), body.filter});
-    f(OwnChannels<T, Single<T, FirstLanes>>{Single<T, FirstLanes>(n), body.filter});
+    if constexpr (kTaps == 1) f(OwnChannels<T, Single<T, FirstLanes>>{Single<T, FirstLanes>(n), body.filter});
   } else {
     constexpr bool kPairs = kReads == Reads::pairs;
     if (n == 2 * kLanes) return f(GroupChannels<T, TwoVectors<T>, kPairs>{{}, plan, body.slot});

@@ -25,7 +25,7 @@ void add_pixels(const Depthwise& plan, const T* image, const T* dz, int64_t row,
   const int64_t of_lane = plan.weights_of_lane(), depth = kReads == Reads::own ? 1 : plan.depth;
   const int64_t pixel = plan.c.out_pixel;
   for (const Body* body = begin; body != end; ++body)
-    with_columns<T, kReads>(plan, *body, [&](auto columns) __attribute__((always_inline)) {
+    with_columns<T, kReads, kTaps>(plan, *body, [&](auto columns) __attribute__((always_inline)) {
       using V = typename decltype(columns)::V;
       constexpr int kWidth = sizeof(V) / sizeof(float);
       V g[kCount];
@@ -83,7 +83,7 @@ Row<T> row_of(const Depthwise& plan) {
   with_runs(plan, [&](auto taps, auto stride) {
     constexpr int kTaps = taps.value, kStride = stride.value;
     if (plan.reads == Reads::own) found = &add_row<T, Reads::own, kTaps, kStride>;
-    if constexpr (kTaps <= 3)
+    if constexpr (kGroups && kTaps <= kMostGroupTaps)
       if (plan.reads == Reads::group) found = &add_row<T, Reads::group, kTaps, kStride>;
   });
   return found;

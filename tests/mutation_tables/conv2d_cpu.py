@@ -77,6 +77,7 @@ MUTATIONS = [
     ),
     in_tiles(
         name="conv2d cpu: the gradient of x takes taps that reach no pixel",
+        file="csrc/cpu/correlation.h",
         old="if (row % s.stride_h == 0 && column % s.stride_w == 0)",
         new="if (row % s.stride_h == 0)",
     ),
