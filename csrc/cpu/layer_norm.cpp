@@ -81,28 +81,22 @@ class RowStatistics {
   F total_{}, squares_{};
 };
 
-template <class T, class W>
+template <class T>
 struct Forward {
   const T *x, *residual;
-  const W *weight, *bias;
   T *sum, *y;
   float *mean, *rstd;
   const LayerNormShape& shape;
   float eps;
 
   struct Scratch {
-    const float *weight, *bias;
-    T* sums;         // the row, where it is a sum
-    float* centers;  // of RowStatistics
+    const float *weight, *bias;  // as ordered() has them
+    T* sums;                     // the row, where it is a sum
+    float* centers;              // of RowStatistics
   };
 
   template <bool kStream>
-  void rows(int64_t begin, int64_t end) const {
-    const int64_t cols = shape.cols;
-    const std::unique_ptr<float[]> floats(new float[2 * cols + RowStatistics<T>::room(cols)]);
-    const std::unique_ptr<T[]> sums(residual ? new T[cols] : nullptr);
-    const Scratch w{ordered<T>(weight, cols, floats.get()), ordered<T>(bias, cols, floats.get() + cols),
-                    sums.get(), floats.get() + 2 * cols};
+  void rows(int64_t begin, int64_t end, const Scratch& w) const {
     for (; begin < end; ++begin) residual ? row<kStream, true>(begin, w) : row<kStream, false>(begin, w);
     if (kStream) stream_fence();
   }
@@ -145,11 +139,10 @@ struct Forward {
   }
 };
 
-template <class T, class W>
+template <class T>
 struct Backward {
   const T *dy, *dsum, *sum;
   const float *mean, *rstd;
-  const W* weight;
   T* dx;
   const LayerNormShape& shape;
 
@@ -246,11 +239,9 @@ void add_runs(const float* first, int64_t stride, W* total, const LayerNormShape
 template <class T, class W>
 void forward(const void* x, const void* residual, const void* weight, const void* bias, void* sum, void* y,
              float* mean, float* rstd, const LayerNormShape& s, float eps, int threads) {
-  using Job = Forward<T, W>;
+  using Job = Forward<T>;
   const Job job{static_cast<const T*>(x),
                 static_cast<const T*>(residual),
-                static_cast<const W*>(weight),
-                static_cast<const W*>(bias),
                 static_cast<T*>(sum),
                 static_cast<T*>(y),
                 mean,
@@ -260,27 +251,33 @@ void forward(const void* x, const void* residual, const void* weight, const void
   const int64_t elements = s.rows * s.cols;
   const bool stream = streams(job.y, elements, s.cols) & (streams(job.sum, elements, s.cols) | !sum);
   const auto rows = stream ? &Job::template rows<true> : &Job::template rows<false>;
-  parallel_for(s.rows, elements, threads, [&](int64_t begin, int64_t end) { (job.*rows)(begin, end); });
+  parallel_for(s.rows, elements, threads, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> floats(new float[2 * s.cols + RowStatistics<T>::room(s.cols)]);
+    const std::unique_ptr<T[]> sums(residual ? new T[s.cols] : nullptr);
+    float *const first = floats.get(), *const second = first + s.cols;
+    (job.*rows)(begin, end,
+                {ordered<T>(static_cast<const W*>(weight), s.cols, first),
+                 ordered<T>(static_cast<const W*>(bias), s.cols, second), sums.get(), second + s.cols});
+  });
 }
 
 template <class T, class W>
 void backward(const void* dy, const void* dsum, const void* sum, const float* mean, const float* rstd,
               const void* weight, void* dx, void* dweight, void* dbias, float* partial,
               const LayerNormShape& s, int threads) {
-  using Job = Backward<T, W>;
+  using Job = Backward<T>;
   const Job job{static_cast<const T*>(dy),
                 static_cast<const T*>(dsum),
                 static_cast<const T*>(sum),
                 mean,
                 rstd,
-                static_cast<const W*>(weight),
                 static_cast<T*>(dx),
                 s};
   const bool stream = streams(job.dx, s.rows * s.cols, s.cols);
   const int64_t run = s.rows_per_partial();
   parallel_for(s.partials, s.rows * s.cols, threads, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> room(new float[s.cols]);
-    const float* const weights = ordered<T>(job.weight, s.cols, room.get());
+    const float* const weights = ordered<T>(static_cast<const W*>(weight), s.cols, room.get());
     for (int64_t p = begin; p < end; ++p) {
       float *dw = partial + 2 * p * s.cols, *db = dw + s.cols;
       std::fill(dw, db + s.cols, 0.0f);
