@@ -12,7 +12,8 @@ import triton.language as tl
 
 from lspm_kernels import top_k_parts
 
-_QUERIES, _ITEMS, _DIM, _WARPS = 16, 64, 32, 8  # with 208 registers a few bytes at most are spilled
+_QUERIES, _ITEMS, _WARPS = 16, 64, 8
+_BYTES = 64  # of a row at a time: with 128, 32 values of float32, registers are spilled
 _LEAST = 16  # keys of a query, at least
 _NONE = tl.constexpr(-(2**63))  # before every key
 
@@ -110,7 +111,7 @@ def forward(queries, items, item_bias, exclude_indptr, exclude_indices, scores, 
         "KEYS": KEYS,
         "QUERIES": _QUERIES,
         "ITEMS": max(_ITEMS, KEYS),
-        "DIM": _DIM,
+        "DIM": _BYTES // items.element_size(),
         "num_warps": _WARPS,
         "maxnreg": 208,
     }
