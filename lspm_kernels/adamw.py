@@ -34,11 +34,12 @@ class AdamW(torch.optim.AdamW):
           if norm.isfinite():
               optimizer.step(grad_norm=norm)     # which does not read the gradients for it again
 
-    * bfloat16 and float16 parameters: by default the moments have their dtype, as torch's have. With
-      master_weights moments are in float32, and so is the parameter itself, as master_param of the state; p
-      is its rounded copy, so who changes p otherwise deletes master_param. With stochastic_rounding moments
-      are in float32, and bfloat16 parameters are rounded up or down at random, with the exact value as their
-      mean; seeds are drawn from torch's default generator, one a step and list of tensors.
+    * bfloat16 and float16 parameters: by default the moments have their dtype, as torch's have, in which
+      small steps are lost and, in float16, the squares of small gradients. With master_weights moments are
+      in float32, and so is the parameter itself, as master_param of the state; p is its rounded copy, so who
+      changes p otherwise deletes master_param. With stochastic_rounding moments are in float32, and bfloat16
+      parameters are rounded up or down at random, with the exact value as their mean; seeds are drawn from
+      torch's default generator, one a step and list of tensors.
 
     Everything is computed in float32. The same bits for any number of threads.
 
