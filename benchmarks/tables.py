@@ -11,6 +11,7 @@ GOALS = {
     "libmf": "x LIBMF {1:.2f} >= {0:.2f}",
     "surprise": "x Surprise {1:.0f} >= {0:.0f}",
     "openvino": "x OpenVINO {1:.2f} >= {0:.2f}",
+    "their memory": "memory {1:.0f} <= {0:.0f} % of transformers'",
     "memory": "memory {1:.0f} <= {0:.0f} % of torch's",
 }
 
