@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 2048  # elements of the forward's: 16 a thread, with 4 warps; with 32, pairs of 16 factors spill
+_TILE = 1024  # elements of the forward's: 8 a thread, with 4 warps; with 16, sm_90 spills registers of some
 _PAIRS = 16  # of a row that the backward takes at once
 _DIM = 16, 128  # factors of a tile, at least and at most
+_REGISTERS = 80  # of a thread of the backward: left to itself, ptxas saves some for sm_90 and spills
 # Fused, the lanes of a warp that add a product to each other's get sums that differ in the last bit.
 _EXACT = {"enable_fp_fusion": False}
 
@@ -112,7 +113,7 @@ def _one_table(dratings, ids, other_ids, others, dfactors, dbias):
     grid = rows, 1 if dfactors is None else max(1, triton.cdiv(dim, tile))
     given = dratings, others, other_ids, ordered.indices, begins, dfactors, dbias, len(others), dim
     with torch.cuda.device_of(ids):
-        _backward_kernel[grid](*given, PAIRS=_PAIRS, DIM=tile, **_EXACT)
+        _backward_kernel[grid](*given, PAIRS=_PAIRS, DIM=tile, maxnreg=_REGISTERS, **_EXACT)
 
 
 def _tile(dim):
