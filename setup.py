@@ -50,7 +50,7 @@ def chosen_isas():
 def asks_for(macro, source):
     text = Path(source).read_text()
     included = re.findall('^#include "(.+)"', text, re.M)
-    return macro in text or any(asks_for(macro, f"csrc/{name}") for name in included)
+    return macro in text or any(asks_for(macro, f"csrc/{name.removeprefix('../')}") for name in included)
 
 
 def find_nvcc():
