@@ -49,7 +49,8 @@ def module():
 def _asks_for_tiles(source):
     text = source.read_text()
     included = re.findall('^#include "(.+)"', text, re.M)
-    return "__AMX_" in text or any(_asks_for_tiles(ROOT / "csrc" / name) for name in included)
+    headers = [ROOT / "csrc" / name.removeprefix("../") for name in included]
+    return "__AMX_" in text or any(map(_asks_for_tiles, headers))
 
 
 def _build(bindings, kernels, out):

@@ -155,7 +155,7 @@ BAD = {
     "target must be classes of shape (4,), got (3,)": (H, W, T[1:]),
     "target must be classes of shape (4,), got list": (H, W, [0]),
     "target must have dtype torch.int64 or torch.int32, got torch.float32": (H, W, H[:, 0]),
-    "target must be on hidden' device cpu, got meta": (H, W, T.to("meta")),
+    "target must be on hidden's device cpu, got meta": (H, W, T.to("meta")),
 }
 OPTIONS = {
     "bias must be a tensor of shape (5,), got (4,)": {"bias": H[:, 0]},
