@@ -7,7 +7,6 @@ GOALS = {
     "roof": "roof >= {:.0f} %",
     "extra_us": "more <= {:.0f} us",
     "hugging face": "x Hugging Face {1:.2f} >= {0:.2f}",
-    "implicit": "x implicit {1:.2f} >= {0:.2f}",
     "libmf": "x LIBMF {1:.2f} >= {0:.2f}",
     "surprise": "x Surprise {1:.0f} >= {0:.0f}",
     "openvino": "x OpenVINO {1:.2f} >= {0:.2f}",
@@ -71,7 +70,8 @@ def _line(row: dict, torch: dict | None) -> dict[str, str]:
 
 
 def _goal(goal: dict) -> str:
-    return f"{GOALS[goal['what']].format(goal['bound'], goal['got'])} {'pass' if goal['met'] else 'MISS'}"
+    text = GOALS.get(goal["what"], f"x {goal['what']} {{1:.2f}} >= {{0:.2f}}")
+    return f"{text.format(goal['bound'], goal['got'])} {'pass' if goal['met'] else 'MISS'}"
 
 
 def number(value: float) -> str:
