@@ -12,11 +12,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # As many rows as the kernels read weights for at the rate of memory, or nearly: from here on products bound a
 # call, and torch's (oneDNN, MKL, cuBLAS) block them better than kernels that were made to read.
 MOST_ROWS = 8
+# On a CPU, beside a weight of another dtype: to write it out for torch's products takes as long as some
+# hundred rows of ours, which are about as fast there as those of MKL.
+MOST_ROWS_OF_OTHERS = 512
 _LEAST_GROUP = 32  # columns: two vectors of the widest instruction set
 
 _FEW = Limit(
-    f"at most {MOST_ROWS} rows",
-    lambda x, weight, scales: _rows(x) <= MOST_ROWS,
+    f"at most {MOST_ROWS} rows, on a CPU {MOST_ROWS_OF_OTHERS} where weight's dtype is not x's",
+    lambda x, weight, scales: _rows(x) <= _most_rows(x, weight),
     lambda x, weight, scales: _rows(x),
 )
 _CONSTANTS = Limit(
@@ -37,6 +40,10 @@ BACKENDS = tuple(
 
 def _rows(x):
     return x.shape[:-1].numel()
+
+
+def _most_rows(x, weight):
+    return MOST_ROWS_OF_OTHERS if weight.dtype != x.dtype and not x.is_cuda else MOST_ROWS
 
 
 def _differentiates(*tensors):
@@ -70,8 +77,8 @@ def linear(
     y[..., n] = bias[n] + sum over k of x[..., k] * weight[n, k] * scales[n, k // (K / G)]
 
     Of up to 8 rows without a gradient a kernel reads the weight once, as it is stored, and adds up in
-    float32. More rows, and gradients, are torch's own: the weight, of integers, is then written out in x's
-    dtype first.
+    float32; on a CPU of up to 512 where the weight has another dtype than x. More rows, and gradients, are
+    torch's own: such a weight is then written out in x's dtype first.
 
     Args:
         x: (..., K), float32, bfloat16 or float16.
@@ -98,7 +105,7 @@ def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, backend: str | None = None
 ) -> Tensor:
     """linear of arguments that were checked, as by a module that keeps them; x in linear's dtype."""
-    if backend is None and (_rows(x) > MOST_ROWS or _differentiates(x, weight)):
+    if backend is None and (_rows(x) > _most_rows(x, weight) or _differentiates(x, weight)):
         given = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, reference.dequantized(weight, scales, x.dtype), given)
     row = dispatch.pick("linear", BACKENDS, backend, x, weight, scales)

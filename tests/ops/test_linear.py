@@ -53,6 +53,13 @@ def test_integers(outputs, inputs, groups, dtype):
         check(torch.randn(rows, inputs).to(dtype), weight, torch.randn(outputs), scales)
 
 
+def test_a_prompt_by_a_weight_of_another_dtype():
+    for dtype, other in ((F32, BF16), (BF16, F32)):
+        check(torch.randn(70, 96).to(dtype), torch.randn(33, 96).to(other), torch.randn(33))
+    weight, scales = integers(33, 96, 3)
+    check(torch.randn(2, 35, 96).flatten(0, 1), weight, torch.randn(33), scales)
+
+
 @pytest.mark.parametrize("isa", list(reversed(compiled.NEEDS)))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(isa, dtype, monkeypatch):
@@ -118,8 +125,9 @@ def test_more_rows_and_gradients_are_torchs():
     weight = torch.randn(20, 64)
     assert torch.equal(lk.linear(x, weight, bias), F.linear(x, weight, bias))
     small, scales = integers(20, 64, 2)
-    plain = F.linear(x, reference.dequantized(small, scales, F32), bias)
-    assert torch.equal(lk.linear(x, small, bias, scales=scales), plain)
+    many = torch.randn(ops.MOST_ROWS_OF_OTHERS + 1, 64)
+    plain = F.linear(many, reference.dequantized(small, scales, F32), bias)
+    assert torch.equal(lk.linear(many, small, bias, scales=scales), plain)
     leaves = [t.clone().requires_grad_() for t in (x[:2], weight, bias)]
     expected = [t.clone().requires_grad_() for t in (x[:2], weight, bias)]
     lk.linear(*leaves).square().sum().backward()
@@ -202,7 +210,7 @@ def test_errors(message):
 
 
 def test_refusals():
-    with pytest.raises(NotImplementedError, match="linear: cpu needs at most 8 rows, got 9"):
+    with pytest.raises(NotImplementedError, match=r"linear: cpu needs at most 8 rows, on a CPU 512 .*, got 9"):
         lk.linear(torch.zeros(9, 64), W, backend="cpu")
     with pytest.raises(NotImplementedError, match="linear: cpu needs tensors without a gradient"):
         lk.linear(X, W.clone().requires_grad_(), backend="cpu")
