@@ -65,6 +65,9 @@ struct Rows {
 
 template <class W>
 struct Job {
+  // Turns of kOutputs rows until a line that is fetched is read: where rows are short, the next is too soon.
+  static constexpr int64_t kFetched = 16 << 10;  // bytes
+
   const Rows<W> x;
   const W* weight;
   const void* bias;
@@ -100,12 +103,14 @@ struct Job {
   void products(int64_t output, int64_t n, int64_t row, F (&sums)[kRows][kLanes]) const {
     const W* const w = weight + (output + n) * shape.weight_stride;
     const float* const at = x.floats.data() + row * x.width;
+    const int64_t turn = kOutputs * shape.weight_stride * int64_t(sizeof(W));
+    const int64_t ahead = std::max<int64_t>(1, kFetched / std::max<int64_t>(1, turn));
     F parts[kOutputs][kRows] = {};
     const auto add = [&](F(&to)[kOutputs][kRows], int64_t i, auto lanes) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int o = 0; o < kOutputs; ++o) {
         const W* const from = w + o * shape.weight_stride + i;
-        prefetch_far(from + kOutputs * shape.weight_stride);
+        prefetch_far(from + ahead * kOutputs * shape.weight_stride);
         const auto v = lanes.load(from);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r)
