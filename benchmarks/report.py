@@ -69,7 +69,8 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
         if points := [row for row in rows if row["benchmark"] == benchmark and "growth" in row]:
             paths.append(folder / f"{points[0]['machine']}-{benchmark}.png")
             growth.plot(points, paths[-1], tables.about(points))
-        bars = [row for row in rows if row["benchmark"] == benchmark and row.get("speedup")]
+        compared = [row for row in rows if "torch" in (row.get("speedup") or ())]
+        bars = [row for row in compared if row["benchmark"] == benchmark]
         if not bars:
             continue
         figure, axes = pyplot.subplots(figsize=(9, 1 + 0.22 * len(bars)), layout="constrained")
