@@ -5,6 +5,8 @@ import shutil
 import pytest
 import torch
 
+from lspm_kernels import compiled
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(backend_of_test):
@@ -12,6 +14,26 @@ def poisoned_memory(backend_of_test):
     torch.use_deterministic_algorithms(True, warn_only=backend_of_test != "cpu")
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def number_of_threads():
+    """Restored after a test, whatever it set."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=list(reversed(compiled.NEEDS)))
+def isa(request, monkeypatch):
+    """The ops run the CPU kernels of each instruction set that was built and that this machine has."""
+    try:
+        module = compiled.load_cpu(request.param)
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert module.isa == request.param
+    monkeypatch.setattr(compiled, "cpu", module)
+    return request.param
 
 
 @pytest.fixture(scope="module", params=[80, 90], ids="sm_{}".format)

@@ -74,13 +74,8 @@ def test_against_the_reference(kind, shape, dtype, reduction):
     check_kind(kind, shape, dtype, reduction=reduction)
 
 
-@pytest.mark.parametrize("isa", list(reversed(compiled.NEEDS)))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(isa, dtype, monkeypatch):
-    try:
-        monkeypatch.setattr(compiled, "cpu", compiled.load_cpu(isa))
-    except ImportError as error:
-        pytest.skip(str(error))
+def test_every_instruction_set(isa, dtype):
     for kind in TARGETS:
         for shape in ((70, 10), (3, 1029), (2, 37, 3)):
             check_kind(kind, shape, dtype)
@@ -182,13 +177,12 @@ def test_memory(name):
 @REDUCTIONS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_number_of_threads(dtype, reduction):
-    logits, before = torch.randn(1003, 77).to(dtype), torch.get_num_threads()
+    logits = torch.randn(1003, 77).to(dtype)
     function = bound(lk.cross_entropy, *targets((1003, 77), weights=True), reduction=reduction)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(oracle.outputs_and_gradients(function, [logits]))
-    torch.set_num_threads(before)
     for name, first in results[0].items():
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
 

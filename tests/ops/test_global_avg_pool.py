@@ -27,13 +27,8 @@ def test_against_the_reference(shape, dtype):
     check((torch.randn(shape) + 3).to(dtype).to(memory_format=LAST))
 
 
-@pytest.mark.parametrize("isa", list(reversed(compiled.NEEDS)))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(isa, dtype, monkeypatch):
-    try:
-        monkeypatch.setattr(compiled, "cpu", compiled.load_cpu(isa))
-    except ImportError as error:
-        pytest.skip(str(error))
+def test_every_instruction_set(isa, dtype):
     for shape in SHAPES[1:5]:
         check((torch.randn(shape) + 3).to(dtype))
 
@@ -69,12 +64,11 @@ def test_memory():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_number_of_threads(dtype):
-    x, before = torch.randn(3, 1100, 7, 9).to(dtype), torch.get_num_threads()
+    x = torch.randn(3, 1100, 7, 9).to(dtype)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(oracle.outputs_and_gradients(lk.global_avg_pool, [x]))
-    torch.set_num_threads(before)
     for name, first in results[0].items():
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
 

@@ -103,13 +103,8 @@ def test_in_blocks(kind, dtype, reduction, small_blocks):
     check_kind(kind, (70, 16, 75), dtype, reduction)
 
 
-@pytest.mark.parametrize("isa", list(reversed(compiled.NEEDS)))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(isa, dtype, monkeypatch):
-    try:
-        monkeypatch.setattr(compiled, "cpu", compiled.load_cpu(isa))
-    except ImportError as error:
-        pytest.skip(str(error))
+def test_every_instruction_set(isa, dtype):
     for kind, shape in itertools.product(KINDS, ((7, 5, 10), (40, 32, 1029))):
         check_kind(kind, shape, dtype)
 
@@ -244,11 +239,10 @@ def test_same_bits_for_any_number_of_threads(dtype):
 
 
 def test_the_sum_of_losses_has_the_same_bits_for_any_number_of_threads():
-    values, before, sums = torch.randn(100_003), torch.get_num_threads(), set()
+    values, sums = torch.randn(100_003), set()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         sums.add(blocks.total(values).item())
-    torch.set_num_threads(before)
     assert len(sums) == 1
     torch.testing.assert_close(sums.pop(), values.double().sum().item(), rtol=1e-6, atol=0)
 
