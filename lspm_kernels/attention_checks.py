@@ -12,8 +12,9 @@ def head_sizes(op: str, given: dict[str, Tensor], max_dim: int, paged: bool = Fa
     """Checks the sizes and devices of queries, keys and values; pages of a cache need not be q's batch."""
     for name, x in given.items():
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-            got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{op}: {name} must be a floating-point tensor (B, H, T, D), got {got}")
+            raise ValueError(
+                f"{op}: {name} must be a floating-point tensor (B, H, T, D), got {checks.kind(x)}"
+            )
         if not 1 <= x.shape[-1] <= max_dim:
             raise ValueError(f"{op}: {name} must have a head dim of 1 to {max_dim}, got {x.shape[-1]}")
     (_, k_name, v_name), (q, k, v) = given.keys(), given.values()

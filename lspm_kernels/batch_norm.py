@@ -49,8 +49,7 @@ def of_all_ranks(mean, variance, count, group):
 def arguments(op, x, weight, bias, running_mean, running_var, residual, activation, momentum, eps):
     """Checks the arguments; gives x and residual in one dtype."""
     if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
-        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{op}: x must be a floating-point tensor (N, C, ...), got {got}")
+        raise ValueError(f"{op}: x must be a floating-point tensor (N, C, ...), got {checks.kind(x)}")
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{op}: activation must be one of {', '.join(map(str, ACTIVATIONS))}, got {activation!r}"

@@ -12,6 +12,18 @@ def shape(t: object) -> tuple[int, ...] | str:
     return tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
 
 
+def kind(t: object) -> str:
+    """What a message shows of an argument that should have been a tensor of another kind."""
+    return f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+
+
+def floating(op: str, name: str, t: Tensor) -> None:
+    """Raises ValueError unless t is of floating-point numbers, in one dimension or more."""
+    if not isinstance(t, Tensor) or t.dim() == 0 or not t.is_floating_point():
+        rule = "a floating-point tensor of one dimension or more"
+        raise ValueError(f"{op}: {name} must be {rule}, got {kind(t)}")
+
+
 def broadcasts(t: object, sizes: tuple[int, ...]) -> bool:
     """Whether t is a tensor that broadcasts to sizes."""
     return (
@@ -37,8 +49,7 @@ def parameter(
 def matrix(op: str, name: str, t: Tensor) -> None:
     """Raises ValueError unless t is a matrix of floating-point numbers."""
     if not isinstance(t, Tensor) or t.dim() != 2 or not t.is_floating_point():
-        got = f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
-        raise ValueError(f"{op}: {name} must be a floating-point tensor of two dimensions, got {got}")
+        raise ValueError(f"{op}: {name} must be a floating-point tensor of two dimensions, got {kind(t)}")
 
 
 def vector(op: str, name: str, t: Tensor, size: int | None, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -156,9 +167,14 @@ def seed_number(op: str, value: int) -> None:
         raise ValueError(f"{op}: seed must be an integer from 0 to 2 ** 63 - 1, got {value!r}")
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; of some, as of meta tensors, torch does not take the question."""
+    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+
+
 def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """x and others in autocast's dtype where that is on, as torch's own products take them."""
-    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device):
         dtype = torch.get_autocast_dtype(x.device.type)
         return tuple(
             t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t

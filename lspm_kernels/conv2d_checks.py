@@ -25,8 +25,9 @@ def pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple[
 def image(op: str, x: Tensor) -> None:
     """Raises ValueError unless x is (N, C, H, W) or (C, H, W), of a floating-point dtype."""
     if not isinstance(x, Tensor) or x.dim() not in (3, 4) or not x.dtype.is_floating_point:
-        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{op}: x must be a floating-point tensor (N, C, H, W) or (C, H, W), got {got}")
+        raise ValueError(
+            f"{op}: x must be a floating-point tensor (N, C, H, W) or (C, H, W), got {checks.kind(x)}"
+        )
 
 
 def weight(op: str, x: Tensor, w: Tensor, groups: int) -> None:

@@ -22,8 +22,7 @@ _INTEGERS = (torch.int32, torch.int64)
 def table(op: str, weight: Tensor) -> None:
     """Raises ValueError unless weight is a table of floating-point rows."""
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"{op}: weight must be a floating-point tensor (N, D), got {got}")
+        raise ValueError(f"{op}: weight must be a floating-point tensor (N, D), got {checks.kind(weight)}")
 
 
 def bags(

@@ -28,8 +28,7 @@ def check(
     Raises: ValueError.
     """
     if not isinstance(hidden, Tensor) or hidden.dim() == 0 or not hidden.is_floating_point():
-        got = f"{tuple(hidden.shape)} {hidden.dtype}" if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise ValueError(f"{_OP}: hidden must be a floating-point tensor (..., D), got {got}")
+        raise ValueError(f"{_OP}: hidden must be a floating-point tensor (..., D), got {checks.kind(hidden)}")
     checks.matrix(_OP, "weight", weight)
     if weight.shape[1] != hidden.shape[-1] or not len(weight):
         rule = f"(V, {hidden.shape[-1]}) with a class or more"
@@ -44,7 +43,7 @@ def check(
         if t is not None and name != "weight" and (not isinstance(t, Tensor) or t.shape != (len(weight),)):
             rule = f"be a tensor of shape ({len(weight)},)"
             raise ValueError(f"{_OP}: {name} must {rule}, got {checks.shape(t)}")
-        cast = t is not None and t.dtype in _HALVES and _autocast(hidden)
+        cast = t is not None and t.dtype in _HALVES and checks.autocasts(hidden.device)
         if t is not None and not cast and t.dtype not in (hidden.dtype, torch.float32):
             rule = f"have hidden's dtype {hidden.dtype} or torch.float32"
             raise ValueError(f"{_OP}: {name} must {rule}, got {t.dtype}")
@@ -63,12 +62,8 @@ def check(
 
 def _as_autocast_has_them(hidden, weight, bias):
     """Products are in autocast's dtype; a float32 parameter is rounded to it block by block."""
-    if not _autocast(hidden) or hidden.dtype == torch.float64:
+    if not checks.autocasts(hidden.device) or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
     kept = (t if t is None or t.dtype in (dtype, torch.float32) else t.to(dtype) for t in (weight, bias))
     return hidden.to(dtype), *kept
-
-
-def _autocast(hidden):
-    return not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lspm_kernels import checks
 from lspm_kernels.ops.linear import FLOATS, linear, product, quantize_int8
 
 _DTYPES = (*FLOATS, torch.int8)
@@ -62,7 +63,7 @@ class WeightOnlyLinear(nn.Module):
             or x.dtype not in FLOATS
             or x.device != device
             or x.shape[-1:] != weight.shape[1:]
-            or torch.is_autocast_enabled(device.type)
+            or checks.autocasts(device)
         ):
             return linear(x, weight, bias, scales=scales)
         return product(x, weight, bias, scales)

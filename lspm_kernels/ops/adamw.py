@@ -165,7 +165,9 @@ def adamw_norm(grads: Tensor | Sequence[Tensor], *, backend: str | None = None) 
     kinds: dict[tuple, list[Tensor]] = {}
     for i, grad in enumerate(grads):
         if not isinstance(grad, Tensor) or not grad.is_floating_point():
-            raise ValueError(f"adamw_norm: grads[{i}] must be a floating-point tensor, got {_kind(grad)}")
+            raise ValueError(
+                f"adamw_norm: grads[{i}] must be a floating-point tensor, got {checks.kind(grad)}"
+            )
         dense = grad if _has_no_gaps(grad) else grad.contiguous()
         kinds.setdefault((grad.device, grad.dtype), []).append(dense)
     norms = []
@@ -185,15 +187,11 @@ def _has_no_gaps(t: Tensor) -> bool:
     return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
 
 
-def _kind(t: object) -> str:
-    return f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
-
-
 def _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, master_params):
     """Raises ValueError unless the lists go together."""
     first = params[0]
     if not isinstance(first, Tensor) or not first.is_floating_point():
-        raise ValueError(f"adamw_: params[0] must be a floating-point tensor, got {_kind(first)}")
+        raise ValueError(f"adamw_: params[0] must be a floating-point tensor, got {checks.kind(first)}")
     state = exp_avgs[0].dtype if exp_avgs and isinstance(exp_avgs[0], Tensor) else first.dtype
     if state not in (first.dtype, torch.float32):
         rule = f"have params' dtype {first.dtype} or torch.float32"
@@ -207,7 +205,7 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, master_params)
         for i, (t, param) in enumerate(zip(tensors, params, strict=True)):
             if not isinstance(t, Tensor) or t.shape != param.shape or t.dtype != dtype:
                 rule = f"a tensor of shape {tuple(param.shape)} and dtype {dtype}"
-                raise ValueError(f"adamw_: {name}[{i}] must be {rule}, got {_kind(t)}")
+                raise ValueError(f"adamw_: {name}[{i}] must be {rule}, got {checks.kind(t)}")
             if t.device != first.device:
                 raise ValueError(f"adamw_: {name}[{i}] must be on device {first.device}, got {t.device}")
             if name != "grads" and t.stride() != param.stride():
@@ -233,6 +231,6 @@ def _check_numbers(count, device, steps, lr, betas, eps, weight_decay, scale):
         checks.number("adamw_", "betas", beta, 0, 1)
     if scale is not None:
         if not isinstance(scale, Tensor) or scale.numel() != 1 or scale.dtype != torch.float32:
-            raise ValueError(f"adamw_: scale must be one torch.float32, got {_kind(scale)}")
+            raise ValueError(f"adamw_: scale must be one torch.float32, got {checks.kind(scale)}")
         if scale.device != device:
             raise ValueError(f"adamw_: scale must be on device {device}, got {scale.device}")

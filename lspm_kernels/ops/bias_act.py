@@ -106,9 +106,7 @@ def bias_gelu(
 
 
 def _call(op, x, bias, activation, backend):
-    if not isinstance(x, Tensor) or x.dim() == 0 or not x.dtype.is_floating_point:
-        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{op}: x must be a floating-point tensor of one dimension or more, got {got}")
+    checks.floating(op, "x", x)
     if bias is not None:
         checks.parameter(op, "bias", bias, x.shape[-1], x.device, (x.dtype, torch.float32))
     number = activation_number(op, activation)

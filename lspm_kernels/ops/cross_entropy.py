@@ -174,10 +174,8 @@ def _check(logits, target, weight, ignore_index, reduction, label_smoothing):
     """Checks all but which classes the target holds; gives the tensors as the kernels take them."""
     op = "cross_entropy"
     if not isinstance(logits, Tensor) or logits.dim() == 0 or not logits.is_floating_point():
-        got = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"{op}: logits must be a floating-point tensor (N, C), (C,) or (N, C, ...), got {got}"
-        )
+        rule = "a floating-point tensor (N, C), (C,) or (N, C, ...)"
+        raise ValueError(f"{op}: logits must be {rule}, got {checks.kind(logits)}")
     classes = _classes(logits)
     shapes = _without_classes(logits), logits.shape
     if not isinstance(target, Tensor) or target.shape not in shapes:

@@ -74,7 +74,8 @@ def global_avg_pool(x: Tensor, *, backend: str | None = None) -> Tensor:
     Source: Lin, Chen and Yan, "Network In Network" (2014), section 3.2.
     """
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"global_avg_pool: x must be a floating-point tensor (N, C, H, W), got {got}")
+        raise ValueError(
+            f"global_avg_pool: x must be a floating-point tensor (N, C, H, W), got {checks.kind(x)}"
+        )
     row = dispatch.pick("global_avg_pool", BACKENDS, backend, x)
     return reference.global_avg_pool(x) if row is None else _pool(row, x)

@@ -236,9 +236,7 @@ def _check_sum(op, x, residual, weight, bias):
 
 def _check(op, x, weight, bias):
     """Checks all but a residual; gives x as the kernels take it."""
-    if not isinstance(x, Tensor) or x.dim() == 0 or not x.dtype.is_floating_point:
-        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{op}: x must be a floating-point tensor of one dimension or more, got {got}")
+    checks.floating(op, "x", x)
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         x = x.float()  # as torch's own norms do on a GPU; on a CPU they compute in x's dtype
     cols, device, dtypes = x.shape[-1], x.device, (x.dtype, torch.float32)

@@ -150,19 +150,16 @@ def quantize_int8(weight: Tensor, group_size: int | None = None) -> tuple[Tensor
 def _check(x, weight, bias, scales):
     """Checks everything; gives x in the dtype in which autocast, where it is on, has linear."""
     op = "linear"
-    if not isinstance(x, Tensor) or x.dim() == 0 or not x.is_floating_point():
-        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{op}: x must be a floating-point tensor of one dimension or more, got {got}")
-    if x.dtype in FLOATS and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    K, dtypes = x.shape[-1], {*FLOATS, x.dtype}
+    checks.floating(op, "x", x)
+    (x,) = checks.autocast(x)
+    K = x.shape[-1]
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != K:
         raise ValueError(f"{op}: weight must be of shape (N, {K}), got {checks.shape(weight)}")
-    if weight.dtype not in dtypes and weight.dtype != torch.int8:
+    if weight.dtype not in (*FLOATS, torch.int8, x.dtype):
         rule = f"one of {', '.join(map(str, (*FLOATS, torch.int8)))}"
         raise ValueError(f"{op}: weight must have dtype {rule}, got {weight.dtype}")
     if bias is not None:
-        checks.parameter(op, "bias", bias, len(weight), x.device, (*dtypes,))
+        checks.parameter(op, "bias", bias, len(weight), x.device, (x.dtype, torch.float32))
     if (scales is not None) != (weight.dtype == torch.int8):
         got = f"{weight.dtype} and {'none' if scales is None else checks.shape(scales)}"
         raise ValueError(f"{op}: scales must be there exactly where weight is int8, got {got}")

@@ -158,10 +158,9 @@ def _indices(positions, width, window):
 def _check(x, kernel_size, stride, padding, dilation, ceil_mode):
     """Checks all arguments; gives kernel, stride, padding and dilation as eight numbers."""
     if not isinstance(x, Tensor) or x.dim() not in (3, 4) or not x.is_floating_point() or 0 in x.shape[-3:]:
-        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
             f"max_pool2d: x must be a floating-point tensor (N, C, H, W) or (C, H, W), where only N may be 0,"
-            f" got {got}"
+            f" got {checks.kind(x)}"
         )
     kernel = _pair("kernel_size", kernel_size, 1)
     stride = kernel if stride is None or stride in ((), []) else _pair("stride", stride, 1)

@@ -123,7 +123,7 @@ def mlp(
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), equation 2.
     """
-    _input("mlp", x)
+    checks.floating("mlp", "x", x)
     x, weight_in, weight_out = checks.autocast(x, weight_in, weight_out)
     _weight("mlp", "weight_in", weight_in, x, None, x.shape[-1])
     hidden = weight_in.shape[0]
@@ -167,7 +167,7 @@ def gated_mlp(
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020), equation 6.
     """
-    _input("gated_mlp", x)
+    checks.floating("gated_mlp", "x", x)
     x, weight_gate, weight_up, weight_down = checks.autocast(x, weight_gate, weight_up, weight_down)
     _weight("gated_mlp", "weight_gate", weight_gate, x, None, x.shape[-1])
     hidden = weight_gate.shape[0]
@@ -183,12 +183,6 @@ def gated_mlp(
 
 def _flat(x):
     return x.reshape(x.numel() // max(x.shape[-1], 1), x.shape[-1])
-
-
-def _input(op, x):
-    if not isinstance(x, Tensor) or x.dim() == 0 or not x.dtype.is_floating_point:
-        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{op}: x must be a floating-point tensor of one dimension or more, got {got}")
 
 
 def _weight(op, name, t, x, rows, cols):

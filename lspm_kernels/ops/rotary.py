@@ -117,8 +117,7 @@ def rotary(
 def check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Raises ValueError unless x (B, H, T, D) can be rotated by rows of cos and sin."""
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"rotary: x must be a floating-point tensor (B, H, T, D), got {got}")
+        raise ValueError(f"rotary: x must be a floating-point tensor (B, H, T, D), got {checks.kind(x)}")
     if not isinstance(cos, Tensor) or cos.dim() != 2:
         raise ValueError(f"rotary: cos must be a tensor (S, R / 2), got {checks.shape(cos)}")
     if not isinstance(sin, Tensor) or sin.shape != cos.shape:

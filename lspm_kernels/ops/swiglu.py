@@ -109,9 +109,7 @@ def geglu(
 
 
 def _call(op, gate, up, activation, backend):
-    if not isinstance(gate, Tensor) or gate.dim() == 0 or not gate.dtype.is_floating_point:
-        got = f"{tuple(gate.shape)} {gate.dtype}" if isinstance(gate, Tensor) else type(gate).__name__
-        raise ValueError(f"{op}: gate must be a floating-point tensor of one dimension or more, got {got}")
+    checks.floating(op, "gate", gate)
     if up is None:
         if gate.shape[-1] % 2:
             raise ValueError(

@@ -49,7 +49,7 @@ MUTATIONS = [
     ),
     in_op(
         name="linear: autocast's dtype is not taken",
-        old="x = x.to(torch.get_autocast_dtype(x.device.type))",
+        old="(x,) = checks.autocast(x)",
         new="pass",
     ),
     in_op(

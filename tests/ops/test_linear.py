@@ -144,6 +144,11 @@ def test_compile_and_opcheck():
     torch.library.opcheck(torch.ops.lspm.linear.default, (x, small, None, scales, "cpu"))
 
 
+def test_meta_tensors():
+    assert lk.linear(X.to("meta"), W.to("meta")).shape == (2, 5)
+    assert lk.WeightOnlyLinear(W).to("meta")(X.to("meta")).shape == (2, 5)
+
+
 def test_autocast():
     x, weight, bias = torch.randn(2, 64), torch.randn(20, 64), torch.randn(20)
     with torch.autocast("cpu", torch.bfloat16):
@@ -174,6 +179,9 @@ ERRORS = {
         lambda: lk.linear(X, W.long())
     ),
     "linear: bias must be a tensor of shape (5,), got (4,)": lambda: lk.linear(X, W, torch.zeros(4)),
+    "linear: bias must have dtype torch.float32, got torch.float16": (
+        lambda: lk.linear(X, W, torch.zeros(5, dtype=F16))
+    ),
     "linear: scales must be there exactly where weight is int8, got torch.int8 and none": (
         lambda: lk.linear(X, I8)
     ),
