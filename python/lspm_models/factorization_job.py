@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lspm_models.files import remove
 from lspm_models.interruption import Interruption
 from lspm_models.models.factor_methods import IMPLICIT, METHODS
 from lspm_models.models.matrix_factorization import MatrixFactorization, MatrixFactorizationConfig
-from lspm_models.options import Parser, errors_in_one_line, fail
+from lspm_models.options import Parser, errors_in_one_line, fail, option
 from lspm_models.progress import Progress, duration
 from lspm_models.recommender_metrics import mae, rmse
 from lspm_models.scripts import Run
@@ -26,9 +26,7 @@ REPORTS = 10  # lines about the ratings set aside in a run
 
 
 def _option(value: Any, text: str, /, **metadata: Any) -> Any:
-    return field(
-        default=value, metadata={"help": text, **({"default": OWN} if value is None else {}), **metadata}
-    )
+    return option(value, text, **({"default": OWN} if value is None else {}), **metadata)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from lspm_models.options import option
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Fields that may differ when a run goes on: they say how far, or do not change what a step computes.
@@ -17,33 +19,29 @@ FREE = {
 }
 
 
-def _option(value: Any, text: str, /, **metadata: Any) -> Any:
-    return field(default=value, metadata={"help": text, **metadata})
-
-
 @dataclass(frozen=True)
 class FitConfig:
     """How to train. The run ends at `steps` or after `minutes`, whichever comes first."""
 
-    steps: int | None = _option(None, "optimizer steps", default="1000, or as many as fit into --minutes")
-    minutes: float | None = _option(None, "wall clock limit, evaluation included", default="none")
-    batch_size: int = _option(16, "sequences or images per batch and process")
-    accumulation: int = _option(1, "batches per optimizer step")
-    learning_rate: float = _option(1e-3, "learning rate after warm-up")
-    final_learning_rate: float = _option(0.1, "where the cosine ends, as a share of learning_rate")
-    warmup: float = _option(0.05, "share of the run in which the learning rate rises")
-    weight_decay: float = _option(0.1, "of matrices; biases and norms have none")
-    beta1: float = _option(0.9, "AdamW's decay of the mean gradient")
-    beta2: float = _option(0.95, "AdamW's decay of the mean squared gradient")
-    clip: float = _option(1.0, "largest gradient norm, 0 for no limit")
-    precision: str = _option("float32", "of matrix products; weights stay float32", choices=tuple(PRECISIONS))
-    device: str = _option("auto", "cpu, cuda, cuda:1; auto: a GPU where there is one")
-    seed: int = _option(0, "of weights, batches and dropout")
-    evaluate_every: int = _option(100, "steps between evaluations")
-    evaluation_batches: int = _option(16, "batches per evaluation")
-    checkpoint_every: int = _option(100, "steps between checkpoints")
-    keep_checkpoints: int = _option(2, "checkpoints to keep")
-    log_every: int = _option(1, "steps between rows of log.csv")
+    steps: int | None = option(None, "optimizer steps", default="1000, or as many as fit into --minutes")
+    minutes: float | None = option(None, "wall clock limit, evaluation included", default="none")
+    batch_size: int = option(16, "sequences or images per batch and process")
+    accumulation: int = option(1, "batches per optimizer step")
+    learning_rate: float = option(1e-3, "learning rate after warm-up")
+    final_learning_rate: float = option(0.1, "where the cosine ends, as a share of learning_rate")
+    warmup: float = option(0.05, "share of the run in which the learning rate rises")
+    weight_decay: float = option(0.1, "of matrices; biases and norms have none")
+    beta1: float = option(0.9, "AdamW's decay of the mean gradient")
+    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient")
+    clip: float = option(1.0, "largest gradient norm, 0 for no limit")
+    precision: str = option("float32", "of matrix products; weights stay float32", choices=tuple(PRECISIONS))
+    device: str = option("auto", "cpu, cuda, cuda:1; auto: a GPU where there is one")
+    seed: int = option(0, "of weights, batches and dropout")
+    evaluate_every: int = option(100, "steps between evaluations")
+    evaluation_batches: int = option(16, "batches per evaluation")
+    checkpoint_every: int = option(100, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "checkpoints to keep")
+    log_every: int = option(1, "steps between rows of log.csv")
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:

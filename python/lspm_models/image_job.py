@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from lspm_models.data.image_config import ImageConfig, ImageFormat, load_format
 from lspm_models.data.images import ImageData, prepare_images
 from lspm_models.fit_config import FitConfig
 from lspm_models.models.resnet import NAMED, ResNet, ResNetConfig
-from lspm_models.options import Parser
+from lspm_models.options import Parser, option
 from lspm_models.progress import counted
 from lspm_models.run_folder import find_checkpoint
 from lspm_models.scripts import Run
@@ -40,19 +39,15 @@ safetensors file with torchvision's names. Where the classes are others, the hea
 what holds without the option."""
 
 
-def _option(value: Any, text: str, /, **metadata: Any) -> Any:
-    return field(default=value, metadata={"help": text, **metadata})
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a ResNet but for what the images bring."""
 
-    model: str = _option("resnet18", ", ".join(MODELS))
-    width: int = _option(64, "features of the first stage")
-    stem: str = _option("7x7", STEM_HELP, choices=tuple(STEMS))
-    zero_init_residual: bool = _option(False, "every block begins as the identity")
-    freeze: int = _option(0, "keep the stem and so many stages less one as they are: 0 none, 5 all")
+    model: str = option("resnet18", ", ".join(MODELS))
+    width: int = option(64, "features of the first stage")
+    stem: str = option("7x7", STEM_HELP, choices=tuple(STEMS))
+    zero_init_residual: bool = option(False, "every block begins as the identity")
+    freeze: int = option(0, "keep the stem and so many stages less one as they are: 0 none, 5 all")
 
     def __post_init__(self) -> None:
         if self.model not in NAMED:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lspm_models.models.gpt import GPT, GPTConfig
 from lspm_models.models.llama import ROPE_SCALINGS, Llama, LlamaConfig
+from lspm_models.options import option
 from lspm_models.tasks.language_modelling import LanguageModelling
 
 Config = GPTConfig | LlamaConfig
@@ -45,22 +46,18 @@ def from_settings(settings: Any, where: str) -> Config:
         ) from error
 
 
-def _option(value: Any, text: str, /, **metadata: Any) -> Any:
-    return field(default=value, metadata={"help": text, **metadata})
-
-
 @dataclass(frozen=True)
 class GPTOptions:
     """The shape of a GPT but for the vocabulary, which the tokenizer brings."""
 
-    model: str = _option("gpt", "gpt, or llama, which has other options", choices=("gpt",))
-    context: int = _option(256, "tokens seen at once, and per training sequence")
-    layers: int = _option(4, "blocks")
-    heads: int = _option(4, "attention heads per block")
-    width: int = _option(256, "features per token, a multiple of heads")
-    dropout: float = _option(0.0, "probability of dropping a feature in training")
-    bias: bool = _option(True, "biases in linear layers and norms")
-    eps: float = _option(1e-5, "added to the variance in norms")
+    model: str = option("gpt", "gpt, or llama, which has other options", choices=("gpt",))
+    context: int = option(256, "tokens seen at once, and per training sequence")
+    layers: int = option(4, "blocks")
+    heads: int = option(4, "attention heads per block")
+    width: int = option(256, "features per token, a multiple of heads")
+    dropout: float = option(0.0, "probability of dropping a feature in training")
+    bias: bool = option(True, "biases in linear layers and norms")
+    eps: float = option(1e-5, "added to the variance in norms")
 
     def __post_init__(self) -> None:
         self.with_vocabulary(1)  # the shape checks its own rules
@@ -74,22 +71,22 @@ class GPTOptions:
 class LlamaOptions:
     """The shape of a Llama but for the vocabulary, which the tokenizer brings."""
 
-    model: str = _option("llama", "llama, or gpt, which has other options", choices=("llama",))
-    context: int = _option(256, "tokens seen at once, and per training sequence")
-    layers: int = _option(4, "blocks")
-    heads: int = _option(4, "heads of queries per block")
-    key_value_heads: int = _option(2, "heads of keys and values, which divide heads")
-    width: int = _option(256, "features per token")
-    hidden: int = _option(768, "features between the layers of an MLP")
-    head_size: int = _option(0, "features of a head, even", default="width / heads")
-    tied: bool = _option(True, "the head is the table of token embeddings")
-    eps: float = _option(1e-5, "added to the mean square in norms")
-    theta: float = _option(10_000.0, "base of the rotation's wavelengths")
-    rope_scaling: str = _option("none", "how angles are scaled for a longer context", choices=ROPE_SCALINGS)
-    rope_factor: float = _option(1.0, "what angles are divided by")
-    rope_low: float = _option(1.0, "llama3: waves that fit in rope_context less often are divided")
-    rope_high: float = _option(4.0, "llama3: waves that fit in rope_context more often are kept")
-    rope_context: int = _option(8192, "llama3: the context that was pretrained with")
+    model: str = option("llama", "llama, or gpt, which has other options", choices=("llama",))
+    context: int = option(256, "tokens seen at once, and per training sequence")
+    layers: int = option(4, "blocks")
+    heads: int = option(4, "heads of queries per block")
+    key_value_heads: int = option(2, "heads of keys and values, which divide heads")
+    width: int = option(256, "features per token")
+    hidden: int = option(768, "features between the layers of an MLP")
+    head_size: int = option(0, "features of a head, even", default="width / heads")
+    tied: bool = option(True, "the head is the table of token embeddings")
+    eps: float = option(1e-5, "added to the mean square in norms")
+    theta: float = option(10_000.0, "base of the rotation's wavelengths")
+    rope_scaling: str = option("none", "how angles are scaled for a longer context", choices=ROPE_SCALINGS)
+    rope_factor: float = option(1.0, "what angles are divided by")
+    rope_low: float = option(1.0, "llama3: waves that fit in rope_context less often are divided")
+    rope_high: float = option(4.0, "llama3: waves that fit in rope_context more often are kept")
+    rope_context: int = option(8192, "llama3: the context that was pretrained with")
 
     def __post_init__(self) -> None:
         self.with_vocabulary(1)  # the shape checks its own rules

@@ -17,6 +17,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
+def option(value: Any, text: str, /, **metadata: Any) -> Any:
+    """A field of a config class that becomes an option.
+
+    Args:
+        value: what it is without the option.
+        text: its help.
+        metadata: choices; metavar; default, what the help shows for value.
+    """
+    return dataclasses.field(default=value, metadata={"help": text, **metadata})
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from lspm_models.image_job import STEM_HELP, STEMS, format_of
 from lspm_models.models.detector import Detector, DetectorConfig
 from lspm_models.models.resnet import NAMED, ResNetConfig
 from lspm_models.models.unet import UNet, UNetConfig
-from lspm_models.options import Parser
+from lspm_models.options import Parser, option
 from lspm_models.progress import counted
 from lspm_models.run_folder import find_checkpoint
 from lspm_models.scripts import Run
@@ -37,18 +36,14 @@ It begins with the weights of such a run, or those of a ResNet for its backbone:
 with torchvision's names. In brackets stands what holds without the option."""
 
 
-def _option(value: Any, text: str, /, **metadata: Any) -> Any:
-    return field(default=value, metadata={"help": text, **metadata})
-
-
 @dataclass(frozen=True)
 class BackboneConfig:
     """The shape of the ResNet below a U-Net or a detector."""
 
-    model: str = _option("unet", "unet, or detector, which has other options")
-    backbone: str = _option("resnet18", ", ".join(NAMED))
-    width: int = _option(64, "features of the ResNet's first stage")
-    stem: str = _option("7x7", STEM_HELP, choices=tuple(STEMS))
+    model: str = option("unet", "unet, or detector, which has other options")
+    backbone: str = option("resnet18", ", ".join(NAMED))
+    width: int = option(64, "features of the ResNet's first stage")
+    stem: str = option("7x7", STEM_HELP, choices=tuple(STEMS))
 
     def __post_init__(self) -> None:
         if self.backbone not in NAMED:
@@ -71,7 +66,7 @@ class BackboneConfig:
 class UNetOptions(BackboneConfig):
     """The shape of a U-Net."""
 
-    features: int = _option(32, "of every pixel; coarser levels have up to eight times as many")
+    features: int = option(32, "of every pixel; coarser levels have up to eight times as many")
 
     def task(self, classes: int) -> Segmentation:
         """Makes the task, with random weights; a pixel may also be background."""
@@ -82,10 +77,10 @@ class UNetOptions(BackboneConfig):
 class DetectorOptions(BackboneConfig):
     """The shape of a detector."""
 
-    model: str = _option("detector", "detector, or unet, which has other options")
-    features: int = _option(64, "of every level of the pyramid")
-    levels: int = _option(3, "of the pyramid, 1 to 4: the coarsest of the ResNet")
-    convolutions: int = _option(2, "of each of the two heads")
+    model: str = option("detector", "detector, or unet, which has other options")
+    features: int = option(64, "of every level of the pyramid")
+    levels: int = option(3, "of the pyramid, 1 to 4: the coarsest of the ResNet")
+    convolutions: int = option(2, "of each of the two heads")
 
     def task(self, classes: int) -> Detection:
         """Makes the task, with random weights."""

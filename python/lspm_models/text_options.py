@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-
-def _option(value: Any, text: str, /, **metadata: Any) -> Any:
-    return field(default=value, metadata={"help": text, **metadata})
+from lspm_models.options import option
 
 
 @dataclass(frozen=True)
 class Text:
     """What to continue, and how far."""
 
-    prompt: str | None = _option(
+    prompt: str | None = option(
         None, "text to continue; - reads standard input", default="begin a new text", metavar="TEXT"
     )
-    chat: str | None = _option(
+    chat: str | None = option(
         None, "message to answer, by a model that chats", default="continue a text", metavar="TEXT"
     )
-    system: str | None = _option(
+    system: str | None = option(
         None, "what the model shall be, before --chat", default="the template's", metavar="TEXT"
     )
-    tokens: int = _option(200, "most tokens to add")
-    sequences: int = _option(1, "continuations to make")
-    stop: str | None = _option(None, "end before this text", default="where the model ends", metavar="TEXT")
+    tokens: int = option(200, "most tokens to add")
+    sequences: int = option(1, "continuations to make")
+    stop: str | None = option(None, "end before this text", default="where the model ends", metavar="TEXT")
 
     def __post_init__(self) -> None:
         if self.chat is not None and self.prompt is not None:
@@ -38,7 +35,7 @@ class Text:
 class Sampling:
     """How a token is chosen."""
 
-    temperature: float = _option(0.8, "below 1, probable tokens come more often than the model says")
-    top_k: int | None = _option(None, "choose among so many of the most probable tokens", default="all")
-    top_p: float | None = _option(None, "choose among the most probable that sum to this", default="1")
-    seed: int | None = _option(None, "the same seed gives the same text", default="a new one each time")
+    temperature: float = option(0.8, "below 1, probable tokens come more often than the model says")
+    top_k: int | None = option(None, "choose among so many of the most probable tokens", default="all")
+    top_p: float | None = option(None, "choose among the most probable that sum to this", default="1")
+    seed: int | None = option(None, "the same seed gives the same text", default="a new one each time")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +13,29 @@ from torch import Tensor
 
 from lspm_models.data.image_files import NAMED
 from lspm_models.files import write_atomically
+from lspm_models.options import option
 
 FOLDER_SIZE = 224  # pixels on a side of images from files of their own, as ImageNet's networks see them
-
-
-def _option(value: Any, text: str, /, **metadata: Any) -> Any:
-    return field(default=value, metadata={"help": text, **metadata})
 
 
 @dataclass(frozen=True)
 class ImageConfig:
     """Which images, and how they are varied in training."""
 
-    data: str = _option(
+    data: str = option(
         "fashion-mnist",
         f"{', '.join(NAMED)}; an IDX, CSV or CIFAR file, or a folder with such or with a folder per class",
         metavar="DATA",
     )
-    size: int | None = _option(None, "pixels on a side", default=f"as they are; {FOLDER_SIZE} of image files")
-    channels: int | None = _option(None, "1 for grey, 3 for colours", default="as they are; 3 of image files")
-    validation: float = _option(0.1, "share of each class set aside, where the data has no test part")
-    crop: int = _option(0, "pixels by which an image may be shifted, with black behind it")
-    flip: bool = _option(False, "mirror half of the images")
-    jitter: float = _option(0.0, "how far brightness, contrast and saturation vary, 0.4 is strong")
-    mixup: float = _option(0.0, "alpha of mixing pairs of images, 0 for none")
-    cutmix: float = _option(0.0, "alpha of pasting a part of one image into another, 0 for none")
-    label_smoothing: float = _option(0.0, "probability given to all classes alike")
+    size: int | None = option(None, "pixels on a side", default=f"as they are; {FOLDER_SIZE} of image files")
+    channels: int | None = option(None, "1 for grey, 3 for colours", default="as they are; 3 of image files")
+    validation: float = option(0.1, "share of each class set aside, where the data has no test part")
+    crop: int = option(0, "pixels by which an image may be shifted, with black behind it")
+    flip: bool = option(False, "mirror half of the images")
+    jitter: float = option(0.0, "how far brightness, contrast and saturation vary, 0.4 is strong")
+    mixup: float = option(0.0, "alpha of mixing pairs of images, 0 for none")
+    cutmix: float = option(0.0, "alpha of pasting a part of one image into another, 0 for none")
+    label_smoothing: float = option(0.0, "probability given to all classes alike")
 
     def __post_init__(self) -> None:
         for name in ("size", "crop"):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,35 +15,32 @@ from lspm_models.data.interaction_store import load_interactions, save_interacti
 from lspm_models.data.interactions import Interactions
 from lspm_models.data.rating_files import KNOWN, NAMED, read_interactions
 from lspm_models.data.rating_splits import SPLITS, split
+from lspm_models.options import option
 from lspm_models.progress import counted
-
-
-def _option(value: Any, text: str, /, **metadata: Any) -> Any:
-    return field(default=value, metadata={"help": text, **metadata})
 
 
 @dataclass(frozen=True)
 class RatingConfig:
     """Which ratings, and how they are split."""
 
-    data: str = _option(
+    data: str = option(
         "ml-100k",
         f"{', '.join(NAMED)}; a CSV, TSV, RecBole or parquet file; or a folder with RecBole's files",
         metavar="DATA",
     )
-    columns: tuple[str, ...] = _option(
+    columns: tuple[str, ...] = option(
         (), f"such as user=buyer rating=stars, of {', '.join(KNOWN)}", default="by their names or places"
     )
-    users: str | None = _option(None, "file with what is known of users", default="none", metavar="FILE")
-    items: str | None = _option(None, "file with titles and the like", default="none", metavar="FILE")
-    skip_bad_lines: bool = _option(False, "leave out lines that cannot be understood")
-    split: str = _option(
+    users: str | None = option(None, "file with what is known of users", default="none", metavar="FILE")
+    items: str | None = option(None, "file with titles and the like", default="none", metavar="FILE")
+    skip_bad_lines: bool = option(False, "leave out lines that cannot be understood")
+    split: str = option(
         "random", "what is set aside: a random part, each user's last, the latest part", choices=SPLITS
     )
-    folds: int = _option(5, "parts, one of which is set aside")
-    fold: int = _option(0, "which of the random parts, from 0")
-    split_seed: int = _option(0, "of the random parts")
-    positive: float = _option(4.0, "the least rating that counts as liked")
+    folds: int = option(5, "parts, one of which is set aside")
+    fold: int = option(0, "which of the random parts, from 0")
+    split_seed: int = option(0, "of the random parts")
+    positive: float = option(4.0, "the least rating that counts as liked")
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from lspm_models.data.image_files import NAMED
+from lspm_models.options import option
 
 PASTED_SIZE, FILE_SIZE = 96, 256  # pixels on a side where no size is asked for
-
-
-def _option(value: Any, text: str, /, **metadata: Any) -> Any:
-    return field(default=value, metadata={"help": text, **metadata})
 
 
 @dataclass(frozen=True)
 class SceneConfig:
     """Which scenes, and how they are varied in training."""
 
-    data: str = _option(
+    data: str = option(
         "mnist_5k",
         f"{', '.join(NAMED)}: pasted on textures, a new scene each time; a folder with Pascal VOC's XML; "
         "or COCO's JSON",
         metavar="DATA",
     )
-    images: str | None = _option(None, "where COCO's images lie", default="beside the JSON", metavar="FOLDER")
-    classes: tuple[str, ...] = _option((), "of VOC, in the order of its masks", default="all found, sorted")
-    size: int | None = _option(
+    images: str | None = option(None, "where COCO's images lie", default="beside the JSON", metavar="FOLDER")
+    classes: tuple[str, ...] = option((), "of VOC, in the order of its masks", default="all found, sorted")
+    size: int | None = option(
         None, "pixels of the longer side", default=f"{PASTED_SIZE} pasted, {FILE_SIZE} of files"
     )
-    most: int = _option(4, "objects pasted into a scene at most")
-    validation: float = _option(0.2, "share of the images set aside")
-    flip: bool = _option(False, "mirror half of the files")
+    most: int = option(4, "objects pasted into a scene at most")
+    validation: float = option(0.2, "share of the images set aside")
+    flip: bool = option(False, "mirror half of the files")
 
     def __post_init__(self) -> None:
         for name, least in (("size", 32), ("most", 1)):

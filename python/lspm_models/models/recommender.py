@@ -6,8 +6,7 @@ al., DCN V2, 2021.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from lspm_models.data.interactions import Interactions
 from lspm_models.models.recommender_fields import damped_biases, fields_of
+from lspm_models.options import option
 
 KINDS = {
     "mlp": "the network alone",
@@ -25,23 +25,17 @@ KINDS = {
 ACTIVATIONS = {"relu": F.relu, "sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh}
 
 
-def _option(value: Any, text: str, /, **metadata: Any) -> Any:
-    return field(default=value, metadata={"help": text, **metadata})
-
-
 @dataclass(frozen=True)
 class RecommenderConfig:
     """The shape of a deep recommender."""
 
-    model: str = _option("deepfm", "; ".join(f"{name}: {text}" for name, text in KINDS.items()))
-    width: int = _option(32, "numbers in an embedding")
-    hidden: int = _option(128, "features of the network's first layer; its second has half as many")
-    activation: str = _option("relu", "between its layers", choices=tuple(ACTIVATIONS))
-    crosses: int = _option(2, "layers of the cross network of a dcn")
-    dropout: float = _option(0.2, "probability of dropping a feature in training")
-    history: int = _option(
-        200, "ratings of a user, and of an item, that the model sees, the last; 0 for none"
-    )
+    model: str = option("deepfm", "; ".join(f"{name}: {text}" for name, text in KINDS.items()))
+    width: int = option(32, "numbers in an embedding")
+    hidden: int = option(128, "features of the network's first layer; its second has half as many")
+    activation: str = option("relu", "between its layers", choices=tuple(ACTIVATIONS))
+    crosses: int = option(2, "layers of the cross network of a dcn")
+    dropout: float = option(0.2, "probability of dropping a feature in training")
+    history: int = option(200, "ratings of a user, and of an item, that the model sees, the last; 0 for none")
 
     def __post_init__(self) -> None:
         if self.model not in KINDS:

@@ -5,8 +5,7 @@ Source: Yi et al., Sampling-Bias-Corrected Neural Modeling for Large Corpus Item
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +14,20 @@ from torch import Tensor, nn
 from lspm_models.data.interactions import Interactions
 from lspm_models.models.recommender import ACTIVATIONS, MLP
 from lspm_models.models.recommender_fields import Fields, fields_of
-
-
-def _option(value: Any, text: str, /, **metadata: Any) -> Any:
-    return field(default=value, metadata={"help": text, **metadata})
+from lspm_models.options import option
 
 
 @dataclass(frozen=True)
 class TwoTowerConfig:
     """The shape of two towers."""
 
-    model: str = _option("two-tower", "two-tower, or a deep recommender, which has other options")
-    width: int = _option(32, "numbers in an embedding, and in the vector at the top of a tower")
-    hidden: int = _option(128, "features of a tower's first layer; its second has half as many")
-    activation: str = _option("relu", "between its layers", choices=tuple(ACTIVATIONS))
-    temperature: float = _option(0.1, "cosines are divided by this before the softmax")
-    dropout: float = _option(0.2, "probability of dropping a feature in training")
-    history: int = _option(200, "ratings of a user, and of an item, that a tower sees, the last; 0 for none")
+    model: str = option("two-tower", "two-tower, or a deep recommender, which has other options")
+    width: int = option(32, "numbers in an embedding, and in the vector at the top of a tower")
+    hidden: int = option(128, "features of a tower's first layer; its second has half as many")
+    activation: str = option("relu", "between its layers", choices=tuple(ACTIVATIONS))
+    temperature: float = option(0.1, "cosines are divided by this before the softmax")
+    dropout: float = option(0.2, "probability of dropping a feature in training")
+    history: int = option(200, "ratings of a user, and of an item, that a tower sees, the last; 0 for none")
 
     def __post_init__(self) -> None:
         if self.model != "two-tower":
