@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import harness
 from lspm_kernels import WeightOnlyLinear, use_backend
+from lspm_kernels.reference import linear as reference
 from lspm_models.hugging_face import load_pretrained
 from lspm_models.sources import WEIGHTS
 from lspm_models.tasks.language_modelling import LanguageModelling
@@ -58,5 +59,4 @@ class Generation:
 def as_kept(weight: Tensor, weights: str) -> Tensor:
     """A weight as WeightOnlyLinear has it, written out in float32."""
     kept = WeightOnlyLinear(weight, dtype=WEIGHTS[weights][0], group_size=(*WEIGHTS[weights], None)[1])
-    scales = torch.ones(1, 1) if kept.scales is None else kept.scales
-    return (kept.weight.float().unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]).flatten(1)
+    return reference.dequantized(kept.weight, kept.scales, torch.float32)

@@ -1,5 +1,6 @@
-"""Tokenizers that learned from a text, and the text."""
+"""Tokenizers that learned from a text, and the text; scripts as they are run."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,18 @@ def bpe(sample):
 @pytest.fixture(scope="session")
 def characters(sample):
     return Characters.train([sample], 100)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script in this process; returns the exit code, stdout and stderr."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        try:
+            code = script.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 
 import finetune
@@ -33,21 +32,11 @@ SHORT = "--batch-size 2 --steps 2 --device cpu --validation 0.2".split()
 TEXT = "the quick brown fox jumps over the lazy dog. " * 100
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs a script in this process; returns the exit code, stdout and stderr."""
+@pytest.fixture(autouse=True)
+def text_and_no_handlers(monkeypatch, tmp_path):
+    """A text to train on; and no handler of a signal outlives a test."""
     (tmp_path / "fox.txt").write_text(TEXT)
-    monkeypatch.setattr(script, "signal", object())  # no handler outlives a test
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-        try:
-            code = script.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+    monkeypatch.setattr(script, "signal", object())
 
 
 @pytest.fixture

@@ -35,21 +35,6 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a script in this process; returns the exit code, stdout and stderr."""
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-        try:
-            code = script.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def trained(run, text, tmp_path):
     code, out, err = run(pretrain, "--corpus", text, *SMALL, *SHORT, "--out", tmp_path / "run")
     assert (code, err) == (0, "")

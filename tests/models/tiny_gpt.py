@@ -69,3 +69,14 @@ def train_on_real_text(config, steps=30):
         optimizer.step()
         losses.append(loss.item())
     return torch.tensor(losses)
+
+
+def check_that_no_token_looks_ahead(config):
+    """Another token changes the logits of its own place and of later ones alone."""
+    task, tokens = make_task(config), make_tokens(batch=1)
+    logits = task(tokens)
+    for changed in range(1, config.context):
+        other = tokens.clone()
+        other[0, changed] = (other[0, changed] + 1) % config.vocabulary_size
+        assert torch.equal(task(other)[:, :changed], logits[:, :changed])
+        assert not torch.equal(task(other)[:, changed], logits[:, changed])

@@ -5,13 +5,13 @@ One model definition then stands on both sides of a comparison: GPT(config) and 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import lspm_kernels
+from lspm_kernels.reference.bias_act import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tens
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 
-_ACTIVATIONS = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
-
-
 def _mlp(
     x: Tensor,
     weight_in: Tensor,
@@ -83,13 +75,13 @@ def _mlp(
     *,
     activation: str,
 ) -> Tensor:
-    return F.linear(_ACTIVATIONS[activation](F.linear(x, weight_in, bias_in)), weight_out, bias_out)
+    return F.linear(ACTIVATIONS[activation](F.linear(x, weight_in, bias_in)), weight_out, bias_out)
 
 
 def _gated_mlp(
     x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor, *, activation: str
 ) -> Tensor:
-    gate = _ACTIVATIONS[activation](F.linear(x, weight_gate))
+    gate = ACTIVATIONS[activation](F.linear(x, weight_gate))
     return F.linear(gate * F.linear(x, weight_up), weight_down)
 
 

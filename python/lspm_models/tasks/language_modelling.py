@@ -49,9 +49,8 @@ class LanguageModelling(nn.Module):
             dtype, group_size: as lspm_kernels.weight_only_ takes them; the table of embeddings stays.
         """
         if self.config.tied:
-            divides = group_size and self.head_weight.shape[1] % group_size == 0
-            size = group_size if divides else None
-            self.logits = lspm_kernels.WeightOnlyLinear(self.head_weight, dtype=dtype, group_size=size)
+            self.logits = nn.Linear(*reversed(self.head_weight.shape), bias=False, device="meta")
+            self.logits.weight = self.head_weight
         lspm_kernels.weight_only_(self, dtype, group_size=group_size)
         return self
 
