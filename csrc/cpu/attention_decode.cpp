@@ -62,16 +62,6 @@ auto operand(Lanes lanes, const T* p) {
   }
 }
 
-// An operand of type X that was put at p. A copy of a pair's bytes would go through memory in smaller pieces
-// than those that are read there next, which then wait for them.
-template <class X>
-X stored(const float* p) {
-  if constexpr (std::is_same_v<X, Pair>)
-    return {load(p), load(p + kLanes)};
-  else
-    return reinterpret_cast<X>(load(p));
-}
-
 // scores[r][j] = q[r] . k[j] for kRows rows of q, operands that are q_stride apart. As many sums as a vector
 // has lanes are added up together; behind the last key, scores up to a multiple of that are written too.
 template <int kRows, class T>

@@ -73,13 +73,9 @@ struct Lines {
   }
 };
 
-// Begins to bring the pair of elements that is read some 4 KiB after the one at p.
+// Elements from where a tensor is read to where it is fetched.
 template <class T>
-void fetch(const T* p) {
-  p += 4096 / sizeof(T);
-  prefetch(p);
-  if constexpr (sizeof(T) == 4) prefetch(p + kLanes);
-}
+constexpr int64_t kAhead = 4096 / sizeof(T);
 
 // The sums of n vectors in pairs.
 template <class V>
@@ -126,7 +122,7 @@ void statistics_of_run(const T* x, int64_t from, int64_t to, const Lines& lines,
       const T* const p = x + at + r * columns;
       v[r] = lanes.load(p) - s;
       squared[r] = v[r] * v[r];
-      fetch(p);
+      fetch(p, kAhead<T>);
     }
     lanes.store(sums + i, lanes.load(sums + i) + total(v));
     lanes.store(squares + i, lanes.load(squares + i) + total(squared));
@@ -230,10 +226,10 @@ struct Forward {
       const auto m = lanes.load(mean + i), a = lanes.load(scale + i), b = lanes.load(shift + i);
       for (int r = 0; r < rows; ++r, at += columns) {
         auto z = (lanes.load(x + at) - m) * a + b;
-        fetch(x + at);
+        fetch(x + at, kAhead<T>);
         if (residual) {
           z += lanes.load(residual + at);
-          fetch(residual + at);
+          fetch(residual + at, kAhead<T>);
         }
         write<kStream>(y + at, activated<kActivation>(z), lanes);
       }
@@ -258,16 +254,16 @@ struct Backward {
   template <class Lanes, class V>
   Taken<V> take(int64_t at, Lanes lanes, V m, V a, V b, bool reads_x) const {
     V g = lanes.load(dy + at), d{};
-    fetch(dy + at);
+    fetch(dy + at, kAhead<T>);
     if (reads_x) {
       d = lanes.load(x + at) - m;
-      fetch(x + at);
+      fetch(x + at, kAhead<T>);
     }
     if constexpr (kActivation != Activation::none) {
       V z = d * a + b;
       if (beside) {
         const V other = lanes.load(beside + at);
-        fetch(beside + at);
+        fetch(beside + at, kAhead<T>);
         if constexpr (kActivation == Activation::relu)
           z = other;  // y, which is positive where z is
         else

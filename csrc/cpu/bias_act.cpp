@@ -18,13 +18,6 @@ namespace {
 
 constexpr int64_t kUnit = 2 * kLanes;  // elements of a pair of vectors
 
-// Begins to bring the pair of vectors that lies `ahead` elements after p.
-template <class T>
-void fetch(const T* p, int64_t ahead) {
-  prefetch(p + ahead);
-  if constexpr (sizeof(T) == 4) prefetch(p + ahead + kLanes);
-}
-
 // Activations are as precise as the wider of T and the bias's W: dbias is a sum of unrounded dx.
 template <class T, class W, Activation kActivation>
 struct Job {

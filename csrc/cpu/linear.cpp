@@ -7,9 +7,11 @@
 // Bytes: the weight once, rows of x once for each thread.
 #include "linear.h"
 
+#include <algorithm>
+#include <type_traits>
 #include <vector>
 
-#include "cpu/memory.h"
+#include "cpu/pairs.h"
 #include "cpu/parallel.h"
 
 namespace lspm::cpu {
@@ -18,14 +20,6 @@ namespace {
 // Sums in registers, beside as many vectors of x. Fewer rows of x at once take turns with each output's
 // weights, which are then in the first-level cache; more outputs at once share what is read of x.
 constexpr int kRowsAtOnce = 4, kOutputsAtOnce = 4;
-
-template <class X>
-X stored(const float* p) {
-  if constexpr (std::is_same_v<X, Pair>)
-    return {load(p), load(p + kLanes)};
-  else
-    return load(p);
-}
 
 // Calls body with a pointer to what `data` holds.
 template <class Body>

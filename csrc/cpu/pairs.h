@@ -30,6 +30,23 @@ inline void add_product(F& sum, Pair a, Pair b) {
   sum += a.second * b.second;
 }
 
+// A vector or a pair, as type X, that was put at p. A copy of a pair's bytes would go through memory in
+// smaller pieces than those that are read there next, which then wait for them.
+template <class X>
+X stored(const float* p) {
+  if constexpr (std::is_same_v<X, Pair>)
+    return {load(p), load(p + kLanes)};
+  else
+    return reinterpret_cast<X>(load(p));
+}
+
+// Begins to bring the pair of vectors that lies `ahead` elements after p.
+template <class T>
+void fetch(const T* p, int64_t ahead) {
+  prefetch(p + ahead);
+  if constexpr (sizeof(T) == 4) prefetch(p + ahead + kLanes);
+}
+
 inline F joined(F v) { return v; }
 inline F joined(Pair v) { return v.first + v.second; }
 

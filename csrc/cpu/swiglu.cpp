@@ -14,14 +14,6 @@ namespace {
 
 constexpr int64_t kUnit = 2 * kLanes;  // elements of a pair of vectors
 
-// Begins to bring the pair of vectors that lies some 2 KiB after p.
-template <class T>
-void fetch(const T* p) {
-  p += 2048 / sizeof(T);
-  prefetch(p);
-  if constexpr (sizeof(T) == 4) prefetch(p + kLanes);
-}
-
 template <class T>
 struct Tensor {
   T* data;
@@ -38,6 +30,8 @@ struct Tensor {
 
 template <class T, Activation kActivation>
 struct Job {
+  static constexpr int64_t kAhead = 2048 / sizeof(T);
+
   Tensor<T> dy, gate, up, dgate, dup, y;
 
   // n elements from column `at` of row r on.
@@ -48,8 +42,8 @@ struct Job {
     T* const y = this->y.data + r * this->y.stride + at;
     for_each_pair<T>(0, n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       const auto z = lanes.load(gate + i), u = lanes.load(up + i);
-      fetch(gate + i);
-      fetch(up + i);
+      fetch(gate + i, kAhead);
+      fetch(up + i, kAhead);
       write<kStream>(y + i, activated<kActivation, T>(z) * u, lanes);
     });
   }
@@ -64,9 +58,9 @@ struct Job {
     T* const y = this->y.data ? this->y.data + r * this->y.stride + at : nullptr;
     for_each_pair<T>(0, n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       const auto g = lanes.load(dy + i), z = lanes.load(gate + i), u = lanes.load(up + i);
-      fetch(dy + i);
-      fetch(gate + i);
-      fetch(up + i);
+      fetch(dy + i, kAhead);
+      fetch(gate + i, kAhead);
+      fetch(up + i, kAhead);
       const auto a = activated<kActivation, T>(z);
       write<kStream>(dgate + i, through<kActivation, T>(g * u, z), lanes);
       write<kStream>(dup + i, g * a, lanes);

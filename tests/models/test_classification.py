@@ -19,7 +19,7 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import save_file
-from test_pretrain import SCRIPTS, refused, run  # noqa: F401
+from test_pretrain import SCRIPTS, refused
 from tiny_images import write_idx
 
 from lspm_models.checkpoint import checkpoints
@@ -158,7 +158,7 @@ def trained(folder):
     return path, out.getvalue()
 
 
-def test_a_run_says_what_it_does_and_where_everything_is(run, trained, folder, tmp_path):  # noqa: F811
+def test_a_run_says_what_it_does_and_where_everything_is(run, trained, folder, tmp_path):
     path, out = trained
     for pattern in (
         r"images     shapes: 90 to train on, 30 to validate on, 3 classes, 8 x 8 grey",
@@ -205,7 +205,7 @@ def test_killed_and_resumed_it_has_the_same_losses(trained, folder, tmp_path):
     assert losses(path) == losses(trained[0])
 
 
-def test_fine_tuning_replaces_the_head_where_the_classes_are_others(run, trained, folder, tmp_path):  # noqa: F811
+def test_fine_tuning_replaces_the_head_where_the_classes_are_others(run, trained, folder, tmp_path):
     path, _ = trained
     images = shapes()
     write_idx(tmp_path / "two", images.pixels[images.labels < 2], images.labels[images.labels < 2])
@@ -237,7 +237,7 @@ def test_fine_tuning_replaces_the_head_where_the_classes_are_others(run, trained
     assert len(losses(tmp_path / "a")) == 9
 
 
-def test_fine_tuning_from_torchvisions_weights(run, folder, tmp_path):  # noqa: F811
+def test_fine_tuning_from_torchvisions_weights(run, folder, tmp_path):
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18()
     save_file(theirs.state_dict(), tmp_path / "w.safetensors")
@@ -267,12 +267,12 @@ def test_fine_tuning_from_torchvisions_weights(run, folder, tmp_path):  # noqa: 
         ("--width 30 --heads 4", r"GPTConfig: width must be a multiple of heads \(4\), got 30"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, tmp_path, arguments, message):  # noqa: F811
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, tmp_path, arguments, message):
     refused(run(pretrain, *arguments.split(), "--out", tmp_path / "run"), rf"pretrain\.py: {message}")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_other_images_or_another_shape_is_not_resumed(run, trained, folder):  # noqa: F811
+def test_a_run_of_other_images_or_another_shape_is_not_resumed(run, trained, folder):
     path, _ = trained
     message = rf"pretrain\.py: checkpoint: model\.width must be 8 as in {path}, got 16"
     refused(run(pretrain, "--resume", path, "--width", 16), message)
@@ -284,7 +284,7 @@ def test_a_run_of_other_images_or_another_shape_is_not_resumed(run, trained, fol
     write_idx(folder, shapes().pixels, images.labels)
 
 
-def test_the_help_for_images_is_a_page_of_its_own(run):  # noqa: F811
+def test_the_help_for_images_is_a_page_of_its_own(run):
     for script in (pretrain, finetune):
         code, out, _ = run(script, "--model", "resnet50", "--help")
         assert code == 0

@@ -11,7 +11,7 @@ from io import StringIO
 import pytest
 import recommend
 import torch
-from test_pretrain import refused, run  # noqa: F401
+from test_pretrain import refused
 from tiny_ratings import write_recbole
 
 from lspm_models.checkpoint import checkpoints, read_tensors
@@ -61,7 +61,7 @@ def test_a_run_says_what_it_does_and_where_everything_is(trained, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resumed_it_has_the_same_bits(run, trained, tmp_path, method):  # noqa: F811
+def test_resumed_it_has_the_same_bits(run, trained, tmp_path, method):
     path = trained[method][0]
     shutil.copytree(path, tmp_path / "again")
     for late in checkpoints(tmp_path / "again/checkpoints")[2:]:
@@ -73,7 +73,7 @@ def test_resumed_it_has_the_same_bits(run, trained, tmp_path, method):  # noqa: 
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_it_stops_at_ctrl_c_and_goes_on_with_the_same_bits(run, data, trained, tmp_path, monkeypatch):  # noqa: F811
+def test_it_stops_at_ctrl_c_and_goes_on_with_the_same_bits(run, data, trained, tmp_path, monkeypatch):
     own = MatrixFactorization.fit
 
     def fit(model, interactions, after_epoch):
@@ -97,7 +97,7 @@ def test_it_stops_at_ctrl_c_and_goes_on_with_the_same_bits(run, data, trained, t
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_recommends_what_is_new_to_the_user(run, trained, method):  # noqa: F811
+def test_it_recommends_what_is_new_to_the_user(run, trained, method):
     path = trained[method][0]
     code, out, err = run(recommend, "recommend", path, "--user", 7, "--count", 40)
     assert (code, err) == (0, "")
@@ -111,7 +111,7 @@ def test_it_recommends_what_is_new_to_the_user(run, trained, method):  # noqa: F
 
 
 @pytest.mark.parametrize("method", ["sgd", "bpr"])
-def test_it_says_how_good_it_is(run, trained, method):  # noqa: F811
+def test_it_says_how_good_it_is(run, trained, method):
     path = trained[method][0]
     assert run(recommend, "evaluate", path, "--k", 5)[0] == 0
     found = json.loads((path / "metrics.json").read_text())
@@ -128,7 +128,7 @@ def test_it_says_how_good_it_is(run, trained, method):  # noqa: F811
         ("--lr -1", r"mf: lr must be positive, got -1\.0"),
     ],
 )
-def test_a_mistake_is_one_line(run, data, tmp_path, arguments, message):  # noqa: F811
+def test_a_mistake_is_one_line(run, data, tmp_path, arguments, message):
     out = ("--out", tmp_path / "run")
     call = ("train", "--model", "mf", "--data", data, *arguments.split(), *out)
     refused(run(recommend, *call), rf"recommend\.py train: {message}")

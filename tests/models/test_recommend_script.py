@@ -13,7 +13,7 @@ import pytest
 import recommend
 import torch
 from PIL import Image
-from test_pretrain import refused, run  # noqa: F401
+from test_pretrain import refused
 from tiny_ratings import write_recbole
 
 from lspm_models.checkpoint import checkpoints
@@ -67,7 +67,7 @@ def test_a_run_says_what_it_does_and_where_everything_is(trained):
     assert "hit_rate_10" in runs["scores"][1]
 
 
-def test_resumed_it_has_the_same_losses(run, trained, tmp_path):  # noqa: F811
+def test_resumed_it_has_the_same_losses(run, trained, tmp_path):
     path = trained[1]["ratings"][0]
     shutil.copytree(path, tmp_path / "again")
     for late in checkpoints(tmp_path / "again/checkpoints")[1:]:
@@ -80,7 +80,7 @@ def test_resumed_it_has_the_same_losses(run, trained, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["ratings", "clicks", "scores"])
-def test_it_recommends_titles_that_are_new_to_the_user(run, trained, name):  # noqa: F811
+def test_it_recommends_titles_that_are_new_to_the_user(run, trained, name):
     path = trained[1][name][0]
     code, out, err = run(recommend, "recommend", path, "--user", 7, "--count", 40)
     assert (code, err) == (0, "")
@@ -106,7 +106,7 @@ def test_it_recommends_titles_that_are_new_to_the_user(run, trained, name):  # n
     assert len(run(recommend, "recommend", path, "--user", 7, "--count", 40, "--seen")[1].splitlines()) == 31
 
 
-def test_it_says_how_good_it_is_and_for_whom(run, trained):  # noqa: F811
+def test_it_says_how_good_it_is_and_for_whom(run, trained):
     path = trained[1]["ratings"][0]
     code, out, err = run(recommend, "evaluate", path, "--k", 5)
     assert (code, err) == (0, "")
@@ -207,14 +207,14 @@ def test_groups_are_told_apart(trained, tmp_path):
         ("fly", r"command must be train, evaluate or recommend, got 'fly'"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, tmp_path, arguments, message):  # noqa: F811
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, tmp_path, arguments, message):
     out = ["--out", tmp_path / "run"] if arguments.startswith("train") else []
     separator = ":" if arguments == "fly" else ""
     refused(run(recommend, *arguments.split(), *out), rf"recommend\.py{separator} {message}")
     assert not (tmp_path / "run").exists()
 
 
-def test_who_is_not_known_and_what_is_missing(run, trained):  # noqa: F811
+def test_who_is_not_known_and_what_is_missing(run, trained):
     path = trained[1]["ratings"][0]
     message = r"recommend\.py recommend: recommend: user must be one of the 40 known, got 'x'"
     refused(run(recommend, "recommend", path, "--user", "x"), message)
@@ -228,7 +228,7 @@ def test_who_is_not_known_and_what_is_missing(run, trained):  # noqa: F811
     )
 
 
-def test_the_help_is_a_page(run):  # noqa: F811
+def test_the_help_is_a_page(run):
     pages = {
         (): ("commands:", "train      ", "evaluate   ", "recommend  ", "examples"),
         ("train", "--help"): (

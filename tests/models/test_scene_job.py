@@ -16,7 +16,7 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import save_file
-from test_pretrain import refused, run  # noqa: F401
+from test_pretrain import refused
 from tiny_images import write_idx
 from tiny_scenes import NAMES, write_coco, write_voc
 
@@ -94,7 +94,7 @@ def test_a_run_says_what_it_does_and_where_everything_is(trained, model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_resumed_it_has_the_same_losses(run, trained, tmp_path, model):  # noqa: F811
+def test_resumed_it_has_the_same_losses(run, trained, tmp_path, model):
     path, _, data = trained[model]
     shutil.copytree(path, tmp_path / "again")
     for late in checkpoints(tmp_path / "again/checkpoints")[1:]:
@@ -113,7 +113,7 @@ def test_resumed_it_has_the_same_losses(run, trained, tmp_path, model):  # noqa:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_it_says_and_draws_what_is_on_an_image(run, trained, tmp_path, model):  # noqa: F811
+def test_it_says_and_draws_what_is_on_an_image(run, trained, tmp_path, model):
     path, _, _ = trained[model]
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -188,7 +188,7 @@ STILL = "--steps 1 --learning-rate 1e-9 --batch-size 2 --size 48 --device cpu --
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_fine_tuning_begins_with_a_backbone(run, trained, tmp_path, model):  # noqa: F811
+def test_fine_tuning_begins_with_a_backbone(run, trained, tmp_path, model):
     *_, data = trained[model]
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18()
@@ -218,7 +218,7 @@ def test_fine_tuning_begins_with_a_backbone(run, trained, tmp_path, model):  # n
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_fine_tuning_replaces_the_head_where_the_classes_are_others(run, trained, tmp_path, model):  # noqa: F811
+def test_fine_tuning_replaces_the_head_where_the_classes_are_others(run, trained, tmp_path, model):
     path, _, data = trained[model]
     before, _ = load_scene_model(path)
     code, out, err = run(finetune, "--init", path, "--data", data, *STILL, "--out", tmp_path / "same")
@@ -255,13 +255,13 @@ def test_fine_tuning_replaces_the_head_where_the_classes_are_others(run, trained
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, tmp_path, arguments, message):  # noqa: F811
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, tmp_path, arguments, message):
     refused(run(pretrain, *arguments.split(), "--out", tmp_path / "run"), rf"pretrain\.py: {message}")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_help_is_a_page_of_its_own(run, model):  # noqa: F811
+def test_the_help_is_a_page_of_its_own(run, model):
     for script in (pretrain, finetune):
         code, out, _ = run(script, "--model", model, "--help")
         assert code == 0

@@ -80,6 +80,27 @@ def activations():
     return lambda x, b: (lk.bias_act(x, b), lk.swiglu(x)), [x, bias]
 
 
+def few_rows():
+    x, weight = torch.randn(2, 768).to(BF16), torch.randn(300, 768).to(BF16)
+
+    def products(x, w):
+        small, scales = lk.quantize_int8(w.detach(), 32)
+        y = lk.linear(x.detach(), w.detach()), lk.linear(x.detach(), small, scales=scales)
+        return y[0] + 0 * x.sum(), y[1] + 0 * w.sum()  # the tests ask for gradients
+
+    return products, [x, weight]
+
+
+def optimizer():
+    def step(param, grad):
+        changed, moments = param.detach().clone(), [torch.zeros_like(param) for _ in range(2)]
+        lk.adamw_(changed, grad.detach(), *moments, step=3)
+        norm = lk.adamw_norm(grad.detach())
+        return changed + 0 * param, norm + 0 * grad.sum()
+
+    return step, list(torch.randn(2, 300, 70).unbind())
+
+
 def rotation():
     tables = torch.randn(2, 40, 16).unbind()
     return lambda x: lk.rotary(x, *tables), [torch.randn(2, 3, 40, 64).to(BF16)]
@@ -89,7 +110,7 @@ OPS = {
     f.__name__: f
     for f in (
         *(attention, norm, convolution, batch_norm, pools, loss, activations, rotation),
-        *(linear_loss, linear_loss_in_one_pass, bags, weighted_bags, updated_bags),
+        *(few_rows, optimizer, linear_loss, linear_loss_in_one_pass, bags, weighted_bags, updated_bags),
     )
 }
 of_each_op = pytest.mark.parametrize("op", OPS)
