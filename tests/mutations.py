@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_CACHE = Path(os.environ.get("LSPM_TEST_CACHE", ROOT / "build" / "cuda_on_cpu"))
-COPIED = ("csrc", "lspm_kernels", "python", "tests", "pyproject.toml", "setup.py")
+COPIED = ("csrc", "lspm_kernels", "python", "tests", "benchmarks", "pyproject.toml", "setup.py")
 PATIENCE = 900  # seconds that the tests of a mutation may take
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
