@@ -28,7 +28,7 @@ namespace cpu {
 // gate, up: (rows, cols). y: (rows, cols), contiguous.
 void swiglu_forward(const Rows& gate, const Rows& up, void* y, const SwigluShape& shape, int threads);
 
-// dy: contiguous. y: the forward's, computed again, or null.
+// dy: contiguous; dgate may be dy. y: the forward's, computed again, or null.
 void swiglu_backward(const void* dy, const Rows& gate, const Rows& up, const Rows& dgate, const Rows& dup,
                      void* y, const SwigluShape& shape, int threads);
 }  // namespace cpu

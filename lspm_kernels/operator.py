@@ -36,8 +36,9 @@ class Operator:
         save, backward: as setup_context and backward of torch.library.register_autograd, without the backend:
             save(ctx, inputs, output) and backward(ctx, *grads) -> a gradient for each of args. ctx.row is the
             row that the forward ran on; ctx.needs_input_grad begins with args. backward is traced too, so it
-            calls only Operators and torch functions. An Operator without them has no gradient: to ask is an
-            error.
+            calls only Operators and torch functions. The gradient of an output that was not used is None, as
+            zeros would cost a pass; at least one is none of these. An Operator without them has no gradient:
+            to ask is an error.
     """
 
     def __init__(
@@ -51,16 +52,20 @@ class Operator:
         name = schema.split("(", maxsplit=1)[0]
         rows = {row.name: row for row in backends}
 
-        def no_gradient(ctx, *grads):
-            raise NotImplementedError(f"{name}: a second derivative is not implemented")
+        def gradient(ctx, *grads):
+            if all(g is None for g in grads):
+                return (None,) * (len(ctx.needs_input_grad) - 1)
+            if backward is None:
+                raise NotImplementedError(f"{name}: a second derivative is not implemented")
+            return backward(ctx, *grads)
 
         def setup_context(ctx, inputs, output):
             *args, backend = inputs
             ctx.row = rows[backend]
+            ctx.set_materialize_grads(False)
             if save is not None:
                 save(ctx, args, output)
 
-        gradient = backward or no_gradient
         _library.define(schema.replace(") ->", ", str backend) ->", 1))
         op = getattr(torch.ops.lspm, name).default
         _library.impl(name, lambda *args: compute(rows[args[-1]], *args[:-1]), "CompositeExplicitAutograd")
@@ -77,6 +82,7 @@ class Operator:
                 *args, row = args_and_row
                 output = compute(row, *args)
                 ctx.row = row
+                ctx.set_materialize_grads(False)
                 if save is not None:
                     save(ctx, args, output)
                 return output

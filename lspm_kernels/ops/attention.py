@@ -111,7 +111,6 @@ def _save(ctx, inputs, output):
     out, _, statistics = output
     ctx.save_for_backward(*tensors, out, statistics)
     ctx.mark_non_differentiable(statistics)
-    ctx.set_materialize_grads(False)  # an output that was not used has None for its gradient
 
 
 def _gradient(ctx, dout, dlse, _):

@@ -32,9 +32,9 @@ def _forward(row, x, bias, activation, saves=True):
     return y
 
 
-def _backward(row, dy, x, bias, activation, wants_dbias, wants_y, saves=True):
+def _backward(row, dy, x, bias, activation, wants_dbias, wants_y, spends_dy, saves=True):
     dy, x = dy.contiguous(), x.contiguous()
-    dx = torch.empty_like(x)
+    dx = dy if spends_dy and not saves else torch.empty_like(x)  # an operator's outputs are new tensors
     y = torch.empty_like(x) if wants_y else None
     new = Tensor.new_empty if row is None or x.numel() else Tensor.new_zeros
     dbias = new(bias, bias.shape) if wants_dbias else None
@@ -50,8 +50,8 @@ def _backward(row, dy, x, bias, activation, wants_dbias, wants_y, saves=True):
 
 
 act_backward = Operator(
-    "bias_act_backward(Tensor dy, Tensor x, Tensor? bias, int activation, bool wants_dbias, bool wants_y)"
-    " -> (Tensor dx, Tensor dbias, Tensor y)",
+    "bias_act_backward(Tensor dy, Tensor x, Tensor? bias, int activation, bool wants_dbias, bool wants_y,"
+    " bool spends_dy) -> (Tensor dx, Tensor dbias, Tensor y)",
     BACKENDS,
     _backward,
 )
@@ -64,7 +64,7 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, dy):
     wants_dx, wants_dbias = ctx.needs_input_grad[:2]
-    dx, dbias, _ = act_backward(ctx.row, dy, *ctx.saved_tensors, ctx.activation, wants_dbias, False)
+    dx, dbias, _ = act_backward(ctx.row, dy, *ctx.saved_tensors, ctx.activation, wants_dbias, False, False)
     return dx if wants_dx else None, dbias if wants_dbias else None, None
 
 

@@ -79,7 +79,6 @@ def _add_save(ctx, inputs, output):
     _, total, statistics = output
     ctx.save_for_backward(total, statistics, weight, bias)
     ctx.mark_non_differentiable(statistics)
-    ctx.set_materialize_grads(False)  # an output that was not used has None for its gradient
 
 
 def _save(ctx, inputs, output):

@@ -118,7 +118,6 @@ def _save(ctx, inputs, output):
     ctx.made = any(now)
     ctx.save_for_backward(*tensors, statistics, *(made if ctx.made else ()))
     ctx.mark_non_differentiable(statistics, *made, *([lse] if ctx.made else []))
-    ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx, dloss, dlse, *_):

@@ -35,9 +35,10 @@ def _gradient(ctx, dy, _):
     dbias_out = dy.sum(0) if wants_bias_out else None
     if wants_dx or wants_in or wants_bias_in or wants_out:
         dinner, dbias_in, hidden = bias_act.act_backward(
-            ctx.row, dy @ weight_out, inner, bias_in, ctx.activation, wants_bias_in, wants_out
+            ctx.row, dy @ weight_out, inner, bias_in, ctx.activation, wants_bias_in, wants_out, True
         )
         dweight_out = dy.t() @ hidden if wants_out else None
+        del hidden  # of inner's size, before the other products' results come
         dweight_in = dinner.t() @ x if wants_in else None
         dx = dinner @ weight_in if wants_dx else None
     return dx, dweight_in, dbias_in if wants_bias_in else None, dweight_out, dbias_out, None
@@ -71,11 +72,15 @@ def _gated_save(ctx, inputs, output):
 def _gated_gradient(ctx, dy, *_):
     x, weight_gate, weight_up, weight_down, gate, up = ctx.saved_tensors
     wants_dx, wants_gate, wants_up, wants_down = ctx.needs_input_grad[:4]
-    dgate, dup, hidden = swiglu.glu_backward(ctx.row, dy @ weight_down, gate, up, ctx.activation, wants_down)
+    dgate, dup, hidden = swiglu.glu_backward(
+        ctx.row, dy @ weight_down, gate, up, ctx.activation, wants_down, True
+    )
+    dweight_down = dy.t() @ hidden if wants_down else None
+    del hidden  # of gate's size, before the other products' results come
     dx = torch.addmm(dgate @ weight_gate, dup, weight_up) if wants_dx else None
     dweight_gate = dgate.t() @ x if wants_gate else None
     dweight_up = dup.t() @ x if wants_up else None
-    return dx, dweight_gate, dweight_up, dy.t() @ hidden if wants_down else None, None
+    return dx, dweight_gate, dweight_up, dweight_down, None
 
 
 _gated_operator = Operator(

@@ -42,8 +42,10 @@ def _forward(row, gate, up, activation, saves=True):
     return y
 
 
-def _backward(row, dy, gate, up, activation, wants_y, saves=True):
-    dgate, dup = gate.new_empty(gate.shape), None if up is None else up.new_empty(up.shape)
+def _backward(row, dy, gate, up, activation, wants_y, spends_dy, saves=True):
+    # An operator's outputs are new tensors.
+    dgate = dy if spends_dy and not saves else gate.new_empty(gate.shape)
+    dup = None if up is None else up.new_empty(up.shape)
     y = _empty(gate, up) if wants_y else None
     if row is not None and dy.numel():
         row.backward(dy.contiguous(), _rows(gate), _rows(up), dgate, dup, y, activation)
@@ -52,7 +54,7 @@ def _backward(row, dy, gate, up, activation, wants_y, saves=True):
 
 
 glu_backward = Operator(
-    "swiglu_backward(Tensor dy, Tensor gate, Tensor? up, int activation, bool wants_y)"
+    "swiglu_backward(Tensor dy, Tensor gate, Tensor? up, int activation, bool wants_y, bool spends_dy)"
     " -> (Tensor dgate, Tensor dup, Tensor y)",
     BACKENDS,
     _backward,
@@ -66,7 +68,7 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, dy):
     gate, up = ctx.saved_tensors
-    dgate, dup, _ = glu_backward(ctx.row, dy, gate, up, ctx.activation, False)
+    dgate, dup, _ = glu_backward(ctx.row, dy, gate, up, ctx.activation, False, False)
     return dgate, None if up is None else dup, None
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 
+import machine
 import pytest
 import torch
 
@@ -22,6 +23,20 @@ def number_of_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def least_peak():
+    """The most memory that a function takes at once; of three calls the least, as pages of code count too."""
+    torch.use_deterministic_algorithms(False)  # it fills memory that is never touched
+
+    def least_peak(function):
+        function()  # what torch's libraries keep
+        if (peak := machine.peak_bytes(function)) is None:
+            pytest.skip("this system does not tell")
+        return min(peak, *(machine.peak_bytes(function) for _ in range(2)))
+
+    return least_peak
 
 
 @pytest.fixture(params=list(reversed(compiled.NEEDS)))

@@ -50,10 +50,14 @@ def test_opcheck(op):
 
 def test_opcheck_of_what_the_backward_calls():
     (x, bias), lspm = tensors("bias_act"), torch.ops.lspm
-    for given in ((x, x, bias, 4, True, True), (x, x, bias, 5, False, False), (x, x, None, 1, False, True)):
+    for given in (
+        (x, x, bias, 4, True, True, False),
+        (x, x, bias, 5, False, False, True),
+        (x, x, None, 1, False, True, False),
+    ):
         torch.library.opcheck(lspm.bias_act_backward.default, (*given, "cpu"))
     half = x[:, :4]
-    for given in ((x, x, x, 3, True), (x, x, x, 4, False), (half, x, None, 5, True)):
+    for given in ((x, x, x, 3, True, True), (x, x, x, 4, False, False), (half, x, None, 5, True, False)):
         torch.library.opcheck(lspm.swiglu_backward.default, (*given, "cpu"))
 
 
@@ -141,3 +145,17 @@ def test_autocast_computes_products_in_its_dtype_as_linear_does(op):
         for name, value in actual.items():
             assert value.dtype == (BF16 if name.startswith("output") else torch.float32)
             oracle.compare(name, value.to(BF16), truth[name], plain[name].to(BF16))
+
+
+@pytest.mark.parametrize("op, count", [(lk.mlp, 3), (lk.gated_mlp, 5)])
+def test_the_backward_takes_the_memory_of_what_it_spends(op, count, least_peak):
+    rows, dim, hidden = 2048, 64, 4096
+    x, wide = torch.randn(rows, dim), torch.randn(hidden, dim)
+    given = [x, wide, None if count == 3 else wide.clone(), torch.randn(dim, hidden)]
+    leaves = [t.requires_grad_() for t in given if t is not None]
+    outer = (None,) if count == 3 else ()
+
+    def step():
+        return torch.autograd.grad(op(*given, *outer).sum(), leaves)
+
+    assert (count - 0.5) * 4 * rows * hidden < least_peak(step) < (count + 0.5) * 4 * rows * hidden

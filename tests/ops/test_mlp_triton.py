@@ -99,7 +99,7 @@ def test_mlps(here):
     x, weight, bias = torch.randn(9, 16), torch.randn(24, 16) / 4, torch.randn(24)
     oracle.check(lk.mlp, mlp_reference.mlp, [x, weight, bias, weight.t() / 4, torch.randn(16)])
     oracle.check(lk.gated_mlp, mlp_reference.gated_mlp, [x, weight, weight.flip(0), weight.t() / 4])
-    again = torch.ops.lspm.bias_act_backward(x, x, bias[:16], 4, True, True, "cpu")[2]
+    again = torch.ops.lspm.bias_act_backward(x, x, bias[:16], 4, True, True, False, "cpu")[2]
     oracle.check(
         lambda x: again + 0 * x, lambda x: bias_act_reference.bias_act(x, bias[:16]), [x], gradients=False
     )
