@@ -56,8 +56,8 @@ MUTATIONS = [
     ),
     in_blocks(
         name="linear_cross_entropy, blocks: the weight keeps the last block's gradient",
-        old="dweight.addmm_(logits.t(), inputs)",
-        new="torch.mm(logits.t(), inputs, out=dweight)",
+        old="products.add(dweight, logits.t(), inputs)",
+        new="products.put(dweight, logits.t(), inputs)",
     ),
     in_blocks(
         name="linear_cross_entropy, blocks: hidden's gradient in the wrong rows",
@@ -72,8 +72,9 @@ MUTATIONS = [
     ),
     in_blocks(
         name="linear_cross_entropy, blocks: products under autocast in its dtype",
-        old="        torch.mm(inputs, weight.t(), out=out)",
-        new="        out.copy_(inputs.to(torch.bfloat16) @ weight.t().to(torch.bfloat16))",
+        file="lspm_kernels/products.py",
+        old="        torch.mm(a, b, out=c)",
+        new="        c.copy_(a @ b)",
     ),
     in_op(
         name="linear_cross_entropy, op: the mean over rows, whatever they weigh",

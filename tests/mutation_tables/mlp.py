@@ -99,8 +99,8 @@ MUTATIONS = [
     ),
     in_mlp(
         name="mlp, op: the gradient of x by the gate alone",
-        old="torch.addmm(dgate @ weight_gate, dup, weight_up)",
-        new="dgate @ weight_gate",
+        old="addmm(matmul(dgate, weight_gate), dup, weight_up)",
+        new="matmul(dgate, weight_gate)",
     ),
     in_triton(
         name="bias_act, triton: dbias of rows that do not exist",
