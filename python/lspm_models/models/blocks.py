@@ -120,6 +120,11 @@ class GroupedAttention(Attention):
         return self.o_proj(self.attend(q, k, v, cache, rotation))
 
 
+def _are_linear(*layers: nn.Module) -> bool:
+    """Whether weight and bias are all there is: a layer may keep fewer bits, or have an adapter beside."""
+    return all(type(layer) is nn.Linear or getattr(layer, "is_merged", False) for layer in layers)
+
+
 class MLP(nn.Module):
     """Two linear layers with GELU, in its tanh form, between them."""
 
@@ -131,8 +136,8 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.c_fc) is not nn.Linear:  # its weight is kept in fewer bits, which the layer reads
-            return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        if not _are_linear(self.c_fc, self.c_proj):
+            return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
         layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
         return self.dropout(self.ops.mlp(x, *layers, activation="gelu_tanh"))
 
@@ -148,7 +153,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.gate_proj) is not nn.Linear:
+        if not _are_linear(self.gate_proj, self.up_proj, self.down_proj):
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         return self.ops.gated_mlp(x, *weights, activation="silu")
@@ -200,6 +205,11 @@ class Decoder(nn.Module):
     def parameter_count(self) -> int:
         """How many numbers are learned."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def stages(self) -> list[list[nn.Module]]:
+        """The tables of embeddings, and each block, as fine-tuning freezes them."""
+        tables = [module for module in self.children() if isinstance(module, nn.Embedding)]
+        return [tables, *([block] for block in self.blocks)]
 
     def initialize(self, outputs: tuple[str, ...]) -> None:
         """GPT-2's: normal with deviation 0.02, 0 in biases, 1 in norms.
