@@ -26,7 +26,7 @@ LAST = 20  # steps whose mean is the loss at the end
 
 def measure(run: Convergence, device: str, smoke: bool) -> list[dict]:
     """Trains each side, and holds our losses to the oracle's rule."""
-    losses = {side: run.losses(side) for side in SIDES}
+    losses = {side: run.losses(side, device) for side in SIDES}
     truth = losses["float64"]
     harness.compare("lspm", [losses["lspm"]], [truth], [losses["torch"]])
     columns = {"case": str(run)}
@@ -36,7 +36,7 @@ def measure(run: Convergence, device: str, smoke: bool) -> list[dict]:
         columns[f"{side} from float64, at most"] = f"{(losses[side] - truth).abs().max():.1e}"
     columns["lspm from torch, at most"] = f"{(losses['lspm'] - losses['torch']).abs().max():.1e}"
     curves = {side: curve.tolist() for side, curve in losses.items()}
-    return [{"case": str(run), "variant": "lspm-cpu", "columns": columns, "losses": curves}]
+    return [{"case": str(run), "variant": f"lspm-{device}", "columns": columns, "losses": curves}]
 
 
 def cases(smoke: bool = False) -> Iterator[Convergence]:

@@ -45,7 +45,7 @@ class Convergence:
             for _ in range(self.steps):
                 yield blocks.next_batch()
 
-    def losses(self, side: str) -> Tensor:
+    def losses(self, side: str, device: str = "cpu") -> Tensor:
         """(steps,) in float64 there, else in float32."""
         torch.manual_seed(0)
         task = LanguageModelling(GPT(self.shape, ops=FUSED if side == "lspm" else PLAIN))
@@ -55,21 +55,21 @@ class Convergence:
             with torch.no_grad():
                 for parameter in task.parameters():
                     parameter.copy_(torch.nextafter(parameter, torch.tensor(torch.inf)))
-        parameters = list(task.parameters())
+        parameters = list(task.to(device).parameters())
         if side == "lspm":
             optimizer = AdamW(parameters, lr=self.learning_rate, clip_norm=CLIP)
         else:
             optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, fused=True)
         mixed, losses = self.dtype == torch.bfloat16 and side != "float64", []
         for tokens, targets in self.batches():
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                loss = task.loss(tokens, targets)
+            with torch.autocast(device, torch.bfloat16, enabled=mixed):
+                loss = task.loss(tokens.to(device), targets.to(device))
             optimizer.zero_grad()
             loss.backward()
             if side != "lspm":
                 torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append(loss.detach().cpu())
         return torch.stack(losses)
 
 

@@ -135,7 +135,8 @@ def opened_run(
         processes.device(configs["training"].device)
         with processes.first_before_others():
             if processes.first:
-                create_run(folder, {"init": init, **_plain(configs)})
+                chosen = {name: config for name, config in configs.items() if config}  # not an empty tuning
+                create_run(folder, {"init": init, **_plain(chosen)})
     silent = report if processes.first else lambda line: None
     try:
         yield Run(folder, **configs, init=init, resume=resume, processes=processes, report=silent)

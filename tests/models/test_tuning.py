@@ -206,4 +206,5 @@ def test_without_options_everything_learns(tune, tmp_path):
     _, out, _ = tune("a")
     assert re.search(r"model      7\.33k parameters: 2 layers", out)
     state = json.loads((checkpoints(tmp_path / "a" / "checkpoints")[-1] / "state.json").read_text())
-    assert "tuning" not in state["settings"]  # as in runs from before there was any
+    asked = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert "tuning" not in state["settings"] and "tuning" not in asked  # as in runs from before there was any
