@@ -99,13 +99,16 @@ class RunCheckpoint:
 
     def load(self, task: LanguageModelling) -> None:
         """Copies the weights into a task: adapters are added to the weights that they learned beside."""
-        if self._tuning.lora_rank is None:
+        if not self._tuning.adapts:
             checkpoint.load_weights(self.path, task)
             return
-        frozen = [parameter for parameter in task.parameters() if not parameter.requires_grad]
-        self._tuning.begin(task, self._init)
+        from lspm_models.sources import open_source  # which opens runs, too
+
+        if not Path(self._init).exists():
+            rule = f"checkpoint: {self._init}, which the adapters in {self.path} belong to, must be there"
+            raise ValueError(f"{rule}, got no such path")
+        open_source(self._init).load(task)
+        self._tuning.apply(task)
         checkpoint.load_weights(self.path, task)
         lora.merge(task)
         lora.remove_lora(task)
-        for parameter in frozen:
-            parameter.requires_grad_(False)

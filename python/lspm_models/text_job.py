@@ -80,8 +80,6 @@ class TextJob:
             tokenizer, tokens = prepare_text(run.data, run.folder, run.report)
         torch.manual_seed(run.training.seed)
         task = make_task(run.model.with_vocabulary(tokenizer.vocabulary_size))
-        if run.tuning:
-            run.tuning.begin(task, run.init)
         data = TextData(
             tokens,
             run.model.context,
@@ -111,8 +109,7 @@ class TextJob:
         return shape
 
     def load(self, run: Run, init: Path, task: LanguageModelling) -> None:
-        if not lora_layers(task):  # which began with the weights
-            open_source(init).load(task)
+        open_source(init).load(task)
 
     def settings(self, run: Run, task: LanguageModelling) -> dict:
         return to_settings(task.config)

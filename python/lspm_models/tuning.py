@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from torch import nn
 
@@ -45,22 +44,20 @@ class Tuning:
                 raise ValueError(f"tuning: {item.name} must be beside lora_rank, got {value} alone")
 
     def __bool__(self) -> bool:
-        return bool(self.freeze) or self.lora_rank is not None
+        return bool(self.freeze) or self.adapts
 
-    def begin(self, task: nn.Module, init: str) -> None:
-        """Freezes parts of a task, or gives it new adapters beside the weights of `init`.
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters learn, and the weights beside them stay where they came from."""
+        return self.lora_rank is not None
+
+    def apply(self, task: nn.Module) -> None:
+        """Freezes parts of a task, or gives it new adapters.
 
         Raises:
-            ValueError: a pattern matches nothing, or init holds no weights for the task.
+            ValueError: a pattern matches nothing.
         """
-        if self.lora_rank is not None:
-            from lspm_models.sources import open_source  # whose runs begin with this
-
-            if not Path(init).exists():
-                raise ValueError(
-                    f"tuning: {init}, which the adapters belong to, must be there, got no such path"
-                )
-            open_source(init).load(task)
+        if self.adapts:
             options = {"dropout": self.lora_dropout, "targets": self.lora_targets}
             add_lora(task, self.lora_rank, self.lora_alpha, **options)
         elif len(self.freeze) == 1 and self.freeze[0].isdecimal():

@@ -164,10 +164,14 @@ def test_adapters_without_their_weights_say_so(tune, run, base, tmp_path):
     shutil.copytree(base / "run", tmp_path / "moved")
     assert tune("a", "--lora-rank", 2, init=tmp_path / "moved")[0] == 0
     shutil.rmtree(tmp_path / "moved")
-    message = r"tuning: .*/moved/.*, which the adapters belong to, must be there, got no such path\n"
-    for program, arguments in ((script, [tmp_path / "a"]), (finetune, ["--resume", tmp_path / "a"])):
-        code, _, err = run(program, *arguments)
-        assert code == 2 and re.fullmatch(rf"{program.__name__}\.py: {message}", err)
+    code, _, err = run(script, tmp_path / "a")
+    message = (
+        r"checkpoint: .*/moved/.*, which the adapters in .*/a/.* belong to, must be there, got no such path\n"
+    )
+    assert code == 2 and re.fullmatch(rf"generate\.py: {message}", err)
+    code, _, err = run(finetune, "--resume", tmp_path / "a")
+    message = r"checkpoint: .*/moved/.* must be a run folder or a checkpoint, got no such folder\n"
+    assert code == 2 and re.fullmatch(rf"finetune\.py: {message}", err)
 
 
 @pytest.mark.parametrize(

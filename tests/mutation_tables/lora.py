@@ -10,7 +10,6 @@ TUNING = ("tests/models/test_tuning.py", "-x")
 in_lora = partial(Mutation, file=f"{MODELS}/models/lora.py", tests=ADAPTERS)
 in_blocks = partial(Mutation, file=f"{MODELS}/models/blocks.py", tests=ADAPTERS)
 in_freezing = partial(Mutation, file=f"{MODELS}/models/freezing.py", tests=TUNING)
-in_tuning = partial(Mutation, file=f"{MODELS}/tuning.py", tests=TUNING)
 in_folder = partial(Mutation, file=f"{MODELS}/adapter_folder.py", tests=ADAPTERS)
 
 MUTATIONS = [
@@ -76,10 +75,19 @@ MUTATIONS = [
         old="for stage in parts[:stages] for module",
         new="for stage in parts[: stages - 1] for module",
     ),
-    in_tuning(
+    Mutation(
         name="lora: a run goes on without the weights",
-        old="            open_source(init).load(task)\n",
+        file="python/finetune.py",
+        old=" or (run.tuning and run.tuning.adapts)",
         new="",
+        tests=TUNING,
+    ),
+    Mutation(
+        name="lora: a run is read without the weights",
+        file=f"{MODELS}/run_folder.py",
+        old="        open_source(self._init).load(task)\n",
+        new="",
+        tests=TUNING,
     ),
     Mutation(
         name="convergence: the residual's norm has another eps",

@@ -5,6 +5,7 @@ models, which differ: a block takes them beside its parts.
 """
 
 import math
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -207,9 +208,9 @@ class Decoder(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def stages(self) -> list[list[nn.Module]]:
-        """The tables of embeddings, and each block, as fine-tuning freezes them."""
-        tables = [module for module in self.children() if isinstance(module, nn.Embedding)]
-        return [tables, *([block] for block in self.blocks)]
+        """What stands before the blocks, the embeddings, and each block, as fine-tuning freezes them."""
+        before = takewhile(lambda part: self.blocks[0] not in part.modules(), self.children())
+        return [list(before), *([block] for block in self.blocks)]
 
     def initialize(self, outputs: tuple[str, ...]) -> None:
         """GPT-2's: normal with deviation 0.02, 0 in biases, 1 in norms.
