@@ -17,6 +17,7 @@ from tiny_task import configuration, counting
 
 from lspm_models import train
 from lspm_models.checkpoint import checkpoints, read_tensors
+from lspm_models.hugging_face import load_pretrained, save_pretrained
 from lspm_models.models.freezing import freeze, freeze_stages
 from lspm_models.models.lora import lora_layers
 from lspm_models.run_log import read_log
@@ -150,6 +151,8 @@ def test_finetune_learns_adapters_goes_on_exactly_and_generates(tune, run, base,
         expected = weights[name] if a is None else weights[name] + 2 * (b @ a)
         torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
         assert (a is None) == torch.equal(weight, weights[name])
+    save_pretrained(task, tmp_path / "hf")  # the sum as a whole model
+    assert not changed(load_pretrained(tmp_path / "hf").state_dict(), task.state_dict())
 
     options = ("--prompt", "the", "--greedy", "--tokens", 30)
     said = [run(script, folder, *options) for folder in (base / "run", tmp_path / "whole")]
