@@ -34,9 +34,7 @@ MUTATIONS = [
         new="frequencies = torch.where(kept < 1, scaled, frequencies)",
         tests=FOLDERS,
     ),
-    in_blocks(
-        name="llama: the gate is not gated", old="F.silu(self.gate_proj(x)) *", new="self.gate_proj(x) *"
-    ),
+    in_blocks(name="llama: the gate is not gated", old="F.silu(gate) * up", new="gate * up"),
     in_blocks(
         name="llama: keys are not rotated",
         old="q, k = self.ops.rotary(q, *rotation), self.ops.rotary(k, *rotation)",

@@ -56,8 +56,8 @@ MUTATIONS = [
     ),
     in_blocks(
         name="lora: an adapter beside an MLP stops its dropout",
-        old='return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))',
-        new='return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))',
+        old="return self.dropout(project(self.c_proj, hidden, self.ops))",
+        new="return project(self.c_proj, hidden, self.ops)",
     ),
     in_folder(
         name="peft: the tensors of one layer without a matrix",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lspm_models.models.cache import KeyValueCache
+from lspm_models.models.lora import LoraLinear
 from lspm_models.models.operations import Operations
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines (T, D / 2)
@@ -33,8 +34,11 @@ def check_eps(config: object) -> None:
 
 
 def project(layer: nn.Module, x: Tensor, ops: Operations) -> Tensor:
-    """A linear layer by ops; any other by itself, such as one that keeps its weight in fewer bits."""
-    return ops.linear(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(x)
+    """A linear layer by ops, an adapter behind it; any other by itself, such as one that keeps fewer bits."""
+    if type(layer) not in (nn.Linear, LoraLinear):
+        return layer(x)
+    out = ops.linear(x, layer.weight, layer.bias)
+    return out if type(layer) is nn.Linear else layer.adapted(out, x)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -128,7 +132,9 @@ class GroupedAttention(Attention):
 
 def _are_linear(*layers: nn.Module) -> bool:
     """Whether weight and bias are all there is: a layer may keep fewer bits, or have an adapter beside."""
-    return all(type(layer) is nn.Linear or getattr(layer, "is_merged", False) for layer in layers)
+    return all(
+        type(layer) is nn.Linear or (isinstance(layer, LoraLinear) and layer.is_merged) for layer in layers
+    )
 
 
 class MLP(nn.Module):
@@ -143,7 +149,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not _are_linear(self.c_fc, self.c_proj):
-            return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+            hidden = F.gelu(project(self.c_fc, x, self.ops), approximate="tanh")
+            return self.dropout(project(self.c_proj, hidden, self.ops))
         layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
         return self.dropout(self.ops.mlp(x, *layers, activation="gelu_tanh"))
 
@@ -160,7 +167,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not _are_linear(self.gate_proj, self.up_proj, self.down_proj):
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            gate, up = (project(layer, x, self.ops) for layer in (self.gate_proj, self.up_proj))
+            return project(self.down_proj, F.silu(gate) * up, self.ops)
         weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         return self.ops.gated_mlp(x, *weights, activation="silu")
 

@@ -47,7 +47,10 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) of x (..., K)."""
-        out = F.linear(x, self.weight, self.bias)
+        return self.adapted(F.linear(x, self.weight, self.bias), x)
+
+    def adapted(self, out: Tensor, x: Tensor) -> Tensor:
+        """What the layer gives of x, where `out` is what it would without an adapter."""
         return out if self.is_merged else out + F.linear(self._reduced(x), self.lora_B)
 
     def as_one_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
