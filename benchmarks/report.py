@@ -17,6 +17,7 @@ import re
 import sys
 from pathlib import Path
 
+import convergence
 import growth
 import results
 import tables
@@ -69,6 +70,9 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
         if points := [row for row in rows if row["benchmark"] == benchmark and "growth" in row]:
             paths.append(folder / f"{points[0]['machine']}-{benchmark}.png")
             growth.plot(points, paths[-1], tables.about(points))
+        if curves := [row for row in rows if row["benchmark"] == benchmark and "losses" in row]:
+            paths.append(folder / f"{curves[0]['machine']}-{benchmark}.png")
+            convergence.plot(curves, paths[-1], tables.about(curves))
         compared = [row for row in rows if "torch" in (row.get("speedup") or ())]
         bars = [row for row in compared if row["benchmark"] == benchmark]
         if not bars:

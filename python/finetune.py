@@ -30,8 +30,10 @@ def main() -> int:
             if "init" in arguments:
                 job.adopt(run, init)
             task, data = job.prepare(run)
-            if not checkpoints(run.folder / "checkpoints"):
+            if not checkpoints(run.folder / "checkpoints") or (run.tuning and run.tuning.adapts):
                 job.load(run, init, task)
+            if run.tuning:
+                run.tuning.apply(task)
     return train(parser.prog, run, job, task, data)
 
 

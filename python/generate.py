@@ -11,6 +11,7 @@ from lspm_models.text_options import Sampling, Text
 with errors_in_one_line("generate.py"):  # what comes in with these may not be installed
     import torch
 
+    from lspm_models.couplets import write_couplets
     from lspm_models.generate import generate
     from lspm_models.sources import WEIGHTS, load_language_model
 
@@ -23,6 +24,7 @@ EXAMPLES = [
     "generate.py runs/demo --prompt 'import ' --greedy --stop $'\\n\\n'",
     "generate.py runs/demo --prompt - --tokens 400 < beginning.txt",
     "generate.py runs/demo --prompt 'class ' --weights int8",
+    "generate.py runs/tang --couplets 2 --prompt 床前明月光 --sequences 10",
     "generate.py SmolLM2-135M-Instruct.Q4_1.gguf --chat 'What is the capital of Italy?' --greedy",
 ]
 
@@ -53,10 +55,13 @@ def main() -> int:
 def write(source: str, weights: str, text: Text, sampling: dict) -> None:
     task, tokenizer = load_language_model(source, "cuda" if torch.cuda.is_available() else "cpu")
     task.read_only_(*WEIGHTS[weights])
+    sampling |= {"sequences": text.sequences, "stop": tokenizer.stops}
     prompt = sys.stdin.read().removesuffix("\n") if text.prompt == "-" else text.prompt
+    if text.couplets is not None:
+        write_couplets(sys.stdout, task, tokenizer, prompt or "", text.couplets, text.tokens, sampling)
+        return
     tokens = tokenizer.prompt(prompt) if text.chat is None else tokenizer.chat(text.chat, text.system)
     transcript = Transcript(sys.stdout, prompt or "", text.sequences, tokenizer.decode, text.stop)
-    sampling |= {"sequences": text.sequences, "stop": tokenizer.stops}
     generate(task, tokens, max_new_tokens=text.tokens, stream=transcript.push, **sampling)
     transcript.finish()
 

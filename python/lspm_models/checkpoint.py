@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lspm_models.files import remove, replaced
+from lspm_models.models.lora import adapter_tensors
 
 NAME = re.compile(r"step-(\d{8,})")
 
@@ -29,7 +30,7 @@ def save_checkpoint(
     Args:
         folder: where checkpoints lie, one folder each.
         step: optimizer steps done.
-        model: its parameters and persistent buffers are written; a shared tensor once.
+        model: its parameters and persistent buffers are written, see model_tensors.
         optimizer: over parameters of the model.
         state: whatever else is needed to continue; JSON can hold it. Tensors in its "random" entry, as
             random_state() gives it, are stored apart.
@@ -193,10 +194,13 @@ def restore_random_state(state: dict, device: torch.device) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the state_dict of a model with every shared tensor under its first name only."""
+    """Returns the state_dict of a model with every shared tensor under its first name only.
+
+    Of a model with adapters these alone: all else is where the model came from.
+    """
     named: dict[str, Tensor] = {}
     seen: set[tuple] = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (adapter_tensors(model) or model.state_dict()).items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
         if key not in seen:
             seen.add(key)

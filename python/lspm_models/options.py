@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
             elif "choices" in item.metadata:
                 keywords["choices"] = item.metadata["choices"]
             elif kind is tuple:
-                keywords |= {"nargs": "+", "metavar": "TEXT"}
+                keywords |= {"nargs": "+", "metavar": item.metadata.get("metavar", "TEXT")}
             else:
                 metavar = item.metadata.get("metavar", {int: "N", float: "X", str: "NAME"}[kind])
                 keywords |= {"type": {int: _whole, float: _number, str: str}[kind], "metavar": metavar}

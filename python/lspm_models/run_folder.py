@@ -8,7 +8,9 @@ from pathlib import Path
 from lspm_models import checkpoint, language_models
 from lspm_models.data.tokenizers import Tokenizer, load_tokenizer
 from lspm_models.files import write_atomically
+from lspm_models.models import lora
 from lspm_models.tasks.language_modelling import LanguageModelling
+from lspm_models.tuning import Tuning
 
 
 def create_run(folder: Path, settings: dict) -> None:
@@ -75,8 +77,9 @@ class RunCheckpoint:
     def __init__(self, folder: str | Path):
         self.path = find_checkpoint(folder).resolve()
         self.where = str(self.path)
-        settings = checkpoint.read_state(self.path).get("settings", {}).get("model")
-        self.config = language_models.from_settings(settings, self.where)
+        settings = checkpoint.read_state(self.path).get("settings", {})
+        self.config = language_models.from_settings(settings.get("model"), self.where)
+        self._init, self._tuning = settings.get("init"), Tuning(**settings.get("tuning", {}))
 
     def tokenizer(self) -> Tokenizer:
         """Returns the run's tokenizer; a ValueError where it is not the model's."""
@@ -95,5 +98,17 @@ class RunCheckpoint:
         return task.eval()
 
     def load(self, task: LanguageModelling) -> None:
-        """Copies the weights into a task."""
+        """Copies the weights into a task: adapters are added to the weights that they learned beside."""
+        if not self._tuning.adapts:
+            checkpoint.load_weights(self.path, task)
+            return
+        from lspm_models.sources import open_source  # which opens runs, too
+
+        if not Path(self._init).exists():
+            rule = f"checkpoint: {self._init}, which the adapters in {self.path} belong to, must be there"
+            raise ValueError(f"{rule}, got no such path")
+        open_source(self._init).load(task)
+        self._tuning.apply(task)
         checkpoint.load_weights(self.path, task)
+        lora.merge(task)
+        lora.remove_lora(task)

@@ -26,7 +26,7 @@ from lspm_models.train import fit
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, the configs in force, and where its weights came from."""
+    """A run folder, the configs in force, and where its weights came from; tuning: which of them learn."""
 
     folder: Path
     model: Any
@@ -36,6 +36,7 @@ class Run:
     resume: bool
     processes: Processes
     report: Callable[[str], None]
+    tuning: Any = None
 
 
 class Job(Protocol):
@@ -134,10 +135,11 @@ def opened_run(
         processes.device(configs["training"].device)
         with processes.first_before_others():
             if processes.first:
-                create_run(folder, {"init": init, **_plain(configs)})
+                chosen = {name: config for name, config in configs.items() if config}  # not an empty tuning
+                create_run(folder, {"init": init, **_plain(chosen)})
     silent = report if processes.first else lambda line: None
     try:
-        yield Run(folder, *configs.values(), init, resume, processes, silent)
+        yield Run(folder, **configs, init=init, resume=resume, processes=processes, report=silent)
     except Exception:
         if not resume and processes.first:
             remove(folder)
@@ -151,8 +153,10 @@ def train(program: str, run: Run, job: Job, task: nn.Module, data: Any) -> int:
         The exit code: 0, 1 where the loss was not finite, or 128 + signal.
     """
     config, device = run.training, run.processes.device(run.training.device)
-    parameters = sum(parameter.numel() for parameter in task.parameters())
-    run.report(f"model      {quantity(parameters)} parameters: {job.shape(task)}")
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in task.parameters()]
+    parameters, trained = (sum(size for size, trains in sizes if trains or every) for every in (True, False))
+    some = f", {quantity(trained)} of which train" if trained < parameters else ""
+    run.report(f"model      {quantity(parameters)} parameters{some}: {job.shape(task)}")
     run.report(f"training   on {device}, {config.precision}, into {run.folder}\n")
     began = time.monotonic()
     try:
@@ -166,6 +170,7 @@ def train(program: str, run: Run, job: Job, task: nn.Module, data: Any) -> int:
                     "init": run.init,
                     "model": job.settings(run, task),
                     "data": _plain({"": run.data})[""],
+                    **({"tuning": _plain({"": run.tuning})[""]} if run.tuning else {}),
                 },
                 resume=run.resume,
                 report=run.report,

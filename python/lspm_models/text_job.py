@@ -7,16 +7,19 @@ from pathlib import Path
 
 import torch
 
+from lspm_models.adapter_folder import save_adapter
 from lspm_models.checkpoint import refuse_mismatch
 from lspm_models.data.text import TextConfig, TextData, prepare_text
 from lspm_models.data.tokenizers import save_tokenizer
 from lspm_models.fit_config import FitConfig
 from lspm_models.language_models import GPTOptions, LlamaOptions, make_task, name_of, to_settings
+from lspm_models.models.lora import lora_layers
 from lspm_models.options import Parser
 from lspm_models.progress import counted
 from lspm_models.scripts import Run
 from lspm_models.sources import open_source
 from lspm_models.tasks.language_modelling import LanguageModelling
+from lspm_models.tuning import Tuning
 
 PRETRAINING = """\
 Pretrain a GPT on text. Without any option it learns from the source text of Python's standard library.
@@ -52,6 +55,8 @@ class TextJob:
         FINE_TUNING,
         (
             "finetune.py --init runs/demo --corpus shakespeare --steps 200 --out runs/bard",
+            "finetune.py --init runs/demo --corpus shakespeare --lora-rank 8 --out runs/bard",
+            "finetune.py --init runs/demo --corpus shakespeare --freeze 'model.h.[01]' '*ln_*'",
             "finetune.py --resume runs/bard",
             "finetune.py --init runs/fashion --data photos/ --freeze 3",
         ),
@@ -66,6 +71,9 @@ class TextJob:
         skip = [item.name for item in fields(options) if item.name not in self.free] if fine_tuning else ()
         parser.add_config("model", options, skip=skip)
         parser.add_config("training", FitConfig, FINE_TUNING_RATE if fine_tuning else None)
+        if fine_tuning:
+            self.sections = {**self.sections, "tuning": Tuning}
+            parser.add_config("what learns", Tuning)
 
     def prepare(self, run: Run) -> tuple[LanguageModelling, TextData]:
         with run.processes.first_before_others():
@@ -114,6 +122,9 @@ class TextJob:
         )
 
     def finish(self, run: Run, task: LanguageModelling, data: TextData) -> None:
+        if lora_layers(task) and run.processes.first:
+            save_adapter(task, run.folder / "adapter", run.init)
+            run.report(f"adapter    {run.folder}/adapter, as peft reads it")
         run.report(f"try it     python python/generate.py {run.folder}")
 
 

@@ -22,6 +22,11 @@ class Text:
     )
     tokens: int = option(200, "most tokens to add")
     sequences: int = option(1, "continuations to make")
+    couplets: int | None = option(
+        None,
+        "end after so many couplets of five characters a line; says how many keep the form",
+        default="off",
+    )
     stop: str | None = option(None, "end before this text", default="where the model ends", metavar="TEXT")
 
     def __post_init__(self) -> None:
@@ -29,6 +34,13 @@ class Text:
             raise ValueError(f"generate: prompt must be absent beside chat, got {self.prompt!r}")
         if self.chat is None and self.system is not None:
             raise ValueError(f"generate: system must be beside chat, got {self.system!r} alone")
+        if self.couplets is not None and self.couplets < 1:
+            raise ValueError(f"generate: couplets must be at least 1, got {self.couplets}")
+        for name in ("chat", "stop"):
+            if self.couplets is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"generate: {name} must be absent beside couplets, got {getattr(self, name)!r}"
+                )
 
 
 @dataclass(frozen=True)

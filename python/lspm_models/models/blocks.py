@@ -5,6 +5,7 @@ models, which differ: a block takes them beside its parts.
 """
 
 import math
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lspm_models.models.cache import KeyValueCache
+from lspm_models.models.lora import LoraLinear
 from lspm_models.models.operations import Operations
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines (T, D / 2)
@@ -32,8 +34,11 @@ def check_eps(config: object) -> None:
 
 
 def project(layer: nn.Module, x: Tensor, ops: Operations) -> Tensor:
-    """A linear layer by ops; any other by itself, such as one that keeps its weight in fewer bits."""
-    return ops.linear(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(x)
+    """A linear layer by ops, an adapter behind it; any other by itself, such as one that keeps fewer bits."""
+    if type(layer) not in (nn.Linear, LoraLinear):
+        return layer(x)
+    out = ops.linear(x, layer.weight, layer.bias)
+    return out if type(layer) is nn.Linear else layer.adapted(out, x)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -125,6 +130,13 @@ class GroupedAttention(Attention):
         return project(self.o_proj, self.attend(q, k, v, cache, rotation), self.ops)
 
 
+def _are_linear(*layers: nn.Module) -> bool:
+    """Whether weight and bias are all there is: a layer may keep fewer bits, or have an adapter beside."""
+    return all(
+        type(layer) is nn.Linear or (isinstance(layer, LoraLinear) and layer.is_merged) for layer in layers
+    )
+
+
 class MLP(nn.Module):
     """Two linear layers with GELU, in its tanh form, between them."""
 
@@ -136,8 +148,9 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.c_fc) is not nn.Linear:  # its weight is kept in fewer bits, which the layer reads
-            return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        if not _are_linear(self.c_fc, self.c_proj):
+            hidden = F.gelu(project(self.c_fc, x, self.ops), approximate="tanh")
+            return self.dropout(project(self.c_proj, hidden, self.ops))
         layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
         return self.dropout(self.ops.mlp(x, *layers, activation="gelu_tanh"))
 
@@ -153,8 +166,9 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.gate_proj) is not nn.Linear:
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if not _are_linear(self.gate_proj, self.up_proj, self.down_proj):
+            gate, up = (project(layer, x, self.ops) for layer in (self.gate_proj, self.up_proj))
+            return project(self.down_proj, F.silu(gate) * up, self.ops)
         weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         return self.ops.gated_mlp(x, *weights, activation="silu")
 
@@ -205,6 +219,11 @@ class Decoder(nn.Module):
     def parameter_count(self) -> int:
         """How many numbers are learned."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def stages(self) -> list[list[nn.Module]]:
+        """What stands before the blocks, the embeddings, and each block, as fine-tuning freezes them."""
+        before = takewhile(lambda part: self.blocks[0] not in part.modules(), self.children())
+        return [list(before), *([block] for block in self.blocks)]
 
     def initialize(self, outputs: tuple[str, ...]) -> None:
         """GPT-2's: normal with deviation 0.02, 0 in biases, 1 in norms.

@@ -89,7 +89,8 @@ def _gated_mlp(
 def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int = -100
 ) -> Tensor:
-    logits = F.linear(hidden, weight).float()
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # float64 stays
     return F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=ignore_index)
 
 

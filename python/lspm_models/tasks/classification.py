@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lspm_kernels import cross_entropy
+from lspm_models.models.freezing import freeze_stages
 from lspm_models.models.resnet import ResNet, ResNetConfig
 
 
@@ -29,7 +30,7 @@ class Classification(nn.Module):
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
         self.fc = nn.Linear(model.config.features[-1], classes)
-        self._frozen = freeze(model, frozen)
+        self._frozen = freeze_stages(model, frozen)
 
     @property
     def config(self) -> ResNetConfig:
@@ -61,16 +62,6 @@ class Classification(nn.Module):
         """Returns the share of images whose most probable class is right."""
         correct, count = sums
         return {"accuracy": correct / count}
-
-
-def freeze(model: ResNet, stages: int) -> list[nn.Module]:
-    """Takes gradients from the stem and the first stages, up to 5 in all, and returns their modules."""
-    if not 0 <= stages <= 5:
-        raise ValueError(f"freeze: stages must be 0 to 5, the stem and four more, got {stages}")
-    frozen = [module for stage in model.stages()[:stages] for module in stage]
-    for module in frozen:
-        module.requires_grad_(False)
-    return frozen
 
 
 def to_torchvision(task: Classification) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import lspm_kernels
 from lspm_models.models.blocks import Decoder
 from lspm_models.models.cache import KeyValueCache
+from lspm_models.models.lora import LoraLinear
 
 IGNORE_INDEX = -100
 
@@ -74,5 +75,7 @@ class LanguageModelling(nn.Module):
         if targets.shape != tokens.shape:
             shapes = f"{tuple(tokens.shape)}, got {tuple(targets.shape)}"
             raise ValueError(f"LanguageModelling.loss: targets must have the shape of tokens {shapes}")
-        features, loss = self.model(tokens), self.model.ops.linear_cross_entropy
-        return loss(features, self.head_weight, targets, ignore_index=IGNORE_INDEX)
+        features, weight = self.model(tokens), self.head_weight
+        if not self.config.tied and isinstance(self.lm_head, LoraLinear):
+            features, weight = self.lm_head.as_one_product(features)
+        return self.model.ops.linear_cross_entropy(features, weight, targets, ignore_index=IGNORE_INDEX)
