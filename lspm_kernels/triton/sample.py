@@ -15,8 +15,8 @@ from lspm_kernels.triton.hashing import words_of
 
 _TILE, _WARPS = 2048, 16
 _PENALISED = 256  # previous tokens
-# Fused, a product would be added unrounded.
-_EXACT = {"enable_fp_fusion": False}
+# Fused, a product would be added unrounded; left to itself, ptxas takes 64 registers and spills.
+_OPTIONS = {"enable_fp_fusion": False, "maxnreg": 128}
 
 
 @triton.jit
@@ -76,7 +76,8 @@ def _scores(row, at, count):
 @triton.jit
 def _weights(row, at, count, largest, inverse, least):
     score = _scores(row, at, count)
-    return tl.where(score >= least, _exp((score - largest) * inverse), 0.0)
+    w = _exp((score - largest) * inverse)
+    return w if least is None else tl.where(score >= least, w, 0.0)
 
 
 @triton.jit
@@ -161,24 +162,21 @@ def _inverse_transform(row, place, count, largest, inverse, least, limit, TILE: 
 
 
 @triton.jit
-def _limits(
-    row, count, largest, inverse, top_k, high, low, min_p,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The least score and the least weight that stay."""
-    least = tl.full((), float("-inf"), tl.float32)
-    if TOP_K:
-        first = tl.full((), -2139095042, tl.int32)  # before the key of -infinity
-        key = _threshold(row, count, largest, inverse, least, first, _key(largest), top_k, False, TILE)
-        least = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-    limit = tl.full((), 4.547473508864641e-13, tl.float32)  # 2 ** -41: below every weight but 0
-    if TOP_P:
-        units = _sum(row, count, largest, inverse, least, limit, TILE)
-        needed = tl.maximum(_share(units, high.to(tl.int64), low.to(tl.int64)), 1)
-        first, last = limit.to(tl.int32, bitcast=True), tl.full((), 0x3F800000, tl.int32)
-        key = _threshold(row, count, largest, inverse, least, first, last, needed, True, TILE)
-        limit = key.to(tl.float32, bitcast=True)
-    return least, tl.maximum(limit, min_p)
+def _least_score(row, count, largest, top_k, TILE: tl.constexpr):
+    """The k-th largest score."""
+    first = tl.full((), -2139095042, tl.int32)  # before the key of -infinity
+    key = _threshold(row, count, largest, 1.0, None, first, _key(largest), top_k, False, TILE)
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _nucleus(row, count, largest, inverse, least, limit, high, low, TILE: tl.constexpr):
+    """The least weight that top-p leaves."""
+    units = _sum(row, count, largest, inverse, least, limit, TILE)
+    needed = tl.maximum(_share(units, high.to(tl.int64), low.to(tl.int64)), 1)
+    first, last = limit.to(tl.int32, bitcast=True), tl.full((), 0x3F800000, tl.int32)
+    key = _threshold(row, count, largest, inverse, least, first, last, needed, True, TILE)
+    return key.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -211,7 +209,13 @@ def _forward_kernel(
             token = _inverse_transform(row, 0, count, largest, inverse, largest, limit, TILE)
             logprob = tl.zeros((), tl.float32)
         else:
-            least, limit = _limits(row, count, largest, inverse, top_k, high, low, min_p, TOP_K, TOP_P, TILE)
+            least = None
+            if TOP_K:
+                least = _least_score(row, count, largest, top_k, TILE)
+            limit = tl.full((), 4.547473508864641e-13, tl.float32)  # 2 ** -41: below every weight but 0
+            if TOP_P:
+                limit = _nucleus(row, count, largest, inverse, least, limit, high, low, TILE)
+            limit = tl.maximum(limit, min_p)
             total = _sum(row, count, largest, inverse, least, limit, TILE)
             if GUMBEL:
                 token = _race(row, number, count, largest, inverse, least, limit, seed, TILE)
@@ -250,10 +254,10 @@ def forward(
             scores = logits.to(torch.float32, copy=True)
             grid = (rows, triton.cdiv(previous.shape[1], _PENALISED))
             given = logits, previous, scores, count, previous.shape[1], penalty
-            _penalty_kernel[grid](*given, TILE=_PENALISED, **_EXACT)
+            _penalty_kernel[grid](*given, TILE=_PENALISED, **_OPTIONS)
             logits = scores
         flags = {"TOP_K": top_k < count, "TOP_P": top_p < 1, "GUMBEL": gumbel}
         _forward_kernel[(rows,)](
             logits, temperatures, tokens, logprobs, count, temperature, min(top_k, count), share >> 31,
-            share & 0x7FFFFFFF, min_p, seed, **flags, TILE=_TILE, num_warps=_WARPS, **_EXACT,
+            share & 0x7FFFFFFF, min_p, seed, **flags, TILE=_TILE, num_warps=_WARPS, **_OPTIONS,
         )  # fmt: skip
