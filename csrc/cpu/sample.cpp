@@ -2,16 +2,15 @@
 // sorting.
 //
 // A thread owns a row. A first pass finds its largest score; with top-k, a second one keeps those that pass
-// the k-th best of the scores so far, which few do. A third writes weights, of what passed only. top-p
-// bisects the bits of weights; each step leaves only those whose side is not known, so that all steps
-// together read about twice as much as the first one. The draw needs sums of blocks, and of one block its
-// weights. Beside its results that takes 4 bytes a token and thread, 8 with top-p. Floor: reading the logits
-// once, and an exp of each that top-k leaves.
+// the k-th best of the scores so far, which few do. A third writes weights, of what passed only. Thresholds
+// are found by bisecting the bits of numbers; each step leaves only those whose side is not known, so that
+// all steps together read about twice as much as the first one. The draw needs sums of blocks, and of one
+// block its weights. Beside its results that takes a thread 8 bytes a token, and with top-k 8 k. Floor:
+// reading the logits once, and an exp of each that top-k leaves.
 #include "sample.h"
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <stdexcept>
@@ -31,12 +30,14 @@ constexpr uint32_t kAll = kLanes == 32 ? ~0u : (1u << kLanes) - 1;
 constexpr float kNone = 0x1p-41f;  // below every weight but 0
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-uint32_t bits_of(float x) {
-  uint32_t bits;
+// Numbers as integers of the same order, and back; those between two numbers are numbers.
+int32_t key_of(float x) {
+  int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  return bits;
+  return bits < 0 ? bits ^ 0x7fffffff : bits;
 }
-float float_of(uint32_t bits) {
+float float_of(int32_t key) {
+  const int32_t bits = key < 0 ? key ^ 0x7fffffff : key;
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
@@ -64,47 +65,59 @@ class Units {
   U high_{}, low_{};
 };
 
-// Of weights w[0, n), whole vectors, the units of those above `low`.
-uint64_t units_above(const float* w, int64_t n, float low) {
+// Of v[0, n), whole vectors, the units of the weights above `low`.
+uint64_t units_above(const float* v, int64_t n, float low) {
   const F limit = broadcast(low);
   uint64_t total = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     Units units;
     for (int64_t i = begin; i < std::min(begin + kBlock, n); i += kLanes) {
-      const F v = load(w + i);
-      units.add(v > limit ? v : F{});
+      const F w = load(v + i);
+      units.add(w > limit ? w : F{});
     }
     total += units.total();
   }
   return total;
 }
 
-// Copies the weights above `low` and up to `high`, and zeros to a whole vector; w may be kept itself.
-int64_t copy_between(const float* w, int64_t n, float low, float high, float* kept) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const F v = load(w + i);
-    const uint32_t inside = not_at_most(v, broadcast(low)) & ~not_at_most(v, broadcast(high));
-    if (inside) count += store_some(kept + count, v, inside);
-  }
-  store(kept + count, F{});
-  return (count + kLanes - 1) / kLanes * kLanes;
+// How many they are.
+uint64_t count_above(const float* v, int64_t n, float low) {
+  uint64_t count = 0;
+  for (int64_t i = 0; i < n; i += kLanes)
+    count += __builtin_popcount(not_at_most(load(v + i), broadcast(low)));
+  return count;
 }
 
-// The least weight of which those above it sum to less than `needed`, or a number below it and above the
-// next.
-float nucleus(const float* w, int64_t n, uint64_t needed, float* active) {
-  uint32_t low = bits_of(kNone), high = bits_of(1.0f);
-  uint64_t above = 0;
-  while (high - low > 1 && n > 0) {
-    const uint32_t middle = low + (high - low) / 2;
-    const uint64_t more = above + units_above(w, n, float_of(middle));
+// Copies those above `low` and up to `high`, and -infinity to a whole vector; `kept` may be v itself. Returns
+// how many they are.
+int64_t copy_between(const float* v, int64_t n, float low, float high, float* kept) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const F x = load(v + i);
+    const uint32_t inside = not_at_most(x, broadcast(low)) & ~not_at_most(x, broadcast(high));
+    if (inside) count += store_some(kept + count, x, inside);
+  }
+  store(kept + count, broadcast(-kInfinity));
+  return count;
+}
+
+int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// The least number from (low, high] that those of v[0, n) above it measure less than `needed`; `above` is one
+// of the two functions. Each step leaves in `active` only those whose side it is not known.
+template <class Above>
+float bisect(const float* v, int64_t n, int32_t low, int32_t high, uint64_t needed, Above above,
+             float* active) {
+  uint64_t passed = 0;
+  while (int64_t{high} - low > 1 && n > 0) {
+    const int32_t middle = int32_t((int64_t{low} + high) >> 1);
+    const uint64_t more = passed + above(v, n, float_of(middle));
     if (more >= needed)
       low = middle;
     else
-      high = middle, above = more;
-    n = copy_between(w, n, float_of(low), float_of(high), active);
-    w = active;
+      high = middle, passed = more;
+    n = whole_vectors(copy_between(v, n, float_of(low), float_of(high), active));
+    v = active;
   }
   return float_of(high);
 }
@@ -120,10 +133,10 @@ class Sampler {
         o_(o),
         padded_((s.tokens + kBlock - 1) / kBlock * kBlock),
         sums_(padded_ / kBlock),
-        room_(o.top_k < s.tokens ? o.top_k + std::max<int64_t>(o.top_k, 64) : 0),
+        room_(o.top_k < s.tokens ? o.top_k + std::max<int64_t>(o.top_k, 256) : 0),
         weights_(new float[padded_ + kLanes]),
-        active_(o.top_p < 1 ? new float[padded_ + kLanes] : nullptr),
-        best_(room_ ? new float[room_ + kLanes] : nullptr) {}
+        active_(new float[std::max(padded_, room_) + 2 * kLanes]),
+        best_(room_ ? new float[room_ + 2 * kLanes] : nullptr) {}
 
   // The token that a row draws, or -1; and the log of its probability, where that is wanted.
   template <class Logit>
@@ -136,12 +149,13 @@ class Sampler {
       return first_of(x, largest);
     }
     const float inverse = 1 / std::clamp(temperature, 0x1p-126f, 0x1p126f);
-    weigh(x, largest, inverse, room_ ? kth_largest(x) : -kInfinity);
+    weigh(x, largest, inverse, room_ ? kth_largest(x, largest) : -kInfinity);
     float least = kNone;
     if (o_.top_p < 1) {
       const uint64_t needed =
           part_of(units_above(weights_.get(), padded_, least), uint64_t(o_.top_p * 0x1p62));
-      least = nucleus(weights_.get(), padded_, std::max<uint64_t>(needed, 1), active_.get());
+      least = bisect(weights_.get(), padded_, key_of(kNone), key_of(1.0f), std::max<uint64_t>(needed, 1),
+                     units_above, active_.get());
     }
     least = std::max(least, o_.min_p);
     uint64_t total = 0;
@@ -189,23 +203,27 @@ class Sampler {
   }
 
   template <class Logit>
-  float kth_largest(const Logit* x) {
-    float* const best = best_.get();
-    const int64_t k = o_.top_k;
+  float kth_largest(const Logit* x, float largest) {
+    float *const best = best_.get(), least = std::numeric_limits<float>::quiet_NaN();  // all pass
     int64_t count = 0;
-    F least = broadcast(std::numeric_limits<float>::quiet_NaN());  // all pass
+    const auto pick = [&] {
+      std::fill(best + count, best + whole_vectors(count), -kInfinity);
+      least = bisect(best, whole_vectors(count), key_of(-kInfinity) - 1, key_of(largest), o_.top_k,
+                     count_above, active_.get());
+      const int64_t above = copy_between(best, whole_vectors(count), least, kInfinity, best);
+      std::fill(best + above, best + o_.top_k, least);
+      count = o_.top_k;
+    };
     for_each_vector(s_.tokens, [&](int64_t i, auto lanes) {
       const F v = lanes.load(x + i);
-      uint32_t passing = not_at_most(v, least);
+      uint32_t passing = not_at_most(v, broadcast(least));
       if constexpr (!std::is_same_v<decltype(lanes), AllLanes>) passing &= (1u << lanes.n) - 1;
       if (__builtin_expect(passing == 0, 1)) return;
       count += store_some(best + count, v, passing);
-      if (count < room_) return;
-      std::nth_element(best, best + k - 1, best + count, std::greater<>());
-      count = k, least = broadcast(best[k - 1]);
+      if (count >= room_) pick();
     });
-    std::nth_element(best, best + k - 1, best + count, std::greater<>());
-    return best[k - 1];
+    pick();
+    return least;
   }
 
   // Weights, 0 of scores below `least`.
@@ -224,7 +242,7 @@ class Sampler {
   // The units of the weights from `least` on, and of each block of them.
   uint64_t sum(float least) {
     uint64_t total = 0;
-    const float below = float_of(bits_of(least) - 1);
+    const float below = float_of(key_of(least) - 1);
     for (int64_t b = 0; b < padded_ / kBlock; ++b)
       total += sums_[b] = units_above(&weights_[b * kBlock], kBlock, below);
     return total;
