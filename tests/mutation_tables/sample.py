@@ -42,18 +42,18 @@ MUTATIONS = [
     ),
     in_cpu(
         name="sample, cpu: what lay above the weights that are left is forgotten",
-        old="high = middle, above = more;",
+        old="high = middle, passed = more;",
         new="high = middle;",
     ),
     in_cpu(
-        name="sample, cpu: the k-th best is the best",
-        old="    return best[k - 1];",
-        new="    return best[0];",
+        name="sample, cpu: of the k best only those above the last are kept",
+        old="      count = o_.top_k;",
+        new="      count = above;",
     ),
     in_cpu(
-        name="sample, cpu: lanes past the last token pass",
+        name="sample, cpu: a lane past the last token passes",
         old="passing &= (1u << lanes.n) - 1;",
-        new="passing &= kAll;",
+        new="passing &= (2u << lanes.n) - 1;",
     ),
     in_cpu(
         name="sample, cpu: zeros past the last token are its logits",
@@ -71,9 +71,9 @@ MUTATIONS = [
         new="token = winner[i]",
     ),
     in_cpu(
-        name="sample, cpu: padding is a token",
+        name="sample, cpu: the first token is padding",
         old="if (*token < 0) continue;",
-        new="if (*token < -1) continue;",
+        new="if (*token <= 0) continue;",
     ),
     in_cpu(
         name="sample, cpu: the penalty makes a negative logit more probable",

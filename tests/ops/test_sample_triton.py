@@ -16,7 +16,7 @@ from cuda_on_cpu import triton_driver
 from cuda_on_cpu.triton_driver import unwritten
 
 REGISTERS = 65536  # of a multiprocessor: a block that takes more cannot be launched
-MANY = 4500  # tokens: more than two tiles
+MANY = 2100  # tokens: more than a tile
 METHODS = ("inverse", "gumbel")
 on_one_gpu = pytest.mark.parametrize("gpu", [80], ids=["sm_80"], indirect=True)
 
@@ -69,7 +69,7 @@ def test_a_previous_token_that_is_none_has_no_effect(driver):
         logits, previous=known, repetition_penalty=3.0, seed=1, return_logprob=True, backend="reference"
     )
     assert torch.equal(drawn, expected[0])
-    torch.testing.assert_close(logprob, expected[1], rtol=2e-7, atol=1e-7)
+    assert torch.equal(logprob, expected[1])
 
 
 @pytest.mark.long
