@@ -35,6 +35,7 @@ import bench_mf_sgd
 import bench_mlp
 import bench_nmf
 import bench_rotary
+import bench_sample
 import bench_swiglu
 import bench_top_k_scores
 import machine
@@ -51,7 +52,7 @@ OPS = (
     bench_bias_act, bench_swiglu, bench_mlp, bench_linear, bench_linear_many_rows,
     bench_cross_entropy, bench_linear_cross_entropy,
     bench_embedding_bag, bench_batch_norm_act, bench_conv2d, bench_conv2d_batch_norm,
-    bench_mf, bench_mf_als, bench_mf_sgd, bench_bpr, bench_nmf, bench_top_k_scores,
+    bench_mf, bench_mf_als, bench_mf_sgd, bench_bpr, bench_nmf, bench_top_k_scores, bench_sample,
 )  # fmt: skip
 PREDICTED = "predicted, not measured"
 # GB/s; GFLOP/s of float32 and, on tensor cores without sparsity, of bfloat16.

@@ -102,6 +102,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   bind_adamw(m);
   bind_attention_with_kv_cache(m);
   bind_linear(m);
+  bind_sample(m);
 #endif
   bind_batch_norm_act(m);
   bind_cross_entropy(m);

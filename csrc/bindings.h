@@ -49,4 +49,4 @@ inline void* optional(const lspm::OptionalView& view, const char* name, const ls
 using Bind = void(pybind11::module_& m);
 Bind bind_activation, bind_adamw, bind_attention, bind_attention_with_kv_cache, bind_batch_norm_act,
     bind_conv2d, bind_cross_entropy, bind_embedding_bag, bind_linear, bind_mf_als, bind_mf_sgd, bind_pool,
-    bind_recommender, bind_rotary;
+    bind_recommender, bind_rotary, bind_sample;

@@ -424,6 +424,21 @@ def rotary_forward(
     interleaved: bool,
     threads: int,
 ) -> None: ...
+def sample_forward(
+    logits: Tensor,
+    temperatures: Tensor | None,
+    previous: Tensor | None,
+    tokens: Tensor,
+    logprobs: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    gumbel: bool,
+    seed: int,
+    threads: int,
+) -> None: ...
 def swiglu_backward(
     dy: Tensor,
     gate: Tensor,

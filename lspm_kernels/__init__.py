@@ -30,6 +30,7 @@ from lspm_kernels.ops.mf_sgd import mf_sgd_
 from lspm_kernels.ops.mlp import gated_mlp, mlp
 from lspm_kernels.ops.nmf import nmf_
 from lspm_kernels.ops.rotary import rotary
+from lspm_kernels.ops.sample import sample
 from lspm_kernels.ops.swiglu import geglu, swiglu
 from lspm_kernels.ops.top_k_scores import top_k_scores
 from lspm_kernels.packed_conv2d import PackedConv2d
@@ -79,6 +80,7 @@ __all__ = [
     "rating_blocks",
     "rms_norm",
     "rotary",
+    "sample",
     "swiglu",
     "top_k_scores",
     "use_backend",

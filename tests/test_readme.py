@@ -23,6 +23,7 @@ PUBLIC = {
     "swiglu": ["swiglu", "geglu"],
     "mlp": ["mlp", "gated_mlp"],
     "linear_cross_entropy": ["linear_cross_entropy"],
+    "sample": ["sample"],
     "mf": ["mf"],
     "top_k_scores": ["top_k_scores"],
     "mf_sgd": ["mf_sgd_"],

@@ -340,6 +340,19 @@ inline uint32_t not_at_most(F a, F b) {
 #endif
 }
 
+// Stores those lanes of v that have a bit, one behind the other, and anything up to a whole vector behind
+// them; returns how many they are.
+inline int64_t store_some(float* p, F v, uint32_t lanes) {
+#if defined(__AVX512F__)  // in two steps: compressed into memory it takes a hundred cycles on Zen
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(lanes), v));
+  return __builtin_popcount(lanes);
+#else
+  int64_t n = 0;
+  for (int i = 0; i < kLanes; ++i) p[n] = v[i], n += lanes >> i & 1;
+  return n;
+#endif
+}
+
 // Lanes [0, n) of v, the others of `rest`.
 inline F first_lanes(F v, int64_t n, F rest) {
 #if defined(__AVX512F__)

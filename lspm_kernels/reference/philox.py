@@ -1,4 +1,4 @@
-"""Philox4x32-10 in plain PyTorch: which elements dropout keeps."""
+"""Philox4x32-10 in plain PyTorch, and which elements dropout keeps."""
 
 import torch
 from torch import Tensor
@@ -17,15 +17,19 @@ def kept(seed: int, p: float, batches: range, H: int, T_q: int, T_k: int, device
             *torch.meshgrid(index[3], index[2], index[1], j // 64 * 16 + j % 16, indexing="ij")
         )
     )
-    x = x[::-1]
+    words = torch.stack(words_of(x[::-1], seed)).gather(0, (j // 16 % 4).expand(1, len(batches), H, T_q, T_k))
+    return words[0] >= min(int(p * 2**32), 2**32 - 1)
+
+
+def words_of(x: list[Tensor], seed: int | Tensor) -> list[Tensor]:
+    """The four words of each counter (x[0], x[1], x[2], x[3]) under a seed."""
     low = 0xFFFFFFFF
     keys = [seed & low, seed >> 32 & low]
     for _ in range(10):
         products = _product(x[0], 0xD2511F53), _product(x[2], 0xCD9E8D57)
         x = [products[1][0] ^ x[1] ^ keys[0], products[1][1], products[0][0] ^ x[3] ^ keys[1], products[0][1]]
         keys = [keys[0] + 0x9E3779B9 & low, keys[1] + 0xBB67AE85 & low]
-    words = torch.stack(x).gather(0, (j // 16 % 4).expand(1, len(batches), H, T_q, T_k))[0]
-    return words >= min(int(p * 2**32), low)
+    return x
 
 
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ def random_bits(seed, place):
 
 
 @triton.jit
-def rounded_at_random(value, seed, row, first, DIM: tl.constexpr):
-    """A row's columns from `first` on as the bfloat16 above or below; what is not finite is as always.
+def words_of(seed, row, first, DIM: tl.constexpr):
+    """The words of a row's columns from `first` on, as csrc/cpu/random_rounding.h has them.
 
     A counter gives the words of four columns that lie 16 apart, so DIM and first are multiples of 64.
     """
@@ -29,7 +29,13 @@ def rounded_at_random(value, seed, row, first, DIM: tl.constexpr):
     w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.int32), low + nothing, high + nothing, above)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     words = tl.reshape(words, (DIM // 64, 16, 2, 2))  # (.., word // 2, word % 2)
-    words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (DIM,))
+    return tl.reshape(tl.permute(words, (0, 2, 3, 1)), (DIM,))
+
+
+@triton.jit
+def rounded_at_random(value, seed, row, first, DIM: tl.constexpr):
+    """A row's columns from `first` on as the bfloat16 above or below; what is not finite is as always."""
+    words = words_of(seed, row, first, DIM)
     bits = value.to(tl.uint32, bitcast=True)
     moved = ((bits + (words >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return tl.where((bits & 0x7F800000) == 0x7F800000, value, moved)

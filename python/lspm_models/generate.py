@@ -6,46 +6,9 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+import lspm_kernels
 from lspm_models.models.cache import KeyValueCache
 from lspm_models.tasks.language_modelling import LanguageModelling
-
-
-def candidates(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """The tokens that may come next and their probabilities.
-
-    softmax(logits / temperature) is cut to the top_k most probable tokens and made to sum to one; of these,
-    the nucleus stays: the most probable ones up to the first with which their sum reaches top_p.
-
-    Args:
-        logits: (B, V).
-        temperature: positive; small sharpens, large flattens.
-        top_k: tokens kept; all where None.
-        top_p: probability kept; all where None.
-
-    Returns:
-        probabilities (B, K) float32, which sum to one, and ids (B, K) int64; where top_k or top_p is given,
-        the most probable first.
-
-    Source: top-k: Fan et al., Hierarchical Neural Story Generation, 2018; top-p: Holtzman et al., The Curious
-    Case of Neural Text Degeneration, 2020.
-    """
-    logits = logits.float()
-    if top_k is None and top_p is None:
-        ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
-    else:
-        size = logits.shape[-1]
-        logits, ids = logits.topk(min(top_k or size, size))
-    # The difference is at most 0, so that no temperature makes it overflow; below the smallest normal number,
-    # a temperature would be rounded to 0.
-    temperature = max(temperature, torch.finfo(torch.float32).tiny)
-    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    if top_p is not None and top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities * (before < top_p)
-        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    return probabilities, ids
 
 
 @torch.no_grad()
@@ -57,6 +20,8 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
     stop: int | Collection[int] | None = None,
     sequences: int = 1,
@@ -71,8 +36,9 @@ def generate(
         task: a language model; it runs in eval mode and gets its own mode back.
         prompt: (T,) ids, 1 <= T <= context.
         max_new_tokens: most tokens to add.
-        temperature: 0 takes the most probable token; see candidates for others.
-        top_k, top_p: see candidates.
+        temperature: 0 takes the most probable token.
+        temperature, top_k, top_p, min_p, repetition_penalty: see lspm_kernels.sample. The penalty is for the
+            tokens of the text so far, of which the prompt is part.
         seed: the same seed gives the same tokens; None draws from torch's own generator.
         stop: this token, or each of these, ends a sequence, and is not part of it.
         sequences: how many continuations are made, in one batch.
@@ -89,8 +55,10 @@ def generate(
     text = _as_text(prompt, task)
     stops = {stop} if isinstance(stop, int) else set(stop or ())
     _check_counts(max_new_tokens=max_new_tokens, top_k=top_k, sequences=sequences)
-    _check_sampling(temperature, top_p, seed)
-    generator = None if seed is None else torch.Generator(text.device).manual_seed(seed)
+    _check_sampling(temperature, top_p, min_p, repetition_penalty, seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    choice["repetition_penalty"] = repetition_penalty
     reader = _Reader(task, sequences, text.shape[1] + max_new_tokens, use_cache)
     results: list[list[int]] = [[] for _ in range(sequences)]
     unfinished = set(range(sequences))
@@ -99,8 +67,9 @@ def generate(
     try:
         for _ in range(max_new_tokens):
             logits = reader.logits(text).expand(sequences, -1)
-            chosen = _choose(logits, temperature, top_k, top_p, generator)
-            text = torch.cat([text.expand(sequences, -1), chosen], dim=1)
+            text = text.expand(sequences, -1)
+            chosen = _choose(logits, text, choice, generator)
+            text = torch.cat([text, chosen], dim=1)
             for row, token in enumerate(chosen.flatten().tolist()):
                 if row not in unfinished:
                     continue
@@ -138,21 +107,15 @@ class _Reader:
         self.cache = KeyValueCache(config.layers, self.sequences, self.capacity) if self.use_cache else None
 
 
-def _choose(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
+def _choose(logits: Tensor, text: Tensor, choice: dict, generator: torch.Generator | None) -> Tensor:
     """(B, 1) ids."""
-    most = logits.amax(-1, keepdim=True)  # NaN where any logit is
-    if not (most < math.inf).all():
-        raise ValueError(f"generate: logits must be below infinity, got {most[~(most < math.inf)][0]}")
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    probabilities, ids = candidates(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    return ids.gather(-1, probabilities.multinomial(1, generator=generator))
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    chosen = lspm_kernels.sample(logits, previous=text, seed=seed, **choice)[:, None]
+    if (chosen < 0).any():
+        most = logits.amax(-1)  # NaN where any logit is
+        broken = most[~(most.abs() < math.inf)][0]
+        raise ValueError(f"generate: logits must be below infinity, one of them finite, got {broken}")
+    return chosen
 
 
 def _as_text(prompt: Sequence[int] | Tensor, task: LanguageModelling) -> Tensor:
@@ -171,10 +134,16 @@ def _check_counts(**counts: int | None) -> None:
             raise ValueError(f"generate: {name} must be at least 1, got {value}")
 
 
-def _check_sampling(temperature: float, top_p: float | None, seed: int | None) -> None:
+def _check_sampling(
+    temperature: float, top_p: float | None, min_p: float | None, repetition_penalty: float, seed: int | None
+) -> None:
     if not 0 <= temperature < math.inf:
         raise ValueError(f"generate: temperature must be finite and at least 0, got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"generate: min_p must be in [0, 1], got {min_p}")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"generate: repetition_penalty must be finite and above 0, got {repetition_penalty}")
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"generate: seed must be in [0, 2**64), got {seed}")

@@ -50,4 +50,6 @@ class Sampling:
     temperature: float = option(0.8, "below 1, probable tokens come more often than the model says")
     top_k: int | None = option(None, "choose among so many of the most probable tokens", default="all")
     top_p: float | None = option(None, "choose among the most probable that sum to this", default="1")
+    min_p: float | None = option(None, "of at least so much of the most probable one's", default="0")
+    repetition_penalty: float = option(1.0, "above 1, tokens of the text so far come less often")
     seed: int | None = option(None, "the same seed gives the same text", default="a new one each time")

@@ -82,7 +82,8 @@ def test_writes_the_continuation(run, folder):
 
 
 def test_writes_several_continuations_with_every_option(run, folder):
-    sampling = {"temperature": 1.3, "top_k": 30, "top_p": 0.95, "seed": 1}
+    sampling = {"temperature": 1.3, "top_k": 30, "top_p": 0.95, "min_p": 0.01, "seed": 1}
+    sampling["repetition_penalty"] = 1.2
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
     texts = expected(folder, "床前", max_new_tokens=40, sequences=3, **sampling)
     headed = "".join(f"--- {i} of 3 ---\n{text}\n" for i, text in enumerate(texts, 1))
@@ -160,8 +161,8 @@ def test_takes_one_checkpoint_too(run, folder):
 def test_help_is_a_page_with_every_option(run):
     code, page, errors = run("--help")
     assert (code, errors) == (0, "")
-    options = "prompt tokens sequences stop greedy temperature top-k top-p seed help".split()
-    for option in options:
+    options = "prompt tokens sequences stop greedy temperature top-k top-p min-p repetition-penalty seed help"
+    for option in options.split():
         assert f"--{option} " in page
     assert "MODEL [options]" in page
     assert all(len(line) <= 110 for line in page.splitlines())
@@ -177,6 +178,8 @@ def test_help_is_a_page_with_every_option(run):
         (["--temperature", "-1"], "generate: temperature must be finite and at least 0, got -1.0"),
         (["--top-k", "0"], "generate: top_k must be at least 1, got 0"),
         (["--top-p", "1.5"], "generate: top_p must be in (0, 1], got 1.5"),
+        (["--min-p", "-1"], "generate: min_p must be in [0, 1], got -1.0"),
+        (["--repetition-penalty", "0"], "generate: repetition_penalty must be finite and above 0, got 0.0"),
         (["--seed", "-1"], "generate: seed must be in [0, 2**64), got -1"),
         (["--prompt", ""], "generate: prompt must be 1 to 24 tokens, the context, got 0"),
         (["--prompt", "a" * 25], "generate: prompt must be 1 to 24 tokens, the context, got 25"),

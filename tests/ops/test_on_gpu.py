@@ -106,11 +106,34 @@ def rotation():
     return lambda x: lk.rotary(x, *tables), [torch.randn(2, 3, 40, 64).to(BF16)]
 
 
+def draws():
+    temperature, previous = torch.tensor([0.0, 0.5, 2.0] * 10), torch.randint(5000, (30, 9))
+    filters = {"top_k": 300, "top_p": 0.9, "min_p": 1e-3, "repetition_penalty": 1.3, "previous": previous}
+
+    def step(x, y):
+        token, logprob = lk.sample(
+            x.detach(), temperature=temperature, seed=1, return_logprob=True, **filters
+        )
+        other = lk.sample(y.detach(), method="gumbel", seed=2)
+        return token + logprob + 0 * x.sum(), other + 0 * y.sum()  # the tests ask for gradients
+
+    return step, [torch.randn(30, 5000) * 3, torch.randn(30, 900).to(BF16)]
+
+
 OPS = {
     f.__name__: f
     for f in (
         *(attention, norm, convolution, batch_norm, pools, loss, activations, rotation),
-        *(few_rows, optimizer, linear_loss, linear_loss_in_one_pass, bags, weighted_bags, updated_bags),
+        *(
+            few_rows,
+            optimizer,
+            linear_loss,
+            linear_loss_in_one_pass,
+            bags,
+            weighted_bags,
+            updated_bags,
+            draws,
+        ),
     )
 }
 of_each_op = pytest.mark.parametrize("op", OPS)
