@@ -31,7 +31,7 @@ def main() -> int:
     parser.usage = parser.usage.replace("[options]", "RUN [IMAGE...] [options]")
     help = "run folder, or one checkpoint in it; of a BERT, Hugging Face's folder too"
     parser.run.add_argument("folder", metavar="RUN", help=help)
-    parser.run.add_argument("images", metavar="IMAGE", nargs="*", help="image files")
+    parser.run.add_argument("images", metavar="IMAGE", nargs="*", default=[], help="image files")
     parser.add_config("output", Output)
     arguments = parser.parse_args()
     unread = 0
