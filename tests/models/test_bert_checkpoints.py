@@ -245,6 +245,10 @@ def test_a_vocabulary_without_marks_is_refused(tmp_path):
     folder = word_piece_folder(tmp_path / "hf", mask_token="<mask>")
     with pytest.raises(ValueError, match=r"^tokenizer: .*vocab.txt must have an id for <mask>, got none$"):
         HuggingFaceFolder(folder).tokenizer()
+    settings = folder / "tokenizer_config.json"
+    settings.write_text('{"do_lower_case": "x"}')
+    with pytest.raises(ValueError, match=r"do_lower_case beside .*vocab.txt must be true or false, got 'x'$"):
+        HuggingFaceFolder(folder).tokenizer()
     (folder / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=r"^tokenizer: .*vocab.txt must have an id for \[UNK\], got none$"):
         HuggingFaceFolder(folder).tokenizer()

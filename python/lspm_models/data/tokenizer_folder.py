@@ -117,17 +117,22 @@ def word_piece(vocabulary: dict[str, int], settings: dict, names: dict[str, str]
         where: for messages.
 
     Raises:
-        ValueError: the vocabulary has no unknown token.
+        ValueError: the vocabulary has no unknown token, or a setting is neither true nor false.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if names["unknown"] not in vocabulary:
         raise ValueError(f"tokenizer: {where} must have an id for {names['unknown']}, got none")
+    flags = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+    flags |= {name: settings[name] for name in flags if name in settings}
+    for name, value in flags.items():
+        if value is not None and type(value) is not bool:
+            raise ValueError(f"tokenizer: {name} beside {where} must be true or false, got {value!r}")
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=names["unknown"]))
     tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=settings.get("do_lower_case", True),
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        lowercase=flags["do_lower_case"] is not False,
+        strip_accents=flags["strip_accents"],
+        handle_chinese_chars=flags["tokenize_chinese_chars"] is not False,
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
