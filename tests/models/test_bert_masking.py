@@ -203,6 +203,8 @@ def test_validation_is_masked_the_same_way_every_time(tokenizer):
     ids = np.random.default_rng(1).integers(tokenizer.vocabulary_size, size=2000)[:1500]
     most = np.bincount(ids[~tokenizer.special[ids]]).argmax()
     assert source.unigram_accuracy() == pytest.approx((hidden == most).double().mean().item())
+    without = MaskedTextData(Tokens(np.arange(99) % 5, 99, "here"), Masking(tokenizer, 0.15), 18, 4)
+    assert (list(without.validation()), without.unigram_accuracy()) == ([], None)
 
 
 def test_refuses(bpe):
