@@ -1,8 +1,9 @@
-// linear_forward, which is a CPU's only.
+// linear_forward and matmul, which are a CPU's only.
 #include <pybind11/stl.h>
 
 #include "bindings.h"
 #include "linear.h"
+#include "matmul.h"
 
 #ifndef LSPM_CUDA
 namespace py = pybind11;
@@ -38,10 +39,33 @@ void linear_forward(const TensorView& x, const TensorView& weight, const Optiona
   lspm::cpu::linear_forward(px, pw, pb, ps, out, s, threads);
 }
 
+lspm::MatrixView matrix_view(const TensorView& x, const char* name, const TensorView& beside) {
+  if (x.dim() != 2) TensorView::refuse(name, "have 2 dimensions");
+  if (x.size(1) > 1 && x.stride(1) != 1 && x.size(0) > 1 && x.stride(0) != 1)
+    TensorView::refuse(name, "have a dimension that is contiguous");
+  auto* data = static_cast<float*>(x.data(name, beside, DType::f32));
+  return {data, x.size(0), x.size(1), x.stride(0), x.stride(1)};
+}
+
+void matmul(const TensorView& a, const TensorView& b, const OptionalView& bias, const TensorView& c,
+            bool accumulate, int threads) {
+  check_first(a, "a");
+  const auto pa = matrix_view(a, "a", a), pb = matrix_view(b, "b", a), pc = matrix_view(c, "c", a);
+  if (pb.rows != pa.cols) TensorView::refuse("b", "have a row for each column of a");
+  if (pc.rows != pa.rows || pc.cols != pb.cols) TensorView::refuse("c", "have the product's shape");
+  if (pc.cols > 1 && pc.col_stride != 1) TensorView::refuse("c", "have a contiguous last dimension");
+  if (bias && accumulate) TensorView::refuse("bias", "be None where c is added to");
+  const auto* from = static_cast<float*>(optional(bias, "bias", a, DType::f32, pc.cols));
+  py::gil_scoped_release unlocked;
+  lspm::cpu::matmul(pa, pb, from, pc, accumulate, threads);
+}
+
 }  // namespace
 
 void bind_linear(py::module_& m) {
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias").none(true),
         py::arg("scales").none(true), py::arg("y"), py::arg("threads"));
+  m.def("matmul", &matmul, py::arg("a"), py::arg("b"), py::arg("bias").none(true), py::arg("c"),
+        py::arg("accumulate"), py::arg("threads"));
 }
 #endif

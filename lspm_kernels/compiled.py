@@ -30,12 +30,21 @@ refusals: dict[str, str] = {}
 
 def cpu_flags() -> set[str]:
     """This processor's features, as far as the operating system supports them."""
+    return set(_cpuinfo("flags").split())
+
+
+def cpu_maker() -> str:
+    """ "GenuineIntel", "AuthenticAMD" or another; empty where the operating system does not tell."""
+    return _cpuinfo("vendor_id")
+
+
+def _cpuinfo(field):
     if platform.machine() == "x86_64" and os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
             for line in lines:
-                if line.startswith("flags"):
-                    return set(line.split(":")[1].split())
-    return set()
+                if line.startswith(field):
+                    return line.split(":")[1].strip()
+    return ""
 
 
 def load_cpu(isa: str) -> ModuleType:

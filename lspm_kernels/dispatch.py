@@ -87,7 +87,7 @@ def pick(
         ValueError: no row has the requested name.
         NotImplementedError: the requested row does not take this call.
     """
-    requested = requested or (_forced_in_traces[0] if torch.compiler.is_compiling() else _forced.get())
+    requested = requested or forced()
     if requested is not None:
         return _requested(op, backends, requested, *args)
     key = (op, args[0].device, args[0].dtype)
@@ -103,6 +103,11 @@ def pick(
         refusals = "; ".join(row.refusal(op, *args) for row in backends)
         _warn(f"{refusals}: {op} runs on plain PyTorch")
     return None
+
+
+def forced() -> str | None:
+    """What use_backend was given, within it."""
+    return _forced_in_traces[0] if torch.compiler.is_compiling() else _forced.get()
 
 
 def _requested(op: str, backends: tuple[Backend, ...], requested: str, *args) -> Backend | None:

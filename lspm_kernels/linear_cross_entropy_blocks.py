@@ -1,6 +1,6 @@
 """The products of linear_cross_entropy, and its kernels between them, on blocks of the logits.
 
-The products are torch's, of MKL, oneDNN or cuBLAS; all blocks lie in the same memory, one after the other.
+The products are those of lspm_kernels/products.py; all blocks lie in the same memory, one after the other.
 There are two ways to cut them:
 
 By rows three products suffice, as the softmax of a row is in its block. The weight's gradient is a sum over
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lspm_kernels import checks
+from lspm_kernels import checks, products
 from lspm_kernels.dispatch import Backend
 
 F32 = torch.float32
@@ -44,7 +44,7 @@ def losses(
     found = hidden.new_empty(len(hidden), dtype=F32)
     for part, memory in _blocks(len(weight), len(hidden), hidden, _BY_CLASSES):
         logits = memory.view(len(hidden), -1)
-        _linear(hidden, weight[part].to(dtype), _part(bias, part), out=logits)
+        products.put(logits, hidden, weight[part].to(dtype).t(), _part(bias, part))
         given = logits, target, class_weight, kept, found
         row.forward(*given, part.start, len(weight), *options)
     return found, kept[:3]
@@ -71,13 +71,13 @@ def gradients(
     dbias = hidden.new_zeros(len(weight) if wanted[2] else 0, dtype=F32)
     for part, memory in _blocks(len(weight), len(hidden), hidden, _BY_CLASSES):
         logits, classes = memory.view(len(hidden), -1), weight[part].to(dtype)
-        _linear(hidden, classes, _part(bias, part), out=logits)
+        products.put(logits, hidden, classes.t(), _part(bias, part))
         given = dloss, dlse, logits, target, class_weight, statistics
         row.backward(*given, dbias[part] if wanted[2] else None, part.start, len(weight), *options)
         if wanted[0]:
-            _add_product(dhidden, logits, classes)
+            products.add(dhidden, logits, classes)
         if wanted[1]:
-            _put_product(dweight[part], logits.t(), hidden)
+            products.put(dweight[part], logits.t(), hidden)
     return dhidden, dweight, dbias
 
 
@@ -103,7 +103,7 @@ def losses_and_gradients(
     for part, memory in _blocks(rows, len(weight), hidden, _BY_ROWS):
         logits = memory.view(-1, len(weight))
         inputs = hidden[part] if whole else hidden.index_select(0, places[part])
-        _linear(inputs, weight, bias, out=logits)
+        products.put(logits, inputs, weight.t(), bias)
         kept = hidden.new_empty(5, len(inputs))
         given = logits, target[part], class_weight
         row.forward(*given, kept, found[part], 0, len(weight), *options)
@@ -111,13 +111,14 @@ def losses_and_gradients(
             dloss[part], None, *given, kept[:3], dbias if wanted[2] else None, 0, len(weight), *options
         )
         if wanted[0] and whole:
-            torch.mm(logits, weight, out=dhidden[part])
+            products.put(dhidden[part], logits, weight)
         elif wanted[0]:
-            dhidden.index_copy_(0, places[part], torch.mm(logits, weight, out=torch.empty_like(inputs)))
+            products.put(made := torch.empty_like(inputs), logits, weight)
+            dhidden.index_copy_(0, places[part], made)
         if wanted[1] and part.start == 0:
-            torch.mm(logits.t(), inputs, out=dweight)
+            products.put(dweight, logits.t(), inputs)
         elif wanted[1]:
-            dweight.addmm_(logits.t(), inputs)
+            products.add(dweight, logits.t(), inputs)
     return found, dhidden, dweight, dbias
 
 
@@ -169,25 +170,3 @@ def _blocks(count, others, hidden, part):
 
 def _part(t, part):
     return None if t is None else t[part]
-
-
-# With out= and in place: autocast, which would change dtypes, lets those alone.
-def _linear(inputs, weight, bias, out):
-    if bias is None:
-        torch.mm(inputs, weight.t(), out=out)
-    else:
-        torch.addmm(bias.to(out.dtype), inputs, weight.t(), out=out)
-
-
-def _put_product(out, a, b):
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b, out=a.new_empty(out.shape)))
-
-
-def _add_product(total, a, b):
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(torch.mm(a, b, out=a.new_empty(total.shape)))

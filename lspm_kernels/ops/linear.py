@@ -1,9 +1,9 @@
-"""Linear for few rows, by weights in floating point or in 8-bit integers, as when a text is generated."""
+"""Linear: of many rows a product with its gradients; of few, by weights that may be 8-bit integers, too."""
 
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch, triton
+from lspm_kernels import checks, compiled, dispatch, products, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import linear as reference
@@ -72,13 +72,14 @@ def linear(
     scales: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias: torch.nn.functional.linear, made for few rows and for weights of fewer bits.
+    """x @ weight.T + bias: torch.nn.functional.linear, also by weights of fewer bits.
 
     y[..., n] = bias[n] + sum over k of x[..., k] * weight[n, k] * scales[n, k // (K / G)]
 
     Of up to 8 rows without a gradient a kernel reads the weight once, as it is stored, and adds up in
-    float32; on a CPU of up to 512 where the weight has another dtype than x. More rows, and gradients, are
-    torch's own: such a weight is then written out in x's dtype first.
+    float32; on a CPU of up to 512 where the weight has another dtype than x. With more rows, or gradients,
+    such a weight is written out in x's dtype first; products in float32 are then ours on CPUs where those
+    are faster than torch's, see lspm_kernels/products.py.
 
     Args:
         x: (..., K), float32, bfloat16 or float16.
@@ -106,8 +107,12 @@ def product(
 ) -> Tensor:
     """linear of arguments that were checked, as by a module that keeps them; x in linear's dtype."""
     if backend is None and (_rows(x) > _most_rows(x, weight) or _differentiates(x, weight)):
-        given = None if bias is None else bias.to(x.dtype)
-        return torch.nn.functional.linear(x, reference.dequantized(weight, scales, x.dtype), given)
+        weight = reference.dequantized(weight, scales, x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        if dispatch.forced() == dispatch.REFERENCE:
+            return torch.nn.functional.linear(x, weight, bias)
+        y = products.linear(x.reshape(_rows(x), x.shape[-1]), weight, bias)
+        return y.view(*x.shape[:-1], len(weight))
     row = dispatch.pick("linear", BACKENDS, backend, x, weight, scales)
     if row is None:
         return reference.linear(x, weight, bias, scales)

@@ -1,24 +1,24 @@
 """The MLP of a transformer, plain and gated: linear layers around an activation, as one function."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lspm_kernels import checks, dispatch
 from lspm_kernels.operator import Operator
 from lspm_kernels.ops import bias_act, swiglu
+from lspm_kernels.products import addmm, linear, matmul
 from lspm_kernels.reference import mlp as reference
 
-BACKENDS = bias_act.BACKENDS  # of what lies between the products, which are torch's
+BACKENDS = bias_act.BACKENDS  # of what lies between the products
 
 
 # The operators take x as rows, and give rows.
 def _mlp(row, x, weight_in, bias_in, weight_out, bias_out, activation, saves=True):
-    inner = F.linear(x, weight_in)  # without its bias, which costs the activation nothing
+    inner = linear(x, weight_in)  # without its bias, which costs the activation nothing
     hidden = torch.empty_like(inner) if saves else inner
     if row is not None and inner.numel():
         row.forward(inner, None if bias_in is None else bias_in.contiguous(), hidden, activation)
-    return F.linear(hidden, weight_out, bias_out), inner
+    return linear(hidden, weight_out, bias_out), inner
 
 
 def _save(ctx, inputs, output):
@@ -35,12 +35,12 @@ def _gradient(ctx, dy, _):
     dbias_out = dy.sum(0) if wants_bias_out else None
     if wants_dx or wants_in or wants_bias_in or wants_out:
         dinner, dbias_in, hidden = bias_act.act_backward(
-            ctx.row, dy @ weight_out, inner, bias_in, ctx.activation, wants_bias_in, wants_out, True
+            ctx.row, matmul(dy, weight_out), inner, bias_in, ctx.activation, wants_bias_in, wants_out, True
         )
-        dweight_out = dy.t() @ hidden if wants_out else None
+        dweight_out = matmul(dy.t(), hidden) if wants_out else None
         del hidden  # of inner's size, before the other products' results come
-        dweight_in = dinner.t() @ x if wants_in else None
-        dx = dinner @ weight_in if wants_dx else None
+        dweight_in = matmul(dinner.t(), x) if wants_in else None
+        dx = matmul(dinner, weight_in) if wants_dx else None
     return dx, dweight_in, dbias_in if wants_bias_in else None, dweight_out, dbias_out, None
 
 
@@ -55,11 +55,11 @@ _mlp_operator = Operator(
 
 
 def _gated(row, x, weight_gate, weight_up, weight_down, activation, saves=True):
-    gate, up = F.linear(x, weight_gate), F.linear(x, weight_up)
+    gate, up = linear(x, weight_gate), linear(x, weight_up)
     hidden = torch.empty_like(gate) if saves else gate
     if row is not None and gate.numel():
         row.forward(gate, up, hidden, activation)
-    return F.linear(hidden, weight_down), gate, up
+    return linear(hidden, weight_down), gate, up
 
 
 def _gated_save(ctx, inputs, output):
@@ -73,13 +73,13 @@ def _gated_gradient(ctx, dy, *_):
     x, weight_gate, weight_up, weight_down, gate, up = ctx.saved_tensors
     wants_dx, wants_gate, wants_up, wants_down = ctx.needs_input_grad[:4]
     dgate, dup, hidden = swiglu.glu_backward(
-        ctx.row, dy @ weight_down, gate, up, ctx.activation, wants_down, True
+        ctx.row, matmul(dy, weight_down), gate, up, ctx.activation, wants_down, True
     )
-    dweight_down = dy.t() @ hidden if wants_down else None
+    dweight_down = matmul(dy.t(), hidden) if wants_down else None
     del hidden  # of gate's size, before the other products' results come
-    dx = torch.addmm(dgate @ weight_gate, dup, weight_up) if wants_dx else None
-    dweight_gate = dgate.t() @ x if wants_gate else None
-    dweight_up = dup.t() @ x if wants_up else None
+    dx = addmm(matmul(dgate, weight_gate), dup, weight_up) if wants_dx else None
+    dweight_gate = matmul(dgate.t(), x) if wants_gate else None
+    dweight_up = matmul(dup.t(), x) if wants_up else None
     return dx, dweight_gate, dweight_up, dweight_down, None
 
 
@@ -107,8 +107,8 @@ def mlp(
 
         y = activation(x weight_in^T + bias_in) weight_out^T + bias_out
 
-    The products are torch's. For the backward x and the first product are kept; what the second layer read is
-    computed again in the pass that gives the gradient before the activation and dbias_in.
+    For the backward x and the first product are kept; what the second layer read is computed again in the
+    pass that gives the gradient before the activation and dbias_in.
 
     Args:
         x: (..., C), float32, bfloat16 or float16; autocast's dtype where that is on, as in torch's linear.

@@ -31,6 +31,11 @@ def check_eps(config: object) -> None:
         raise ValueError(f"{type(config).__name__}: eps must be positive and finite, got {config.eps}")
 
 
+def project(layer: nn.Module, x: Tensor, ops: Operations) -> Tensor:
+    """A linear layer by ops; any other by itself, such as one that keeps its weight in fewer bits."""
+    return ops.linear(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(x)
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer norm of x + residual, which comes back beside it; of x alone where there is no residual."""
 
@@ -94,9 +99,9 @@ class PackedAttention(Attention):
         self, x: Tensor, cache: KeyValueCache | None = None, rotation: Rotation | None = None
     ) -> Tensor:
         B, T, C = x.shape
-        packed = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads)
+        packed = project(self.c_attn, x, self.ops).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = packed.transpose(1, 3).unbind(2)  # (B, H, T, D), views
-        return self.dropout(self.c_proj(self.attend(q, k, v, cache, rotation)))
+        return self.dropout(project(self.c_proj, self.attend(q, k, v, cache, rotation), self.ops))
 
 
 class GroupedAttention(Attention):
@@ -115,9 +120,9 @@ class GroupedAttention(Attention):
     def forward(
         self, x: Tensor, cache: KeyValueCache | None = None, rotation: Rotation | None = None
     ) -> Tensor:
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for p in projections)
-        return self.o_proj(self.attend(q, k, v, cache, rotation))
+        packed = (project(layer, x, self.ops) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for p in packed)
+        return project(self.o_proj, self.attend(q, k, v, cache, rotation), self.ops)
 
 
 class MLP(nn.Module):

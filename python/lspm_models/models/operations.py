@@ -24,6 +24,7 @@ class Operations:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., Tensor]
     attention: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
     gated_mlp: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
@@ -109,6 +110,7 @@ FUSED = Operations(
     lspm_kernels.add_rms_norm,
     lspm_kernels.rotary,
     lspm_kernels.attention,
+    lspm_kernels.linear,
     lspm_kernels.mlp,
     lspm_kernels.gated_mlp,
     lspm_kernels.linear_cross_entropy,
@@ -120,6 +122,7 @@ PLAIN = Operations(
     _add_rms_norm,
     _rotary,
     _attention,
+    F.linear,
     _mlp,
     _gated_mlp,
     _linear_cross_entropy,
