@@ -39,8 +39,8 @@ MUTATIONS = [
     ),
     in_bert(
         name="bert: every token is of the first part",
-        old="types.weight[0] if token_types is None else",
-        new="types.weight[0] if True else",
+        old="        if token_types is None:",
+        new="        if True:",
     ),
     in_bert(
         name="bert: the pooler takes the last token",

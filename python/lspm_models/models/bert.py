@@ -18,7 +18,8 @@ from lspm_models.models.blocks import (
     check_eps,
     check_positive,
     in_autocast,
-    row_of_each,
+    look_up,
+    project,
 )
 from lspm_models.models.operations import FUSED, Operations
 
@@ -90,13 +91,13 @@ class Embeddings(nn.Module):
 
     def forward(self, words: Tensor, token_types: Tensor | None) -> Tensor:
         """(B, T, C) of the tokens' rows of word_embeddings and their types (B, T), 0 where None."""
-        types = self.token_type_embeddings
-        of_types = (
-            types.weight[0] if token_types is None else row_of_each("Bert", "token_types", token_types, types)
-        )
-        return self.dropout(
-            self.LayerNorm(words + of_types + self.position_embeddings.weight[: words.shape[1]])[0]
-        )
+        positions, types = self.position_embeddings.weight, self.token_type_embeddings
+        if token_types is None:
+            x = words + types.weight[0]
+        else:
+            x = words + look_up("Bert", "token_types", token_types, types)
+        x = x + positions[: words.shape[1]]
+        return self.dropout(self.LayerNorm(x)[0])
 
 
 class SelfAttention(nn.Module):
@@ -111,7 +112,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         projections = self.query, self.key, self.value
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)  # (B, H, T, D)
+        packed = (project(layer, x, self.ops) for layer in projections)
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in packed)  # (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
         return self.ops.attention(q, k, v, mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2)
 
@@ -143,7 +145,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         output = self.attention["output"]
-        x = output.add(output.dense(self.attention["self"](x, mask)), x)
+        x = output.add(project(output.dense, self.attention["self"](x, mask), self.ops), x)
         return self.output.add(self.mlp(x), x)
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -202,7 +204,7 @@ class Bert(Transformer):
             if given is not None and given.shape != tokens.shape:
                 shapes = f"{tuple(tokens.shape)}, got {tuple(given.shape)}"
                 raise ValueError(f"Bert: {name} must have the shape of tokens {shapes}")
-        x = in_autocast(self.embeddings(self.look_up(tokens), token_types))
+        x = in_autocast(self.embeddings(self.looked_up(tokens), token_types))
         visible = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, T)
         for block in self.blocks:
             if self.gradient_checkpointing:
@@ -215,4 +217,4 @@ class Bert(Transformer):
         """(B, C) of features (B, T, C): what the pooler makes of the first token's."""
         if not self.config.pooler:
             raise ValueError("Bert: pooled must be of a model with a pooler, got pooler=False")
-        return torch.tanh(self.pooler["dense"](features[:, 0]))
+        return torch.tanh(project(self.pooler["dense"], features[:, 0], self.ops))

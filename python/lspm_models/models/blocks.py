@@ -221,7 +221,7 @@ class Transformer(nn.Module):
                 additions = 2 * len(self.blocks) if name.split(".")[-2] in outputs else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(additions))
 
-    def look_up(self, tokens: Tensor, past: int = 0) -> Tensor:
+    def looked_up(self, tokens: Tensor, past: int = 0) -> Tensor:
         """The table's rows (B, T, C) of tokens, the first of which stands at `past`; ValueError otherwise."""
         if tokens.dtype != torch.int64 or tokens.ndim != 2:
             got = f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
@@ -229,7 +229,7 @@ class Transformer(nn.Module):
         end = past + tokens.shape[1]
         if end > self.config.context:
             raise ValueError(f"{self._name}: tokens must fit the context of {self.config.context}, got {end}")
-        return row_of_each(self._name, "tokens", tokens, self.embedding)
+        return look_up(self._name, "tokens", tokens, self.embedding)
 
     @property
     def _name(self) -> str:
@@ -257,7 +257,7 @@ class Decoder(Transformer):
         if cache is not None and torch.is_grad_enabled():
             raise ValueError(f"{self._name}: cache must be used under torch.no_grad(), got gradients enabled")
         past = cache.length if cache is not None else 0
-        x, residual = in_autocast(self.positioned(self.look_up(tokens, past), past)), None
+        x, residual = in_autocast(self.positioned(self.looked_up(tokens, past), past)), None
         rotation = self.rotation(past, past + tokens.shape[1], cache)
         for block in self.blocks:
             if self.gradient_checkpointing and cache is None:
@@ -276,7 +276,7 @@ class Decoder(Transformer):
         return x
 
 
-def row_of_each(model: str, name: str, ids: Tensor, table: nn.Embedding) -> Tensor:
+def look_up(model: str, name: str, ids: Tensor, table: nn.Embedding) -> Tensor:
     """Rows (..., C) of a table; a ValueError says which id has none."""
     try:
         return table(ids)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lspm_kernels.reference.bias_act import ACTIVATIONS
 from lspm_models.models.bert import Bert
-from lspm_models.models.blocks import LayerNorm
+from lspm_models.models.blocks import LayerNorm, project
 from lspm_models.tasks.language_modelling import IGNORE_INDEX
 
 
@@ -16,7 +16,7 @@ class Predictions(nn.Module):
     def __init__(self, model: Bert):
         super().__init__()
         config = model.config
-        self.activation = config.activation
+        self.activation, self.ops = config.activation, model.ops
         dense = nn.Linear(config.width, config.width)
         nn.init.normal_(dense.weight, std=0.02)
         nn.init.zeros_(dense.bias)
@@ -26,7 +26,7 @@ class Predictions(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """What the table is multiplied with (..., C), of features (..., C)."""
-        x = ACTIVATIONS[self.activation](self.transform["dense"](features))
+        x = ACTIVATIONS[self.activation](project(self.transform["dense"], features, self.ops))
         return self.transform["LayerNorm"](x)[0]
 
 
