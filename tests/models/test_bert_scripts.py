@@ -66,7 +66,7 @@ def test_a_run_says_what_it_does(trained):
     folder, out = trained
     for pattern in (
         r"tokenizer  with masks, 33 tokens",
-        r"model      4\.50k parameters: 1 layer, 16 wide, 2 heads, 18 tokens of context",
+        r"model      4\.5k parameters: 1 layer, 16 wide, 2 heads, 18 tokens of context",
         r"step      3   training \d\.\d{4}   validation \d\.\d{4}   accuracy 0\.\d{4}   learning rate .*",
         r"guess      the most frequent token has an accuracy of 0\.\d{4}",
         r"try it     python python/predict\.py .*run --text 'return \[MASK\]'",
