@@ -27,6 +27,7 @@ import bench_global_avg_pool
 import bench_layer_norm
 import bench_linear
 import bench_linear_cross_entropy
+import bench_linear_many_rows
 import bench_max_pool2d
 import bench_mf
 import bench_mf_als
@@ -47,7 +48,8 @@ import harness
 OPS = (
     bench_layer_norm, bench_attention, bench_attention_options, bench_attention_varlen,
     bench_attention_with_kv_cache, bench_rotary, bench_max_pool2d, bench_global_avg_pool,
-    bench_bias_act, bench_swiglu, bench_mlp, bench_linear, bench_cross_entropy, bench_linear_cross_entropy,
+    bench_bias_act, bench_swiglu, bench_mlp, bench_linear, bench_linear_many_rows,
+    bench_cross_entropy, bench_linear_cross_entropy,
     bench_embedding_bag, bench_batch_norm_act, bench_conv2d, bench_conv2d_batch_norm,
     bench_mf, bench_mf_als, bench_mf_sgd, bench_bpr, bench_nmf, bench_top_k_scores,
 )  # fmt: skip
