@@ -295,7 +295,5 @@ def test_refuses_what_it_has_not():
     message = r"^MaskedLanguageModelling.loss: targets must have the shape of tokens .*, got \(2, 23\)$"
     with pytest.raises(ValueError, match=message):
         make_bert().loss(make_tokens(), make_tokens(length=23))
-    with pytest.raises(
-        ValueError, match=r"^Bert: pooled must be of a model with a poole., got pooler=False$"
-    ):
+    with pytest.raises(ValueError, match=r"^Bert: pooled must be of a model with a pooler, got pooler=F"):
         Bert(replace(BERT, pooler=False)).pooled(torch.zeros(1, 2, 48))

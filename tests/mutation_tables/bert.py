@@ -44,8 +44,8 @@ MUTATIONS = [
     ),
     in_bert(
         name="bert: the pooler takes the last token",
-        old="(features[:, 0])",
-        new="(features[:, -1])",
+        old="features[:, 0], self.ops",
+        new="features[:, -1], self.ops",
     ),
     in_bert(
         name="bert: attention drops nothing",
