@@ -1,4 +1,4 @@
-"""Say what a model that pretrain.py or finetune.py made sees in image files."""
+"""Say what a model that pretrain.py or finetune.py made sees in image files, or in a text's gaps."""
 
 import sys
 from pathlib import Path
@@ -8,32 +8,40 @@ from lspm_models.options import Parser, errors_in_one_line, given
 with errors_in_one_line("predict.py"):  # what comes in with these may not be installed
     import torch
 
+    from lspm_models.encoder_outputs import filled, similarities
     from lspm_models.predictors import Output, load_predictor
 
 DESCRIPTION = """\
 Say what is on images. A ResNet: the most probable classes, each with its probability. A U-Net: the share of
 each class, and a picture with its pixels in colour. A detector: each object with its score and its box, left,
-upper, right and lower side in pixels, and a picture with the boxes. In brackets stands what holds without the
-option."""
+upper, right and lower side in pixels, and a picture with the boxes. A BERT: what may stand where a text says
+[MASK], or how near texts lie to each other. In brackets stands what holds without the option."""
 
 EXAMPLES = [
     "predict.py runs/fashion shoe.png",
     "predict.py runs/photos *.jpg --top 1",
     "predict.py runs/detector street.jpg --score 0.6 --pictures found/",
+    "predict.py runs/bert --text 'return [MASK]' --top 3",
+    "predict.py all-MiniLM-L6-v2/ --similarity --text 'A man eats.' 'A man has a meal.' 'It rains.'",
 ]
 
 
 def main() -> int:
     parser = Parser(DESCRIPTION, EXAMPLES)
-    parser.usage = parser.usage.replace("[options]", "RUN IMAGE... [options]")
-    parser.run.add_argument("folder", metavar="RUN", help="run folder, or one checkpoint in it")
-    parser.run.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
+    parser.usage = parser.usage.replace("[options]", "RUN [IMAGE...] [options]")
+    help = "run folder, or one checkpoint in it; of a BERT, Hugging Face's folder too"
+    parser.run.add_argument("folder", metavar="RUN", help=help)
+    parser.run.add_argument("images", metavar="IMAGE", nargs="*", default=[], help="image files")
     parser.add_config("output", Output)
     arguments = parser.parse_args()
     unread = 0
     with errors_in_one_line(parser.prog):
         output = Output(**given(arguments, {"output": Output})["output"])
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if output.text:
+            return read(arguments.folder, output, device)
+        if not arguments.images:
+            parser.error("give image files, or texts behind --text")
         predictor = load_predictor(arguments.folder, device, output)
         for name in arguments.images:
             try:
@@ -44,6 +52,16 @@ def main() -> int:
                 continue
             print(name, found, sep="   ")
     return 1 if unread else 0
+
+
+def read(folder: str, output: Output, device: str) -> int:
+    if output.similarity:
+        lines = similarities(folder, output.text, device)
+    else:
+        lines = filled(folder, output.text, output.top, device)
+    for line in lines:
+        print(line)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face's transformers, GPT-2 and Llama: a folder for each.
+"""Checkpoints of Hugging Face's transformers, GPT-2, Llama and BERT: a folder for each.
 
 Nothing is unpickled: a folder that has only pytorch_model.bin is refused.
 """
@@ -6,25 +6,36 @@ Nothing is unpickled: a folder that has only pytorch_model.bin is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lspm_models.data.mask_tokenizer import MaskTokenizer
 from lspm_models.data.pretrained_tokenizer import PretrainedTokenizer
-from lspm_models.data.tokenizer_folder import read_folder, write_folder
+from lspm_models.data.tokenizer_folder import (
+    read_folder,
+    read_mask_folder,
+    write_folder,
+    write_mask_folder,
+)
 from lspm_models.data.tokenizers import ByteBpe
 from lspm_models.files import replaced
 from lspm_models.hugging_face_config import Format, read_config, write_config
 from lspm_models.json_files import read_object
+from lspm_models.language_models import Task
+from lspm_models.models.bert import Bert, BertConfig
 from lspm_models.pretrained import Pretrained
-from lspm_models.tasks.language_modelling import LanguageModelling
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
+BERT_HEAD, BERT_BIAS = "cls.predictions.decoder.weight", "cls.predictions.bias"
+# What the files of BERTs converted long ago call a norm's weight and bias.
+OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 class HuggingFaceFolder(Pretrained):
@@ -40,47 +51,69 @@ class HuggingFaceFolder(Pretrained):
         path = self.folder / "config.json"
         self._content = read_object(path)
         self._format, self.config = read_config(self._content, str(path))
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, tuple[Path, str]] = {}  # and what the tensor is called there
         self.shapes = {}
         for file in self._shards():
             with _opened(file) as tensors:
-                for name in tensors.keys():
+                for stored in tensors.keys():
+                    name = _renamed(stored)
                     if name in self.shapes:
                         raise ValueError(
                             f"hugging_face: {name} must be in one shard, got a second one in {file}"
                         )
-                    shape = tuple(tensors.get_slice(name).get_shape())
+                    shape = tuple(tensors.get_slice(stored).get_shape())
                     self.shapes[name] = shape[::-1] if self._transposed(name) else shape
-                    self._files[name] = file
-        self.shapes = {n: shape for n, shape in self.shapes.items() if not n.endswith(self._format.buffers)}
+                    self._files[name] = file, stored
+        passed_over = self._format.left_out
+        self.shapes = {
+            name: shape
+            for name, shape in self.shapes.items()
+            if not name.endswith(self._format.buffers) and not (passed_over and name.startswith(passed_over))
+        }
         self._prefix = self._format.prefix
         if not any(name.startswith(self._prefix) for name in self.shapes):
             self._prefix = ""  # the model without its head
-        if self.config.tied and HEAD in self.shapes:
-            self._check_tied()
+        if isinstance(self.config, BertConfig):
+            pooler = f"{self._prefix}pooler.dense.weight" in self.shapes
+            self.config = replace(self.config, pooler=pooler)
+            self._untie(BERT_HEAD, self._prefix + self._format.table)
+            self._untie("cls.predictions.decoder.bias", BERT_BIAS)
+        elif self.config.tied:
+            self._untie(HEAD, self._prefix + self._format.table)
 
     def named(self, name: str) -> str:
-        return name if name == HEAD else self._prefix + name.removeprefix("model.")
+        return self._prefix + name.removeprefix("model.") if name.startswith("model.") else name
+
+    def heads(self) -> Collection[str]:
+        """Returns the names of what is beside the model; of a model alone there is none."""
+        return [name for name in self.shapes if not name.startswith(self._prefix)]
 
     def read(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as tensors:
-            tensor = tensors.get_tensor(name)
+        file, stored = self._files[name]
+        with _opened(file) as tensors:
+            tensor = tensors.get_tensor(stored)
         return tensor.t() if self._transposed(name) else tensor
 
-    def tokenizer(self) -> PretrainedTokenizer:
+    def tokenizer(self) -> PretrainedTokenizer | MaskTokenizer:
+        if isinstance(self.config, BertConfig):
+            return read_mask_folder(self.folder, self.config.vocabulary_size)
         return read_folder(self.folder, self._content, self.config.vocabulary_size)
 
     def _transposed(self, name: str) -> bool:
         return name.endswith(tuple(f".{layer}.weight" for layer in self._format.transposed))
 
-    def _check_tied(self) -> None:
-        table = self._prefix + self._format.table
-        if table in self.shapes and not torch.equal(self.read(HEAD), self.read(table)):
+    def _untie(self, again: str, first: str) -> None:
+        """Passes over a tensor that is stored again; where it is stored there alone, it is the first."""
+        if again not in self.shapes:
+            return
+        shape = self.shapes.pop(again)
+        if first not in self.shapes:
+            self.shapes[first], self._files[first] = shape, self._files[again]
+        elif not torch.equal(self.read(again), self.read(first)):
             raise ValueError(
-                f"hugging_face: {HEAD} must equal {table} where tie_word_embeddings is true, "
+                f"hugging_face: {again} must equal {first} where tie_word_embeddings is true, "
                 f"got others in {self.folder}"
             )
-        del self.shapes[HEAD]
 
     def _shards(self) -> list[Path]:
         if (self.folder / ONE).exists():
@@ -101,12 +134,13 @@ class HuggingFaceFolder(Pretrained):
         return [self.folder / name for name in sorted(set(places.values()))]
 
 
-def load_pretrained(folder: str | Path) -> LanguageModelling:
+def load_pretrained(folder: str | Path) -> Task:
     """Loads a model that transformers' save_pretrained wrote.
 
     Args:
-        folder: with config.json (model_type gpt2 or llama) and model.safetensors, or shards with an index;
-            of the model with its language modelling head, or, where the head is tied, of the model alone.
+        folder: with config.json (model_type gpt2, llama or bert) and model.safetensors, or shards with an
+            index; of the model with its language modelling head, or, of a GPT or a Llama with a tied one, of
+            the model alone. load_encoder takes a BERT without its head.
 
     Returns:
         The task in float32, in eval mode.
@@ -118,23 +152,34 @@ def load_pretrained(folder: str | Path) -> LanguageModelling:
     return HuggingFaceFolder(folder).task()
 
 
+def load_encoder(folder: str | Path) -> Bert:
+    """Loads the BERT in a folder, from tokens to features, whatever heads it has; else as load_pretrained."""
+    source = HuggingFaceFolder(folder)
+    if not isinstance(source.config, BertConfig):
+        raise ValueError(
+            f"load_encoder: folder must have a BERT, got {type(source.config).__name__} in {folder}"
+        )
+    return source.model()
+
+
 def save_pretrained(
-    task: LanguageModelling,
+    task: Task | Bert,
     folder: str | Path,
-    tokenizer: ByteBpe | PretrainedTokenizer | None = None,
+    tokenizer: ByteBpe | PretrainedTokenizer | MaskTokenizer | None = None,
     *,
     shard_bytes: int | None = None,
 ) -> None:
     """Writes a folder that transformers' from_pretrained loads, and load_pretrained, whole or not at all.
 
     Args:
-        task: a GPT with biases, or a Llama.
+        task: a GPT with biases, a Llama, a BERT, or one without its head.
         folder: a new one.
-        tokenizer: byte-level BPE, to be written beside it as tokenizer.json and tokenizer_config.json.
+        tokenizer: byte-level BPE, or of a BERT what it was trained with, to be written beside it as
+            tokenizer.json and tokenizer_config.json.
         shard_bytes: begin a new file where one would be larger than this; None: one file.
 
     Raises:
-        ValueError: the folder is there already, the GPT has no biases, or the tokenizer is of characters.
+        ValueError: the folder is there already, the GPT has no biases, or the tokenizer is of another kind.
     """
     from safetensors.torch import save_file
 
@@ -143,16 +188,24 @@ def save_pretrained(
         raise ValueError(f"save_pretrained: folder must be a new one, got {folder}")
     if getattr(task.config, "bias", None) is False:
         raise ValueError("save_pretrained: task must have biases, which GPT2LMHeadModel has, got bias=False")
-    if tokenizer is not None and not isinstance(tokenizer, ByteBpe | PretrainedTokenizer):
+    masked = isinstance(task.config, BertConfig)
+    if masked and tokenizer is not None and not isinstance(tokenizer, MaskTokenizer):
+        raise ValueError(f"save_pretrained: tokenizer must have a mask, got {tokenizer.kind}")
+    if not masked and tokenizer is not None and not isinstance(tokenizer, ByteBpe | PretrainedTokenizer):
         raise ValueError(f"save_pretrained: tokenizer must be byte-level BPE, got {tokenizer.kind}")
     form, content = write_config(task.config)
     shards = _sharded(_theirs(task, form), shard_bytes)
     with replaced(folder) as partial:
         partial.mkdir(parents=True)
-        if tokenizer is not None:
+        if masked and tokenizer is not None:
+            content |= {"pad_token_id": tokenizer.marks.padding}
+            write_mask_folder(tokenizer, partial)
+        elif tokenizer is not None:
             content |= {"eos_token_id": tokenizer.end_of_text}
             write_folder(tokenizer, partial)
-        content["dtype"] = str(task.head_weight.dtype).removeprefix("torch.")
+        content["dtype"] = str(next(task.parameters()).dtype).removeprefix("torch.")
+        if isinstance(task, Bert):
+            content["architectures"] = ["BertModel"]
         (partial / "config.json").write_text(json.dumps(content, indent=2) + "\n")
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         names = names if len(shards) > 1 else [ONE]
@@ -165,11 +218,11 @@ def save_pretrained(
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _theirs(task: LanguageModelling, form: Format) -> dict[str, Tensor]:
+def _theirs(task: Task | Bert, form: Format) -> dict[str, Tensor]:
     endings = tuple(f".{layer}.weight" for layer in form.transposed)
     tensors = {}
     for name, tensor in task.state_dict().items():
-        theirs = name if name == HEAD else form.prefix + name.removeprefix("model.")
+        theirs = form.prefix + name.removeprefix("model.") if name.startswith("model.") else name
         tensors[theirs] = (tensor.t() if name.endswith(endings) else tensor).contiguous().cpu()
     return tensors
 
@@ -184,6 +237,13 @@ def _sharded(tensors: dict[str, Tensor], most: int | None) -> list[dict[str, Ten
         shards[-1][name] = tensor
         size += tensor.nbytes
     return shards
+
+
+def _renamed(name: str) -> str:
+    for old, new in OLD.items():
+        if name.endswith(f".{old}"):
+            return name.removesuffix(old) + new
+    return name
 
 
 @contextmanager

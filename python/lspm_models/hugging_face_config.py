@@ -1,12 +1,13 @@
-"""config.json of Hugging Face's GPT-2 and Llama: to our configs and back."""
+"""config.json of Hugging Face's GPT-2, Llama and BERT: to our configs and back."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from lspm_models.language_models import Config
+from lspm_models.models.bert import BertConfig
 from lspm_models.models.gpt import GPTConfig
 from lspm_models.models.llama import LlamaConfig
 
@@ -24,6 +25,7 @@ class Format:
         fixed: by field of theirs the values that we compute, the default first.
         transposed: layers whose weights are (inputs, outputs).
         buffers: endings of names that some versions stored and nobody learned.
+        left_out: beginnings of names, of heads for what we do not compute.
     """
 
     config: type[Config]
@@ -34,6 +36,7 @@ class Format:
     fixed: dict[str, tuple]
     transposed: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 FORMATS = {
@@ -89,12 +92,45 @@ FORMATS = {
         },
         buffers=(".rotary_emb.inv_freq",),
     ),
+    "bert": Format(
+        BertConfig,
+        "BertForMaskedLM",
+        "bert.",
+        "embeddings.word_embeddings.weight",
+        {
+            "vocabulary_size": ("vocab_size", 30522),
+            "context": ("max_position_embeddings", 512),
+            "layers": ("num_hidden_layers", 12),
+            "heads": ("num_attention_heads", 12),
+            "width": ("hidden_size", 768),
+            "hidden": ("intermediate_size", 3072),
+            "token_types": ("type_vocab_size", 2),
+            "activation": ("hidden_act", "gelu"),
+            "eps": ("layer_norm_eps", 1e-12),
+        },
+        {
+            "position_embedding_type": ("absolute",),
+            "is_decoder": (False,),
+            "add_cross_attention": (False,),
+            "tie_word_embeddings": (True,),
+            "quantization_config": (None,),
+        },
+        buffers=("embeddings.position_ids",),
+        left_out=("cls.seq_relationship.",),  # whether one text follows another
+    ),
 }
 LLAMA3 = {
     "rope_factor": "factor",
     "rope_low": "low_freq_factor",
     "rope_high": "high_freq_factor",
     "rope_context": "original_max_position_embeddings",
+}
+# Theirs by ours, the first to be written.
+ACTIVATIONS = {
+    "gelu": ("gelu",),
+    "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh"),
+    "relu": ("relu",),
+    "silu": ("silu", "swish"),
 }
 SCALINGS = {"default": {}, "linear": {"rope_factor": "factor"}, "llama3": LLAMA3}
 
@@ -124,6 +160,8 @@ def read_config(content: Any, where: str) -> tuple[Format, Config]:
         if fields["head_size"] is None:
             fields["head_size"] = 0
         fields |= _rope(content, where)
+    elif form.config is BertConfig:
+        fields["activation"] = _activation(fields["activation"], where)
     else:
         inner = content.get("n_inner")
         if inner is not None and inner != 4 * fields["width"]:
@@ -147,6 +185,9 @@ def write_config(config: Config) -> tuple[Format, dict]:
         return form, content | {
             "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": 0.0
         }  # fmt: skip
+    if isinstance(config, BertConfig):
+        dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+        return form, content | dropout | {"hidden_act": ACTIVATIONS[config.activation][0]}
     kind = "default" if config.rope_scaling == "none" else config.rope_scaling
     scaling = {theirs: getattr(config, ours) for ours, theirs in SCALINGS[kind].items()}
     # rope_theta and rope_scaling are read by transformers before 5, rope_parameters since.
@@ -174,11 +215,23 @@ def _rope(content: dict, where: str) -> dict:
     return fields
 
 
+def _activation(theirs: Any, where: str) -> str:
+    for ours, names in ACTIVATIONS.items():
+        if theirs in names:
+            return ours
+    _refuse(
+        "hidden_act",
+        f"one of {', '.join(name for names in ACTIVATIONS.values() for name in names)}",
+        theirs,
+        where,
+    )
+
+
 def _number(name: str, value: Any, where: str) -> float:
     if type(value) not in (int, float) or not abs(value) < 1e300 or math.isnan(value):
         _refuse(name, "a number", value, where)
     return float(value)
 
 
-def _refuse(name: str, rule: str, value: Any, where: str) -> None:
+def _refuse(name: str, rule: str, value: Any, where: str) -> NoReturn:
     raise ValueError(f"hugging_face: {name} must be {rule}, got {value!r} in {where}")

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lspm_models.bert_job import BertJob
 from lspm_models.image_job import MODELS, ImageJob
 from lspm_models.language_models import name_of
 from lspm_models.options import read_config
@@ -36,11 +37,13 @@ def job_of(arguments: Sequence[str]) -> Job:
         return TextJob()
     if name == "llama":
         return LlamaJob()
+    if name == "bert":
+        return BertJob()
     if name in JOBS:
         return JOBS[name]
     if name not in MODELS:
         raise ValueError(
-            f"model: name must be one of gpt, llama, {', '.join((*MODELS, *JOBS))}, got {name!r}"
+            f"model: name must be one of gpt, llama, bert, {', '.join((*MODELS, *JOBS))}, got {name!r}"
         )
     return ImageJob()
 

@@ -5,19 +5,29 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lspm_kernels.reference.bias_act import ACTIVATIONS
+from lspm_models.models.bert import Bert, BertConfig
 from lspm_models.models.gpt import GPT, GPTConfig
 from lspm_models.models.llama import ROPE_SCALINGS, Llama, LlamaConfig
 from lspm_models.options import option
 from lspm_models.tasks.language_modelling import LanguageModelling
+from lspm_models.tasks.masked_language_modelling import MaskedLanguageModelling
 
-Config = GPTConfig | LlamaConfig
-CONFIGS: dict[str, type[Config]] = {"gpt": GPTConfig, "llama": LlamaConfig}
-MODELS = {GPTConfig: GPT, LlamaConfig: Llama}
+Config = GPTConfig | LlamaConfig | BertConfig
+Task = LanguageModelling | MaskedLanguageModelling
+CONFIGS: dict[str, type[Config]] = {"gpt": GPTConfig, "llama": LlamaConfig, "bert": BertConfig}
+MODELS = {GPTConfig: GPT, LlamaConfig: Llama, BertConfig: Bert}
 
 
-def make_task(config: Config, **arguments: Any) -> LanguageModelling:
+def make_model(config: Config, **arguments: Any) -> GPT | Llama | Bert:
+    """Makes the model of a config, from tokens to features, with random weights."""
+    return MODELS[type(config)](config, **arguments)
+
+
+def make_task(config: Config, **arguments: Any) -> Task:
     """Makes the task of a config, with random weights; arguments are the model's."""
-    return LanguageModelling(MODELS[type(config)](config, **arguments))
+    task = MaskedLanguageModelling if isinstance(config, BertConfig) else LanguageModelling
+    return task(make_model(config, **arguments))
 
 
 def name_of(config: Config) -> str:
@@ -50,7 +60,7 @@ def from_settings(settings: Any, where: str) -> Config:
 class GPTOptions:
     """The shape of a GPT but for the vocabulary, which the tokenizer brings."""
 
-    model: str = option("gpt", "gpt, or llama, which has other options", choices=("gpt",))
+    model: str = option("gpt", "gpt; llama and bert have other options", choices=("gpt",))
     context: int = option(256, "tokens seen at once, and per training sequence")
     layers: int = option(4, "blocks")
     heads: int = option(4, "attention heads per block")
@@ -71,7 +81,7 @@ class GPTOptions:
 class LlamaOptions:
     """The shape of a Llama but for the vocabulary, which the tokenizer brings."""
 
-    model: str = option("llama", "llama, or gpt, which has other options", choices=("llama",))
+    model: str = option("llama", "llama; gpt and bert have other options", choices=("llama",))
     context: int = option(256, "tokens seen at once, and per training sequence")
     layers: int = option(4, "blocks")
     heads: int = option(4, "heads of queries per block")
@@ -96,7 +106,31 @@ class LlamaOptions:
         return _whole(self, size)
 
 
-def _whole(options: GPTOptions | LlamaOptions, size: int) -> Any:
+@dataclass(frozen=True)
+class BertOptions:
+    """The shape of a BERT but for the vocabulary, which the tokenizer brings."""
+
+    model: str = option("bert", "bert; gpt and llama have other options", choices=("bert",))
+    context: int = option(128, "tokens seen at once, and per training sequence, marks included")
+    layers: int = option(4, "blocks")
+    heads: int = option(4, "attention heads per block")
+    width: int = option(256, "features per token, a multiple of heads")
+    hidden: int = option(0, "features between the layers of an MLP", default="4 width")
+    token_types: int = option(2, "parts that a text may have; here it has one")
+    dropout: float = option(0.0, "probability of dropping a feature, or a token's attention, in training")
+    activation: str = option("gelu", "of the MLPs and the head", choices=tuple(ACTIVATIONS))
+    eps: float = option(1e-12, "added to the variance in norms")
+    pooler: bool = option(False, "a layer for tasks on whole texts, which this one leaves as it is")
+
+    def __post_init__(self) -> None:
+        self.with_vocabulary(1)  # the shape checks its own rules
+
+    def with_vocabulary(self, size: int) -> BertConfig:
+        """Returns the whole shape; a ValueError names a field that breaks its rule."""
+        return _whole(self, size)
+
+
+def _whole(options: GPTOptions | LlamaOptions | BertOptions, size: int) -> Any:
     fields = asdict(options)
     name, mine = fields.pop("model"), type(options).model
     if name != mine:  # a config file's; jobs have read it and choose by it

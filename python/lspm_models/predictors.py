@@ -1,4 +1,4 @@
-"""From a trained run to what it says of an image file, whatever its task."""
+"""From a trained run to what it says of an image file, whatever its task; and the options of predict.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lspm_models.scene_job import JOBS, load_scene_model, model_of
 class Output:
     """What shall be said and drawn."""
 
-    top: int = field(default=5, metadata={"help": "classes per image at most, of a ResNet"})
+    top: int = field(default=5, metadata={"help": "classes of a ResNet, or tokens of a BERT, at most"})
     score: float = field(default=0.4, metadata={"help": "the least of a box, of a detector"})
     pictures: str | None = field(
         default=None,
@@ -30,7 +30,17 @@ class Output:
         },
     )
 
+    text: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "texts with [MASK] where a BERT shall say what stands there", "default": "none"},
+    )
+    similarity: bool = field(
+        default=False, metadata={"help": "say how near --text lie to each other, by a BERT's mean features"}
+    )
+
     def __post_init__(self) -> None:
+        if self.similarity and not self.text:
+            raise ValueError("output: similarity must be beside text, got none")
         if self.top < 1:
             raise ValueError(f"output: top must be at least 1, got {self.top}")
         if not 0 <= self.score <= 1:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lspm_models.data.tokenizers import Tokenizer
-from lspm_models.language_models import Config, make_task
-from lspm_models.tasks.language_modelling import LanguageModelling
+from lspm_models.language_models import Config, Task, make_model, make_task
 
 
 class Pretrained(ABC):
@@ -38,35 +38,47 @@ class Pretrained(ABC):
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer that lies beside the weights, or raises ValueError."""
 
-    def task(self) -> LanguageModelling:
+    def task(self) -> Task:
         """Makes the task in float32, in eval mode, with the weights.
 
         Raises:
             ValueError: tensors are missing, unknown, or of another shape; the message names them.
         """
-        if self.config.layers > len(self.shapes):  # so that a wrong number does not cost time
-            got = f"{self.config.layers} for {len(self.shapes)} tensors"
-            raise ValueError(f"pretrained: layers of {self.where} must have tensors, got {got}")
-        with torch.device("meta"):  # nothing is allocated before the shapes are known to be right
-            task = make_task(self.config)
-        self._check(task)
-        self._fill(task.to_empty(device="cpu"))
-        return task.eval()
+        return self._made(lambda: make_task(self.config))
 
-    def load(self, task: LanguageModelling) -> None:
+    def model(self) -> nn.Module:
+        """Makes the model alone, from tokens to features, as task does; tensors of heads are passed over."""
+        parts = self._made(lambda: nn.ModuleDict({"model": make_model(self.config)}), self.heads())
+        return parts["model"]
+
+    def heads(self) -> Collection[str]:
+        """Returns the file's names of what is no part of the model below its heads."""
+        return ()
+
+    def load(self, task: Task) -> None:
         """Copies the weights into a task; see task."""
         self._check(task)
         self._fill(task)
 
-    def _fill(self, task: LanguageModelling) -> None:
-        for name, tensor in task.state_dict().items():
+    def _made(self, make: Callable[[], nn.Module], left_out: Collection[str] = ()) -> Any:
+        if self.config.layers > len(self.shapes):  # so that a wrong number does not cost time
+            got = f"{self.config.layers} for {len(self.shapes)} tensors"
+            raise ValueError(f"pretrained: layers of {self.where} must have tensors, got {got}")
+        with torch.device("meta"):  # nothing is allocated before the shapes are known to be right
+            module = make()
+        self._check(module, left_out)
+        self._fill(module.to_empty(device="cpu"))
+        return module.eval()
+
+    def _fill(self, module: nn.Module) -> None:
+        for name, tensor in module.state_dict().items():
             tensor.copy_(self.read(self.named(name)))
 
-    def _check(self, task: LanguageModelling) -> None:
-        wanted = {self.named(name): tuple(tensor.shape) for name, tensor in task.state_dict().items()}
+    def _check(self, module: nn.Module, left_out: Collection[str] = ()) -> None:
+        wanted = {self.named(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         if missing := [name for name in wanted if name not in self.shapes]:
             raise ValueError(f"pretrained: {self.where} must hold {_few(missing)}, got none of them")
-        if extra := [name for name in self.shapes if name not in wanted]:
+        if extra := [name for name in self.shapes if name not in wanted and name not in left_out]:
             raise ValueError(f"pretrained: {self.where} must hold no other tensors, got {_few(extra)}")
         for name, shape in wanted.items():
             if self.shapes[name] != shape:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from torch import nn
+
 from lspm_models import checkpoint, language_models
 from lspm_models.data.tokenizers import Tokenizer, load_tokenizer
 from lspm_models.files import write_atomically
 from lspm_models.models import lora
-from lspm_models.tasks.language_modelling import LanguageModelling
 from lspm_models.tuning import Tuning
 
 
@@ -91,13 +92,23 @@ class RunCheckpoint:
             )
         return tokenizer
 
-    def task(self) -> LanguageModelling:
+    def task(self) -> language_models.Task:
         """Makes the task, in eval mode, with the weights."""
         task = language_models.make_task(self.config)
         self.load(task)
         return task.eval()
 
-    def load(self, task: LanguageModelling) -> None:
+    def model(self) -> nn.Module:
+        """Makes the model alone, from tokens to features, in eval mode, with the weights."""
+        if self._tuning.adapts:
+            return self.task().model
+        stored = checkpoint.read_tensors(self.path / "model.safetensors")
+        stored = {name: tensor for name, tensor in stored.items() if name.startswith("model.")}
+        parts = nn.ModuleDict({"model": language_models.make_model(self.config)})
+        checkpoint.copy_weights(stored, parts, self.path)
+        return parts["model"].eval()
+
+    def load(self, task: language_models.Task) -> None:
         """Copies the weights into a task: adapters are added to the weights that they learned beside."""
         if not self._tuning.adapts:
             checkpoint.load_weights(self.path, task)

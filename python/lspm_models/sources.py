@@ -10,6 +10,7 @@ from lspm_models.data.tokenizers import Tokenizer
 from lspm_models.gguf_model import GgufModel
 from lspm_models.hugging_face import HuggingFaceFolder
 from lspm_models.json_files import read_object
+from lspm_models.models.bert import BertConfig
 from lspm_models.pretrained import Pretrained
 from lspm_models.run_folder import RunCheckpoint
 from lspm_models.tasks.language_modelling import LanguageModelling
@@ -55,8 +56,10 @@ def load_language_model(
         The task, in eval mode, and the tokenizer.
 
     Raises:
-        ValueError: there is no model, or its parts do not fit each other.
+        ValueError: there is no model, it continues no texts, or its parts do not fit each other.
     """
     source = open_source(path)
+    if isinstance(source.config, BertConfig):
+        raise ValueError(f"generate: model must continue texts, got a BERT in {path}; see predict.py --text")
     tokenizer = source.tokenizer()
     return source.task().to(device), tokenizer

@@ -66,7 +66,7 @@ class TextJob:
     free = ("dropout",)  # of the model, in fine-tuning
 
     def add_options(self, parser: Parser, *, fine_tuning: bool = False) -> None:
-        parser.add_config("text", TextConfig, skip=TOKENIZER if fine_tuning else ())
+        parser.add_config("text", self.sections["data"], skip=TOKENIZER if fine_tuning else ())
         options = self.sections["model"]
         skip = [item.name for item in fields(options) if item.name not in self.free] if fine_tuning else ()
         parser.add_config("model", options, skip=skip)

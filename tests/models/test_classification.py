@@ -259,7 +259,7 @@ def test_fine_tuning_from_torchvisions_weights(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model resnet19", r"model: name must be one of gpt, llama, resnet10, .*, got 'resnet19'"),
+        ("--model resnet19", r"model: name must be one of gpt, llama, bert, resnet10, .*, got 'resnet19'"),
         ("--model resnet50 --width 0", r"ResNetConfig: width must be a positive integer, got 0"),
         ("--model resnet18 --widht 3", r"unknown option --widht; did you mean --width\?"),
         ("--model resnet18 --data missing", r"images: 'missing' must be a file, .*, got no such path"),

@@ -132,7 +132,7 @@ def test_buffers_of_old_checkpoints_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (CONFIG, {"model_type": "bloom"}, "model_type must be one of gpt2, llama, got 'bloom' in"),
+        (CONFIG, {"model_type": "bloom"}, "model_type must be one of gpt2, llama, bert, got 'bloom' in"),
         (CONFIG, {"activation_function": "relu"}, "activation_function must be 'gelu_new' or 'gel"),
         (CONFIG, {"n_inner": 100}, "n_inner must be 4 n_embd (192), got 100 in"),
         (CONFIG, {"scale_attn_weights": False}, "scale_attn_weights must be True, got False in"),

@@ -205,7 +205,7 @@ def test_reads_what_a_folder_says_of_its_tokenizer(tmp_path):
         (
             "config.json",
             '{"model_type": "t5"}',
-            r"hugging_face: model_type must be one of gpt2, llama, got 't5' ",
+            r"hugging_face: model_type must be one of gpt2, llama, bert, got 't5' ",
         ),
     ],
 )

@@ -244,7 +244,10 @@ def test_fine_tuning_replaces_the_head_where_the_classes_are_others(run, trained
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model vnet", r"model: name must be one of gpt, llama, resnet10, .*, unet, detector, got 'vnet'"),
+        (
+            "--model vnet",
+            r"model: name must be one of gpt, llama, bert, resnet10, .*, unet, detector, got 'vnet'",
+        ),
         ("--model unet --backbone vgg", r"model: backbone must be one of resnet10, .*, got 'vgg'"),
         ("--model unet --features 0", r"UNetConfig: width must be a positive integer, got 0"),
         ("--model detector --levels 5", r"DetectorConfig: levels must be at most 4, got 5"),

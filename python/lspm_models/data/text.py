@@ -62,7 +62,10 @@ class TextConfig:
 
 
 def prepare_text(
-    config: TextConfig, folder: Path, report: Callable[[str], None] = lambda line: None
+    config: TextConfig,
+    folder: Path,
+    report: Callable[[str], None] = lambda line: None,
+    mark: Callable[[Tokenizer], Tokenizer] = lambda tokenizer: tokenizer,
 ) -> tuple[Tokenizer, Tokens]:
     """Makes the tokenizer and the token file of a run, or opens those its folder holds already.
 
@@ -70,6 +73,7 @@ def prepare_text(
         config: which text, which tokenizer.
         folder: the run folder; gets tokenizer.json and tokens/.
         report: takes lines for the reader.
+        mark: makes of a new tokenizer the one that the model needs.
 
     Raises:
         ValueError: the corpus or an option is not usable; the message names it.
@@ -84,7 +88,7 @@ def prepare_text(
     if path.exists():
         tokenizer = load_tokenizer(path)
     else:
-        tokenizer = train_tokenizer(corpus, config)
+        tokenizer = mark(train_tokenizer(corpus, config))
         save_tokenizer(tokenizer, path)
     report(f"tokenizer  {tokenizer.kind.replace('_', ' ')}, {tokenizer.vocabulary_size:,} tokens")
     tokens = tokens_for(

@@ -204,11 +204,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         ValueError: there is no such file, or it is no tokenizer.
     """
-    from lspm_models.data.pretrained_tokenizer import PretrainedTokenizer  # which is made of what is above
+    from lspm_models.data.mask_tokenizer import MaskTokenizer  # which are made of what is above
+    from lspm_models.data.pretrained_tokenizer import PretrainedTokenizer
 
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        kinds = {kind.kind: kind for kind in (*KINDS.values(), PretrainedTokenizer)}
+        kinds = {kind.kind: kind for kind in (*KINDS.values(), PretrainedTokenizer, MaskTokenizer)}
         return kinds[content["kind"]].from_json(content)
     except FileNotFoundError as error:
         raise ValueError(f"load_tokenizer: {path} must be a tokenizer file, got no such file") from error

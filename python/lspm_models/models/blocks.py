@@ -1,4 +1,4 @@
-"""What decoders are built from: norms, attention, MLPs, the block, and the model around its blocks.
+"""What transformers are built from: norms, attention, MLPs, the block, and the model around its blocks.
 
 Each residual addition and the norm after it are one kernel. Names in a state dict are those of Hugging Face's
 models, which differ: a block takes them beside its parts.
@@ -201,10 +201,10 @@ class Block(nn.Module):
         return mlp(x), residual
 
 
-class Decoder(nn.Module):
-    """Features of each token from the tokens up to it.
+class Transformer(nn.Module):
+    """What decoders and encoders share: kernels, first weights, and what they take for tokens.
 
-    A subclass has `config`, with vocabulary_size and context, `embedding`, `blocks` and `norm`.
+    A subclass has `config`, with vocabulary_size and context, `embedding` and `blocks`.
 
     Args:
         ops: kernels.
@@ -240,6 +240,24 @@ class Decoder(nn.Module):
                 additions = 2 * len(self.blocks) if name.split(".")[-2] in outputs else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(additions))
 
+    def looked_up(self, tokens: Tensor, past: int = 0) -> Tensor:
+        """The table's rows (B, T, C) of tokens, the first of which stands at `past`; ValueError otherwise."""
+        if tokens.dtype != torch.int64 or tokens.ndim != 2:
+            got = f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
+            raise ValueError(f"{self._name}: tokens must be (B, T) int64, got {got}")
+        end = past + tokens.shape[1]
+        if end > self.config.context:
+            raise ValueError(f"{self._name}: tokens must fit the context of {self.config.context}, got {end}")
+        return look_up(self._name, "tokens", tokens, self.embedding)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+
+class Decoder(Transformer):
+    """Features of each token from the tokens up to it; a subclass has `norm` too."""
+
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Features after the final norm.
 
@@ -258,7 +276,7 @@ class Decoder(nn.Module):
         if cache is not None and torch.is_grad_enabled():
             raise ValueError(f"{self._name}: cache must be used under torch.no_grad(), got gradients enabled")
         past = cache.length if cache is not None else 0
-        x, residual = self._embed(tokens, past), None
+        x, residual = in_autocast(self.positioned(self.looked_up(tokens, past), past)), None
         rotation = self.rotation(past, past + tokens.shape[1], cache)
         for block in self.blocks:
             if self.gradient_checkpointing and cache is None:
@@ -276,25 +294,18 @@ class Decoder(nn.Module):
         """Embeddings (B, T, C) of tokens whose first one stands at `past`, with what tells their places."""
         return x
 
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
 
-    def _embed(self, tokens: Tensor, past: int) -> Tensor:
-        if tokens.dtype != torch.int64 or tokens.ndim != 2:
-            got = f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
-            raise ValueError(f"{self._name}: tokens must be (B, T) int64, got {got}")
-        end = past + tokens.shape[1]
-        if end > self.config.context:
-            raise ValueError(f"{self._name}: tokens must fit the context of {self.config.context}, got {end}")
-        try:
-            x = self.embedding(tokens)
-        except IndexError:  # the look-up checks each id anyway; this says which was wrong
-            least, most = tokens.aminmax()
-            wrong = least if least < 0 else most
-            raise ValueError(
-                f"{self._name}: tokens must be in [0, {self.config.vocabulary_size}), got {wrong}"
-            ) from None
-        x = self.positioned(x, past)
-        device = x.device.type
-        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+def look_up(model: str, name: str, ids: Tensor, table: nn.Embedding) -> Tensor:
+    """Rows (..., C) of a table; a ValueError says which id has none."""
+    try:
+        return table(ids)
+    except IndexError:  # the look-up checks each id anyway; this says which was wrong
+        least, most = ids.aminmax()
+        wrong = least if least < 0 else most
+        raise ValueError(f"{model}: {name} must be in [0, {table.num_embeddings}), got {wrong}") from None
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where that is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

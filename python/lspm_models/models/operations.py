@@ -55,10 +55,20 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
     queries, keys = q.shape[-2], k.shape[-2]
     grouped = q.shape[1] != k.shape[1]
-    if not causal or queries == 1:
+    if not causal:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, enable_gqa=grouped)
+    if queries == 1:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -87,9 +97,9 @@ def _gated_mlp(
 
 
 def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int = -100
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100
 ) -> Tensor:
-    logits = F.linear(hidden, weight)
+    logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # float64 stays
     return F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=ignore_index)
 
