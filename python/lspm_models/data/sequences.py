@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lspm_models.data.mask_tokenizer import MaskTokenizer
 from lspm_models.data.tokenizers import Tokenizer
 
 PADDING = -1  # no id, so that a batch tells its lengths
@@ -60,7 +61,8 @@ def padded(rows: Sequence[np.ndarray]) -> Tensor:
 
 def begin_and_end(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Returns the ids before and behind a whole text: what a model has read around the texts it learned."""
-    return tokenizer.prompt(None), [tokenizer.end_of_text]
+    begin = [tokenizer.marks.begin] if isinstance(tokenizer, MaskTokenizer) else tokenizer.prompt(None)
+    return begin, [tokenizer.end_of_text]
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[list[np.ndarray], int]:
