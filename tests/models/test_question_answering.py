@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_pretrain import refused
+from tiny_bert import BERT
 from tiny_gpt import CONFIG, LLAMA
 from tiny_questions import people, write
 
@@ -43,7 +44,7 @@ def make_task(config=CONFIG, **options):
     return task.eval()
 
 
-@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt", "llama"])
+@pytest.mark.parametrize("config", [CONFIG, LLAMA, replace(BERT, pooler=False)], ids=["gpt", "llama", "bert"])
 def test_padding_changes_nothing(config):
     task, targets = make_task(config), torch.tensor([[3, 5, 2, 7], [0, 0, 2, 18], [1, 1, 1, 3]])
     rows = [np.random.default_rng(length).integers(1, 60, length) for length in (9, 20, 5)]

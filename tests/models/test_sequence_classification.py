@@ -3,7 +3,9 @@
 import re
 import shutil
 import sys
+from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import finetune
 import generate
@@ -14,19 +16,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_pretrain import refused
+from tiny_bert import BERT
 from tiny_gpt import CONFIG, LLAMA
 from tiny_reviews import complaints, reviews, write
 
 from lspm_models.checkpoint import checkpoints
 from lspm_models.data.sequences import SequenceData, Sequences, padded
 from lspm_models.fit_config import FitConfig
+from lspm_models.hugging_face import save_pretrained
 from lspm_models.language_models import MODELS
 from lspm_models.models.gpt import GPT
+from lspm_models.options import merge, read_config
 from lspm_models.run_log import read_log
+from lspm_models.sequence_job import ClassificationJob
 from lspm_models.sequence_models import load_sequence_model
+from lspm_models.sources import open_source
 from lspm_models.tasks.sequence_classification import SequenceClassification
+from lspm_models.text_job import TextJob
 from lspm_models.train import fit
 
+MEAN = replace(BERT, pooler=False)
 SMALL = "--context 24 --layers 1 --heads 2 --width 16 --batch-size 4 --device cpu --steps 2".split()
 SHORT = (
     "--steps 6 --evaluate-every 3 --checkpoint-every 2 --evaluation-batches 2 --batch-size 8 --device cpu "
@@ -48,8 +57,11 @@ def rows(*lengths):
     return [np.random.default_rng(length).integers(1, 60, length) for length in lengths]
 
 
-@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt", "llama"])
-@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [(CONFIG, "last"), (CONFIG, "mean"), (LLAMA, "last"), (LLAMA, "mean"), (BERT, "first"), (MEAN, "mean")],
+    ids=["gpt-last", "gpt-mean", "llama-last", "llama-mean", "bert-first", "bert-mean"],
+)
 def test_padding_changes_nothing(config, pooling):
     task, texts = make_task(config, pooling=pooling), rows(5, 24, 1, 9)
     together, targets = padded(texts), torch.tensor([0, 2, 1, 1])
@@ -75,32 +87,6 @@ def test_what_is_pooled():
         make_task(pooling="max")
     with pytest.raises(ValueError, match=r"classes must be at least 2, got 1$"):
         SequenceClassification(GPT(CONFIG), 1)
-
-
-class Encoder(torch.nn.Module):
-    """A model that sees both sides: the mean of the embeddings beside each, and a pooler."""
-
-    config = CONFIG
-
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Embedding(CONFIG.vocabulary_size, CONFIG.width)
-
-    def forward(self, tokens, mask=None, token_types=None):
-        mask = torch.ones_like(tokens) if mask is None else mask
-        x = self.table(tokens) * mask[:, :, None]
-        return x + (x.sum(1) / mask.sum(1, keepdim=True))[:, None]
-
-    def pooled(self, features):
-        return features[:, 0].tanh()
-
-
-@pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_an_encoder_is_told_what_is_padding(pooling):
-    task, texts = SequenceClassification(Encoder(), 3, pooling=pooling), rows(5, 9)
-    alone = torch.cat([task(padded([row])) for row in texts])
-    torch.testing.assert_close(task(padded(texts)), alone)
-    assert (task.score.bias is not None) == (pooling == "first")
 
 
 def test_the_loss_and_what_is_measured():
@@ -145,17 +131,10 @@ def folder(tmp_path_factory):
     (path / "reviews.txt").write_text("\n".join(text for text, _ in reviews(80)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", StringIO())
-        for name, more in (("gpt", ["--tokenizer", "character"]), ("llama", ["--vocabulary-size", "300"])):
-            arguments = [
-                "--model",
-                name,
-                "--corpus",
-                path / "reviews.txt",
-                *SMALL,
-                *more,
-                "--out",
-                path / name,
-            ]
+        kinds = {"gpt": ["--tokenizer", "character"], "llama": ["--vocabulary-size", "300"]}
+        for name, more in (*kinds.items(), ("bert", kinds["gpt"])):
+            arguments = ["--model", name, "--corpus", path / "reviews.txt", *SMALL, *more]
+            arguments += ["--out", path / name]
             patch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
             assert pretrain.main() == 0
     return path
@@ -211,16 +190,37 @@ def test_the_scripts_from_a_run_to_labels_of_new_texts(run, folder, tmp_path, mo
     assert load_sequence_model(tmp_path / "three")[2]["labels"] == ["bad", "good", "so"]
 
 
-def test_a_llama_by_the_mean_of_its_tokens(run, folder, tmp_path):
-    options = [*SHORT[:-4], "--validation", "0.25", "--pooling", "mean", "--length", "8"]
-    arguments = ("--task", "classification", "--init", folder / "llama", "--data", folder / "reviews.tsv")
-    code, out, err = run(finetune, *arguments, *options, "--out", tmp_path / "run")
+@pytest.mark.parametrize(
+    ("name", "options", "pooling"),
+    [("llama", ["--pooling", "mean"], "mean"), ("bert", [], "first"), ("hf", ["--pooling", "mean"], "mean")],
+)
+def test_other_models_and_poolings(run, folder, tmp_path, name, options, pooling):
+    init = folder / name
+    if name == "hf":
+        source, init = open_source(folder / "bert"), tmp_path / "hf"
+        save_pretrained(source.task(), init, source.tokenizer())
+    options = [*SHORT[:-4], "--validation", "0.25", "--length", "8", *options]
+    arguments = ("--task", "classification", "--init", init, "--data", folder / "reviews.tsv", *options)
+    code, out, err = run(finetune, *arguments, "--out", tmp_path / "run")
     assert (code, err) == (0, "")
     assert re.search(r"cut        \d+ of 60 texts to 8 tokens\n", out)
-    assert "2 labels by the mean of the tokens" in out
+    assert re.search(r"2 labels by the (mean of the tokens|first token)\n", out)
     task, tokenizer, head = load_sequence_model(tmp_path / "run")
-    assert (head, task.training) == ({"labels": ["bad", "good"], "pooling": "mean"}, False)
+    assert (head, task.training) == ({"labels": ["bad", "good"], "pooling": pooling}, False)
     assert tokenizer.vocabulary_size == task.config.vocabulary_size
+    assert getattr(task.config, "pooler", False) == (pooling == "first")
+
+
+def test_the_bundled_configs_are_valid():
+    jobs = {"sentiment_pretrain": TextJob(), "sentiment": ClassificationJob(TextJob())}
+    found = {}
+    for name, job in jobs.items():
+        content = read_config(Path(finetune.__file__).parent / "configs" / f"{name}.toml")
+        merged = merge(job.sections, [content])
+        found[name] = {section: job.sections[section](**options) for section, options in merged.items()}
+    pretraining, classification = found.values()
+    assert pretraining["data"].corpus == (f"{classification['data'].data}-training",)
+    assert pretraining["data"].vocabulary_size == 4000
 
 
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, folder, tmp_path, monkeypatch):
