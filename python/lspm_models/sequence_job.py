@@ -152,8 +152,8 @@ class ClassificationJob(SequenceJob):
         return rows[0], rows[1]
 
     def task(self, run: Run, config: Config) -> nn.Module:
-        options = {"dropout": run.data.head_dropout, "label_smoothing": run.data.label_smoothing}
-        return make_task(config, self.name, self._head, **options)
+        options = {name: getattr(run.data, name) for name in ("label_smoothing", "language_modelling")}
+        return make_task(config, self.name, self._head, dropout=run.data.head_dropout, **options)
 
     def same_head(self, source: SequenceCheckpoint) -> bool:
         return super().same_head(source) and source.head == self._head

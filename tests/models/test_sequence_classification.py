@@ -31,7 +31,8 @@ from lspm_models.run_log import read_log
 from lspm_models.sequence_job import ClassificationJob
 from lspm_models.sequence_models import load_sequence_model
 from lspm_models.sources import open_source
-from lspm_models.tasks.sequence_classification import SequenceClassification
+from lspm_models.tasks.language_modelling import LanguageModelling
+from lspm_models.tasks.sequence_classification import SequenceClassification, encode
 from lspm_models.text_job import TextJob
 from lspm_models.train import fit
 
@@ -102,6 +103,20 @@ def test_the_loss_and_what_is_measured():
     # precision 2/3 and 1, recall 1 and 1/2; the third class is nowhere
     measured = task.metrics([2.0, 0, 0, 1, 1, 0, 0, 0, 0])
     assert measured == pytest.approx({"accuracy": 3 / 4, "f1": (4 / 5 + 2 / 3) / 2})
+
+
+def test_next_tokens_are_learned_beside_labels():
+    texts, targets = rows(5, 9, 3), torch.tensor([0, 2, 1])
+    task, both = make_task(), make_task(language_modelling=0.5)
+    logits = LanguageModelling(task.model).head(encode(task.model, padded(texts))[0])
+    pairs = [(logits[i, : len(row) - 1], torch.from_numpy(row[1:])) for i, row in enumerate(texts)]
+    of_tokens = F.cross_entropy(*(torch.cat(part) for part in zip(*pairs, strict=True)))
+    expected = task.loss(padded(texts), targets) + 0.5 * of_tokens
+    torch.testing.assert_close(both.loss(padded(texts), targets), expected)
+    assert torch.equal(both.evaluate(padded(texts), targets)[0], task.evaluate(padded(texts), targets)[0])
+    for config, name in ((LLAMA, "Llama"), (MEAN, "Bert")):
+        with pytest.raises(ValueError, match=rf"language_modelling must be 0 .*, got 0\.5 of a {name}$"):
+            make_task(config, pooling="mean", language_modelling=0.5)
 
 
 def test_it_learns_what_tells_the_label(tmp_path, characters):

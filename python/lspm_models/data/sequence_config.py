@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lspm_models.data.labelled_texts import NAMED
@@ -39,11 +40,14 @@ class ClassificationConfig:
     )
     head_dropout: float = option(0.1, "probability of dropping a pooled feature in training")
     label_smoothing: float = option(0.0, "probability given to all labels alike")
+    language_modelling: float = option(0.0, "weight of the loss of next tokens beside that of labels")
 
     def __post_init__(self) -> None:
         check_data(self, "a .tsv, .csv or .jsonl file of texts with labels")
         for name in ("head_dropout", "label_smoothing"):
             check_share(self, name)
+        if not 0 <= self.language_modelling < math.inf:
+            raise ValueError(f"data: language_modelling must be 0 or greater, got {self.language_modelling}")
         if self.pooling not in ("auto", *POOLINGS):
             known = ", ".join(("auto", *POOLINGS))
             raise ValueError(f"data: pooling must be one of {known}, got {self.pooling!r}")

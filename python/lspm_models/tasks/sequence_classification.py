@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lspm_kernels import cross_entropy
 from lspm_models.models.blocks import Decoder
+from lspm_models.tasks.language_modelling import IGNORE_INDEX
 
 POOLINGS = ("last", "mean", "first")
 
@@ -44,9 +45,13 @@ class SequenceClassification(nn.Module):
             encoder's pooler makes of the first token's.
         dropout: probability of dropping, in training, one of the features pooled.
         label_smoothing: probability that the targets give to all classes alike, in training.
+        language_modelling: weight, in training, of the loss of each token's next one, which keeps a small set
+            of texts from being learned by heart; of a decoder whose head is its table of embeddings.
 
     Raises:
-        ValueError: pooling is another, or classes are fewer than 2.
+        ValueError: pooling is another, classes are fewer than 2, or the model has no such head.
+
+    Source: Radford et al., Improving Language Understanding by Generative Pre-Training, 2018, equation 5.
     """
 
     unit = "text"
@@ -60,6 +65,7 @@ class SequenceClassification(nn.Module):
         pooling: str = "last",
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
+        language_modelling: float = 0.0,
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
@@ -73,8 +79,14 @@ class SequenceClassification(nn.Module):
             )
         if classes < 2:
             raise ValueError(f"SequenceClassification: classes must be at least 2, got {classes}")
+        if language_modelling and not (isinstance(model, Decoder) and model.config.tied):
+            name = type(model).__name__
+            raise ValueError(
+                "SequenceClassification: language_modelling must be 0 of a model without a tied head for next "
+                f"tokens, got {language_modelling} of a {name}"
+            )
         self.model, self.classes, self.pooling = model, classes, pooling
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.language_modelling = label_smoothing, language_modelling
         self.dropout = nn.Dropout(dropout)
         self.score = nn.Linear(model.config.width, classes, bias=pooling == "first")
         nn.init.normal_(self.score.weight, std=0.02)  # as GPT-2 and BERT draw theirs
@@ -88,7 +100,9 @@ class SequenceClassification(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, classes) of tokens (B, T) int64, -1 behind the end of each text."""
-        features, lengths = encode(self.model, tokens)
+        return self._logits(*encode(self.model, tokens))
+
+    def _logits(self, features: Tensor, lengths: Tensor) -> Tensor:
         return self.score(self.dropout(self.pooled(features, lengths)))
 
     def pooled(self, features: Tensor, lengths: Tensor) -> Tensor:
@@ -101,8 +115,17 @@ class SequenceClassification(nn.Module):
         return features.masked_fill(~inside[:, :, None], 0).sum(1) / lengths[:, None].to(features.dtype)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy in nats, in float32, to classes (B,) int64."""
-        return cross_entropy(self(tokens).float(), targets, label_smoothing=self.label_smoothing)
+        """The mean cross-entropy in nats, in float32, to classes (B,) int64, and that of tokens by its weight."""
+        features, lengths = encode(self.model, tokens)
+        logits = self._logits(features, lengths).float()
+        loss = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        if not self.language_modelling:
+            return loss
+        following = tokens[:, 1:].masked_fill(tokens[:, 1:] < 0, IGNORE_INDEX)
+        weight, of_tokens = self.model.embedding.weight, self.model.ops.linear_cross_entropy
+        return loss + self.language_modelling * of_tokens(
+            features[:, :-1], weight, following, ignore_index=IGNORE_INDEX
+        )
 
     def evaluate(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy without smoothing, and the counts of true and predicted classes."""
