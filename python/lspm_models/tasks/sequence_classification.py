@@ -80,10 +80,10 @@ class SequenceClassification(nn.Module):
         if classes < 2:
             raise ValueError(f"SequenceClassification: classes must be at least 2, got {classes}")
         if language_modelling and not (isinstance(model, Decoder) and model.config.tied):
-            name = type(model).__name__
+            got = f"{language_modelling} of a {type(model).__name__}"
             raise ValueError(
-                "SequenceClassification: language_modelling must be 0 of a model without a tied head for next "
-                f"tokens, got {language_modelling} of a {name}"
+                "SequenceClassification: language_modelling must be 0 of a model without a tied head for the "
+                f"next token, got {got}"
             )
         self.model, self.classes, self.pooling = model, classes, pooling
         self.label_smoothing, self.language_modelling = label_smoothing, language_modelling
@@ -115,7 +115,7 @@ class SequenceClassification(nn.Module):
         return features.masked_fill(~inside[:, :, None], 0).sum(1) / lengths[:, None].to(features.dtype)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy in nats, in float32, to classes (B,) int64, and that of tokens by its weight."""
+        """The mean cross-entropy in nats, in float32, to classes (B,) int64, with that to the next tokens."""
         features, lengths = encode(self.model, tokens)
         logits = self._logits(features, lengths).float()
         loss = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
