@@ -7,6 +7,7 @@ from mutations import Mutation
 MODELS = "python/lspm_models"
 CLASSES = ("tests/models/test_sequence_classification.py", "-x", "-k", "not learns")
 TEXTS = ("tests/models/test_labelled_texts.py", "-x")
+SCORES = ("tests/models/test_squad_metrics.py", "-x")
 ANSWERS = ("tests/models/test_question_answering.py", "-x")
 in_classes = partial(Mutation, file=f"{MODELS}/tasks/sequence_classification.py", tests=CLASSES)
 in_outputs = partial(Mutation, file=f"{MODELS}/sequence_outputs.py", tests=CLASSES)
@@ -14,7 +15,7 @@ in_texts = partial(Mutation, file=f"{MODELS}/data/labelled_texts.py", tests=TEXT
 in_sequences = partial(Mutation, file=f"{MODELS}/data/sequences.py", tests=TEXTS)
 in_task = partial(Mutation, file=f"{MODELS}/tasks/question_answering.py", tests=ANSWERS)
 in_questions = partial(Mutation, file=f"{MODELS}/data/questions.py", tests=ANSWERS)
-in_scores = partial(Mutation, file=f"{MODELS}/squad_metrics.py", tests=ANSWERS)
+in_scores = partial(Mutation, file=f"{MODELS}/squad_metrics.py", tests=SCORES)
 in_answers = partial(Mutation, file=f"{MODELS}/sequence_outputs.py", tests=ANSWERS)
 
 MUTATIONS = [
