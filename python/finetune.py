@@ -1,4 +1,4 @@
-"""Fine-tune what pretrain.py made on another text, or on other images."""
+"""Fine-tune what pretrain.py made on another text, its classes or questions about it, or on other images."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ with errors_in_one_line("finetune.py"):  # what comes in with these may not be i
 
 def main() -> int:
     with errors_in_one_line("finetune.py"):
-        job = job_of(sys.argv[1:])
+        job = job_of(sys.argv[1:], fine_tuning=True)
     parser = training_parser(*job.fine_tuning)
     parser.run.add_argument("--init", metavar="FOLDER", help=job.init_help)
     job.add_options(parser, fine_tuning=True)

@@ -1,7 +1,7 @@
-"""Say what a model that pretrain.py or finetune.py made sees in image files, or in a text's gaps."""
+"""Say what a model that pretrain.py or finetune.py made sees in image files, in texts or in their gaps."""
 
 import sys
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 from lspm_models.options import Parser, errors_in_one_line, given
 
@@ -10,17 +10,22 @@ with errors_in_one_line("predict.py"):  # what comes in with these may not be in
 
     from lspm_models.encoder_outputs import filled, similarities
     from lspm_models.predictors import Output, load_predictor
+    from lspm_models.sequence_models import task_in
 
 DESCRIPTION = """\
-Say what is on images. A ResNet: the most probable classes, each with its probability. A U-Net: the share of
-each class, and a picture with its pixels in colour. A detector: each object with its score and its box, left,
-upper, right and lower side in pixels, and a picture with the boxes. A BERT: what may stand where a text says
-[MASK], or how near texts lie to each other. In brackets stands what holds without the option."""
+Say what is on images or in texts. A classifier of either: the most probable classes, each with its
+probability. A model of question answering: the part of each text that answers --question, with its
+probability. A U-Net: the share of each class, and a picture with its pixels in colour. A detector: each
+object with its score and its box, left, upper, right and lower side in pixels, and a picture with the boxes.
+A BERT: what may stand where a text says [MASK], or how near texts lie to each other. In brackets stands what
+holds without the option."""
 
 EXAMPLES = [
     "predict.py runs/fashion shoe.png",
     "predict.py runs/photos *.jpg --top 1",
     "predict.py runs/detector street.jpg --score 0.6 --pictures found/",
+    "predict.py runs/sentiment --text 'What a book!'",
+    "predict.py runs/answers --text 'Ann lives in Rome.' --question 'Where does Ann live?'",
     "predict.py runs/bert --text 'return [MASK]' --top 3",
     "predict.py all-MiniLM-L6-v2/ --similarity --text 'A man eats.' 'A man has a meal.' 'It rains.'",
 ]
@@ -38,20 +43,26 @@ def main() -> int:
     with errors_in_one_line(parser.prog):
         output = Output(**given(arguments, {"output": Output})["output"])
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if output.text:
+        if output.text and not task_in(arguments.folder):
             return read(arguments.folder, output, device)
-        if not arguments.images:
+        if not arguments.images and not output.text:
             parser.error("give image files, or texts behind --text")
         predictor = load_predictor(arguments.folder, device, output)
-        for name in arguments.images:
+        for name in lines(output.text) if output.text else arguments.images:
             try:
-                found = predictor(Path(name))
+                found = predictor(name)
             except ValueError as error:
                 sys.stderr.write(f"{parser.prog}: {name}: {error}\n")
                 unread += 1
                 continue
             print(name, found, sep="   ")
     return 1 if unread else 0
+
+
+def lines(texts: Iterable[str]) -> Iterator[str]:
+    """Yields texts, and for - the lines of standard input."""
+    for text in texts:
+        yield from (line.rstrip("\r\n") for line in sys.stdin) if text == "-" else [text]
 
 
 def read(folder: str, output: Output, device: str) -> int:

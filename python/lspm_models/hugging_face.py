@@ -6,14 +6,14 @@ Nothing is unpickled: a folder that has only pytorch_model.bin is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lspm_models.data.mask_tokenizer import MaskTokenizer
 from lspm_models.data.pretrained_tokenizer import PretrainedTokenizer
@@ -25,11 +25,20 @@ from lspm_models.data.tokenizer_folder import (
 )
 from lspm_models.data.tokenizers import ByteBpe
 from lspm_models.files import replaced
-from lspm_models.hugging_face_config import Format, read_config, write_config
+from lspm_models.hugging_face_config import (
+    Format,
+    head_name,
+    head_prefix,
+    read_config,
+    write_config,
+    write_head,
+)
 from lspm_models.json_files import read_object
 from lspm_models.language_models import Task
 from lspm_models.models.bert import Bert, BertConfig
 from lspm_models.pretrained import Pretrained
+from lspm_models.tasks.question_answering import QuestionAnswering
+from lspm_models.tasks.sequence_classification import SequenceClassification
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -163,11 +172,12 @@ def load_encoder(folder: str | Path) -> Bert:
 
 
 def save_pretrained(
-    task: Task | Bert,
+    task: Task | Bert | SequenceClassification | QuestionAnswering,
     folder: str | Path,
     tokenizer: ByteBpe | PretrainedTokenizer | MaskTokenizer | None = None,
     *,
     shard_bytes: int | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
     """Writes a folder that transformers' from_pretrained loads, and load_pretrained, whole or not at all.
 
@@ -177,9 +187,11 @@ def save_pretrained(
         tokenizer: byte-level BPE, or of a BERT what it was trained with, to be written beside it as
             tokenizer.json and tokenizer_config.json.
         shard_bytes: begin a new file where one would be larger than this; None: one file.
+        labels: of a classifier, a name for each class.
 
     Raises:
-        ValueError: the folder is there already, the GPT has no biases, or the tokenizer is of another kind.
+        ValueError: the folder is there already, the GPT has no biases, the tokenizer is of another kind, or a
+            classifier pools as transformers does not, or has another number of labels.
     """
     from safetensors.torch import save_file
 
@@ -194,7 +206,9 @@ def save_pretrained(
     if not masked and tokenizer is not None and not isinstance(tokenizer, ByteBpe | PretrainedTokenizer):
         raise ValueError(f"save_pretrained: tokenizer must be byte-level BPE, got {tokenizer.kind}")
     form, content = write_config(task.config)
-    shards = _sharded(_theirs(task, form), shard_bytes)
+    head, kind = _head(task, labels), content["model_type"]
+    content |= write_head(head, kind, labels) if head else {}
+    shards = _sharded(_theirs(task, form, head, kind), shard_bytes)
     with replaced(folder) as partial:
         partial.mkdir(parents=True)
         if masked and tokenizer is not None:
@@ -218,11 +232,26 @@ def save_pretrained(
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _theirs(task: Task | Bert, form: Format) -> dict[str, Tensor]:
+def _head(task: nn.Module, labels: Sequence[str]) -> str | None:
+    """Returns the name of a task on whole texts; a ValueError where transformers has none like it."""
+    if isinstance(task, QuestionAnswering):
+        return "question_answering"
+    if not isinstance(task, SequenceClassification):
+        return None
+    theirs = "first" if isinstance(task.config, BertConfig) else "last"
+    if task.pooling != theirs:
+        raise ValueError(f"save_pretrained: pooling must be {theirs} of this model, got {task.pooling}")
+    if len(labels) != task.classes:
+        raise ValueError(f"save_pretrained: labels must be {task.classes}, got {len(labels)}")
+    return "classification"
+
+
+def _theirs(task: nn.Module, form: Format, head: str | None, kind: str) -> dict[str, Tensor]:
     endings = tuple(f".{layer}.weight" for layer in form.transposed)
+    prefix = head_prefix(head, kind, form.prefix) if head else form.prefix
     tensors = {}
     for name, tensor in task.state_dict().items():
-        theirs = form.prefix + name.removeprefix("model.") if name.startswith("model.") else name
+        theirs = prefix + name.removeprefix("model.") if name.startswith("model.") else head_name(kind, name)
         tensors[theirs] = (tensor.t() if name.endswith(endings) else tensor).contiguous().cpu()
     return tensors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -132,6 +133,15 @@ ACTIVATIONS = {
     "relu": ("relu",),
     "silu": ("silu", "swish"),
 }
+CLASSES = {"gpt2": "GPT2", "llama": "Llama", "bert": "Bert"}
+# The class of transformers with a head, by our task's name and their model's.
+ARCHITECTURES = {
+    task: {kind: f"{model}For{name}" for kind, model in CLASSES.items()}
+    for task, name in (
+        ("classification", "SequenceClassification"),
+        ("question_answering", "QuestionAnswering"),
+    )
+}
 SCALINGS = {"default": {}, "linear": {"rope_factor": "factor"}, "llama3": LLAMA3}
 
 
@@ -195,6 +205,25 @@ def write_config(config: Config) -> tuple[Format, dict]:
     content["rope_scaling"] = {"rope_type": kind, **scaling} if scaling else None
     content["rope_parameters"] = {"rope_type": kind, "rope_theta": config.theta, **scaling}
     return form, content
+
+
+def head_prefix(task: str, kind: str, prefix: str) -> str:
+    """Returns what the model's tensors begin with below a head; of one head it is not as of all others."""
+    return "transformer." if (task, kind) == ("question_answering", "llama") else prefix
+
+
+def head_name(kind: str, name: str) -> str:
+    """Returns the name of a head's tensor: BERT's score is called classifier."""
+    return name.replace("score.", "classifier.", 1) if kind == "bert" and name.startswith("score.") else name
+
+
+def write_head(task: str, kind: str, labels: Sequence[str]) -> dict:
+    """Returns what config.json says of a head."""
+    content: dict[str, Any] = {"architectures": [ARCHITECTURES[task][kind]]}
+    if task == "classification":
+        content["id2label"] = {str(index): label for index, label in enumerate(labels)}
+        content["label2id"] = {label: index for index, label in enumerate(labels)}
+    return content
 
 
 def _rope(content: dict, where: str) -> dict:

@@ -1,4 +1,4 @@
-"""From a trained run to what it says of an image file, whatever its task; and the options of predict.py."""
+"""From a trained run to what it says of an image file or of a text; and the options of predict.py."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from lspm_models.image_job import load_image_model
 from lspm_models.image_outputs import most_probable
 from lspm_models.run_folder import find_checkpoint
 from lspm_models.scene_job import JOBS, load_scene_model, model_of
+from lspm_models.sequence_models import load_sequence_model, task_of
 
 
 @dataclass(frozen=True)
 class Output:
     """What shall be said and drawn."""
 
-    top: int = field(default=5, metadata={"help": "classes of a ResNet, or tokens of a BERT, at most"})
+    top: int = field(default=5, metadata={"help": "classes, or tokens of a BERT, at most"})
     score: float = field(default=0.4, metadata={"help": "the least of a box, of a detector"})
     pictures: str | None = field(
         default=None,
@@ -32,7 +33,15 @@ class Output:
 
     text: tuple[str, ...] = field(
         default=(),
-        metadata={"help": "texts with [MASK] where a BERT shall say what stands there", "default": "none"},
+        metadata={
+            "help": "texts, with [MASK] where a BERT shall say what stands there; "
+            "of a classifier or with --question - reads the lines of standard input",
+            "default": "none",
+        },
+    )
+    question: str | None = field(
+        default=None,
+        metadata={"help": "what to ask of each --text", "default": "none", "metavar": "TEXT"},
     )
     similarity: bool = field(
         default=False, metadata={"help": "say how near --text lie to each other, by a BERT's mean features"}
@@ -47,7 +56,7 @@ class Output:
             raise ValueError(f"output: score must be between 0 and 1, got {self.score}")
 
 
-def load_predictor(folder: str | Path, device: str | torch.device, output: Output) -> Callable[[Path], str]:
+def load_predictor(folder: str | Path, device: str | torch.device, output: Output) -> Callable[[str], str]:
     """Loads a run's model.
 
     Args:
@@ -56,29 +65,55 @@ def load_predictor(folder: str | Path, device: str | torch.device, output: Outpu
         output: what shall be said.
 
     Returns:
-        A function that says what is on an image file; that of a U-Net or a detector writes a picture besides,
-        and says where. It raises ValueError where the file cannot be read.
+        A function that says what is on an image file, whose name it takes, or of a text; that of a U-Net or a
+        detector writes a picture besides, and says where. It raises ValueError where the file cannot be read
+        or the text is empty.
 
     Raises:
         ValueError: there is no checkpoint, or its parts do not fit each other.
     """
     path = find_checkpoint(folder)
+    if task_of(path):
+        return _of_texts(path, device, output)
     if model_of(path).get("model") in JOBS:
         pictures = Path(output.pictures or path.resolve().parents[1] / "predictions")
         return _of_scenes(path, device, output.score, pictures)
     task, look = load_image_model(path, device)
 
     @torch.no_grad()
-    def classes(file: Path) -> str:
-        pixels = torch.from_numpy(decode(file, look.channels, look.size).copy())
+    def classes(file: str) -> str:
+        pixels = torch.from_numpy(decode(Path(file), look.channels, look.size).copy())
         logits = task(look.normalised(pixels[None]).to(device))
-        found = most_probable(logits, look.classes, output.top)[0]
-        return "  ".join(f"{label} {probability:.1%}" for label, probability in found)
+        return _probable(most_probable(logits, look.classes, output.top)[0])
 
     return classes
 
 
-def _of_scenes(path: Path, device: str | torch.device, score: float, pictures: Path) -> Callable[[Path], str]:
+def _probable(found: list[tuple[str, float]]) -> str:
+    return "  ".join(f"{label} {probability:.1%}" for label, probability in found)
+
+
+def _of_texts(path: Path, device: str | torch.device, output: Output) -> Callable[[str], str]:
+    from lspm_models.sequence_outputs import answer, classify
+
+    if not output.text:
+        raise ValueError("output: text must be given, since the model reads texts, got none")
+    task, tokenizer, head = load_sequence_model(path, device)
+    if "labels" in head:
+        if output.question is not None:
+            raise ValueError(f"output: question must be absent of a classifier, got {output.question!r}")
+        return lambda text: _probable(classify(task, tokenizer, head["labels"], text, output.top))
+    if output.question is None:
+        raise ValueError("output: question must be given, since the model answers questions, got none")
+
+    def answered(text: str) -> str:
+        found, probability = answer(task, tokenizer, head, output.question, text)
+        return f"{found or '(no answer)'} {probability:.1%}"
+
+    return answered
+
+
+def _of_scenes(path: Path, device: str | torch.device, score: float, pictures: Path) -> Callable[[str], str]:
     from lspm_models.data.drawn import BROKEN, reason
     from lspm_models.pictures import save
     from lspm_models.scene_outputs import look_at
@@ -86,7 +121,8 @@ def _of_scenes(path: Path, device: str | torch.device, score: float, pictures: P
     task, look = load_scene_model(path, device)
     written: set[Path] = set()
 
-    def scene(file: Path) -> str:
+    def scene(name: str) -> str:
+        file = Path(name)
         try:
             words, picture = look_at(task, look, file, score)
         except BROKEN as error:

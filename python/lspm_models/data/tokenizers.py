@@ -29,6 +29,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of several texts, in parallel where that helps."""
 
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns ids (T,) and the characters (T, 2), from and to, that each of them stands for."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; end_of_text gives nothing, half a character gives U+FFFD."""
 
@@ -113,6 +116,10 @@ class ByteBpe(Unmarked):
         )
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns ids and their characters; those of one character's bytes all stand for it."""
+        return with_spans(self._tokenizer.encode_batch(list(texts), add_special_tokens=False))
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; end_of_text gives nothing, half a character gives U+FFFD."""
         ids = checked_ids(ids, self.vocabulary_size)
@@ -175,6 +182,11 @@ class Characters(Unmarked):
         """Returns the ids of several texts, each as an int64 array."""
         return [self._ids[_code_points(without_surrogates(text))] for text in texts]
 
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns ids and their characters, one each."""
+        ids = self.encode_batch(texts)
+        return [(row, np.arange(len(row))[:, None] + np.arange(2)) for row in ids]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; end_of_text gives nothing, unknown gives U+FFFD."""
         ids = checked_ids(ids, self.vocabulary_size)
@@ -224,6 +236,11 @@ def without_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
+
+
+def with_spans(encodings: Sequence) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the ids and the spans of what the tokenizers library encoded."""
+    return [(np.array(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
 
 
 def batches(items: Iterable, size: int) -> Iterable[list]:
