@@ -16,15 +16,15 @@ using lspm::TensorView;
 
 namespace {
 
-Drops drops_of(double p, uint64_t seed) {
+Drops drops_of(double p, double scale, uint64_t seed) {
   if (!(p >= 0 && p <= 1)) TensorView::refuse("p", "be from 0 to 1");
-  return {p, seed};
+  return {p, float(scale), seed};
 }
 
 void dropout_forward(const TensorView& x, const OptionalView& residual, const TensorView& out, double p,
-                     uint64_t seed, int threads) {
+                     double scale, uint64_t seed, int threads) {
   check_first(x, "x");
-  const Drops drops = drops_of(p, seed);
+  const Drops drops = drops_of(p, scale, seed);
   const int64_t n = x.numel();
   const DType type = x.dtype();
   void *px = x.contiguous("x", x, type, n), *pr = optional(residual, "residual", x, type, n);
@@ -49,7 +49,8 @@ void embedding_forward(const TensorView& tokens, const TensorView& weight, const
                        const OptionalView& position_weight, const OptionalView& token_types,
                        const OptionalView& token_type_weight, const OptionalView& norm_weight,
                        const OptionalView& norm_bias, const TensorView& out, const OptionalView& statistics,
-                       int64_t first, int64_t length, float eps, double p, uint64_t seed, int threads) {
+                       int64_t first, int64_t length, float eps, double p, double scale, uint64_t seed,
+                       int threads) {
   check_first(out, "out");
   const DType type = out.dtype(), ids = tokens.dtype();
   if (ids != DType::i32 && ids != DType::i64) TensorView::refuse("tokens", "be int32 or int64");
@@ -57,8 +58,8 @@ void embedding_forward(const TensorView& tokens, const TensorView& weight, const
   if (!norm_weight && (norm_bias || statistics)) TensorView::refuse("norm_weight", "be there in a norm");
   const DType norm = norm_weight ? norm_weight->dtype() : type;
   if (norm != DType::f32 && norm != type) TensorView::refuse("norm_weight", "have out's dtype or float32");
-  const EmbeddingShape s{tokens.numel(),   weight.size(-1), length, first, type, ids, norm, eps,
-                         drops_of(p, seed)};
+  const EmbeddingShape s{tokens.numel(),          weight.size(-1), length, first, type, ids, norm, eps,
+                         drops_of(p, scale, seed)};
   const Lookup lookups[3] = {lookup_of(weight, tokens, "tokens", out, s),
                              lookup_of(position_weight, positions, "positions", out, s),
                              lookup_of(token_type_weight, token_types, "token_types", out, s)};
@@ -75,12 +76,12 @@ void embedding_forward(const TensorView& tokens, const TensorView& weight, const
 
 void bind_embedding(py::module_& m) {
   m.def("dropout_forward", &dropout_forward, py::arg("x"), py::arg("residual").none(true), py::arg("out"),
-        py::arg("p"), py::arg("seed"), py::arg("threads"));
+        py::arg("p"), py::arg("scale"), py::arg("seed"), py::arg("threads"));
   m.def("embedding_forward", &embedding_forward, py::arg("tokens"), py::arg("weight"),
         py::arg("positions").none(true), py::arg("position_weight").none(true),
         py::arg("token_types").none(true), py::arg("token_type_weight").none(true),
         py::arg("norm_weight").none(true), py::arg("norm_bias").none(true), py::arg("out"),
         py::arg("statistics").none(true), py::arg("first"), py::arg("length"), py::arg("eps"), py::arg("p"),
-        py::arg("seed"), py::arg("threads"));
+        py::arg("scale"), py::arg("seed"), py::arg("threads"));
 }
 #endif

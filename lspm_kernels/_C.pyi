@@ -201,7 +201,7 @@ def cross_entropy_forward(
     threads: int,
 ) -> None: ...
 def dropout_forward(
-    x: Tensor, residual: Tensor | None, out: Tensor, p: float, seed: int, threads: int
+    x: Tensor, residual: Tensor | None, out: Tensor, p: float, scale: float, seed: int, threads: int
 ) -> None: ...
 def embedding_bag_backward(
     dout: Tensor,
@@ -256,6 +256,7 @@ def embedding_forward(
     length: int,
     eps: float,
     p: float,
+    scale: float,
     seed: int,
     threads: int,
 ) -> None: ...

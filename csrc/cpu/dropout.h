@@ -23,8 +23,7 @@ struct Dropper {
   uint32_t threshold;
   float scale;
 
-  explicit Dropper(const Drops& drops)
-      : seed(drops.seed), threshold(drops.threshold()), scale(drops.scale()) {}
+  explicit Dropper(const Drops& drops) : seed(drops.seed), threshold(drops.threshold()), scale(drops.scale) {}
 
   F operator()(F v, U word) const { return word >= threshold ? unfused(v * scale) : F{}; }
 

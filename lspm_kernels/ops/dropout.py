@@ -17,28 +17,33 @@ BACKENDS = (
 )
 
 
-def _forward(row, x, residual, seed, p, saves=True):
+def _forward(row, x, residual, seed, p, scale, saves=True):
     x = x.contiguous()
     out = torch.empty_like(x)
     if row is not None and x.numel():
-        row.forward(x, None if residual is None else residual.contiguous(), out, p, int(seed))
+        row.forward(x, None if residual is None else residual.contiguous(), out, p, scale, int(seed))
     return out
 
 
 def _save(ctx, inputs, output):
-    _, _, seed, ctx.p = inputs
+    _, _, seed, ctx.p, ctx.scale = inputs
     ctx.save_for_backward(seed)
 
 
 def _gradient(ctx, dout):
     (seed,) = ctx.saved_tensors
     wants_dx, wants_dresidual = ctx.needs_input_grad[:2]
-    dx = drop(ctx.row, dout, None, seed, ctx.p) if wants_dx else None
-    return dx, dout if wants_dresidual else None, None, None
+    dx = drop(ctx.row, dout, None, seed, ctx.p, ctx.scale) if wants_dx else None
+    return dx, dout if wants_dresidual else None, None, None, None
+
+
+def scale_of(p: float) -> float:
+    """What multiplies the elements that are kept."""
+    return 1 / (1 - p) if p < 1 else 0.0
 
 
 drop = Operator(
-    "dropout(Tensor x, Tensor? residual, Tensor seed, float p) -> Tensor",
+    "dropout(Tensor x, Tensor? residual, Tensor seed, float p, float scale) -> Tensor",
     BACKENDS,
     _forward,
     _save,
@@ -97,4 +102,4 @@ def dropout(
     seed = checks.seed(_OP, seed)
     if row is None:
         return reference.dropout(x, p, residual=residual, seed=seed)
-    return drop(row, x, residual, seed, float(p))
+    return drop(row, x, residual, seed, float(p), scale_of(p))

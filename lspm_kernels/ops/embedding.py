@@ -46,7 +46,7 @@ def _forward(
         given = (None if t is None else t.contiguous() for t in given)
         row.forward(
             tokens.contiguous(), *given, out, statistics if wants else None, first, tokens.shape[-1], eps, p,
-            0 if seed is None else int(seed),
+            dropout.scale_of(p), 0 if seed is None else int(seed),
         )  # fmt: skip
     return out, statistics
 
@@ -67,14 +67,18 @@ def _gradient(ctx, dout, _):
     *tensors, seed, statistics = ctx.saved_tensors
     tokens, _, positions, _, token_types, _, norm_weight, norm_bias = tensors
     wants, of_norm = ctx.needs_input_grad, (None, None)
-    if ctx.p:
-        dout = dropout.drop(_row(dropout, ctx), dout, None, seed, ctx.p)
+    scale = dropout.scale_of(ctx.p)
+    if ctx.p:  # beside a norm, whose gradients then take the scale, dout keeps its bits
+        given = dout, None, seed, ctx.p, scale if norm_weight is None else 1.0
+        dout = dropout.drop(_row(dropout, ctx), *given)
     if norm_weight is not None:  # the sum is gathered again rather than kept
         total, _ = _embedding(ctx.row, *tensors[:6], None, None, None, -1, ctx.first, ctx.eps, 0.0)
-        bias = norm_bias if wants[7] else None
+        scaled = norm_weight.float() * scale if ctx.p else norm_weight
+        bias = torch.empty_like(scaled) if wants[7] else None
         dout, *of_norm = layer_norm.norm_backward(
-            _row(layer_norm, ctx), dout, None, total, statistics, norm_weight, bias, wants[6], True
+            _row(layer_norm, ctx), dout, None, total, statistics, scaled, bias, wants[6], True
         )
+        of_norm = [(grad * scale).to(norm_weight.dtype) if ctx.p else grad for grad in of_norm]
     rows = dout.reshape(-1, dout.shape[-1])
     bags = _row(embedding_bag, ctx)
 
