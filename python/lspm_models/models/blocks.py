@@ -37,20 +37,22 @@ def project(layer: nn.Module, x: Tensor, ops: Operations) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm of x + residual, which comes back beside it; of x alone where there is no residual."""
+    """Layer norm of dropout(x) + residual, which comes back beside it; of x alone without a residual."""
 
-    def __init__(self, width: int, eps: float, bias: bool, ops: Operations):
+    def __init__(self, width: int, eps: float, bias: bool, dropout: float, ops: Operations):
         super().__init__(width, eps=eps, bias=bias)
-        self.ops = ops
+        self.dropout, self.ops = dropout, ops
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if residual is not None and self.training and self.dropout:
+            x, residual = self.ops.dropout(x, self.dropout, residual=residual), None
         if residual is None:
             return self.ops.layer_norm(x, self.weight, self.bias, self.eps), x
         return self.ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
-    """As LayerNorm, of RMS norm."""
+    """As LayerNorm, of RMS norm and without dropout."""
 
     def __init__(self, width: int, eps: float, ops: Operations):
         super().__init__(width, eps=eps)
@@ -88,12 +90,11 @@ class Attention(nn.Module):
 class PackedAttention(Attention):
     """GPT-2's: one projection to queries, keys and values."""
 
-    def __init__(self, width: int, heads: int, bias: bool, dropout: float, layer: int, ops: Operations):
+    def __init__(self, width: int, heads: int, bias: bool, layer: int, ops: Operations):
         super().__init__(layer, ops)
         self.heads = heads
         self.c_attn = nn.Linear(width, 3 * width, bias=bias)
         self.c_proj = nn.Linear(width, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, x: Tensor, cache: KeyValueCache | None = None, rotation: Rotation | None = None
@@ -101,7 +102,7 @@ class PackedAttention(Attention):
         B, T, C = x.shape
         packed = project(self.c_attn, x, self.ops).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = packed.transpose(1, 3).unbind(2)  # (B, H, T, D), views
-        return self.dropout(project(self.c_proj, self.attend(q, k, v, cache, rotation), self.ops))
+        return project(self.c_proj, self.attend(q, k, v, cache, rotation), self.ops)
 
 
 class GroupedAttention(Attention):
@@ -128,18 +129,17 @@ class GroupedAttention(Attention):
 class MLP(nn.Module):
     """Two linear layers with GELU, in its tanh form, between them."""
 
-    def __init__(self, width: int, bias: bool, dropout: float, ops: Operations):
+    def __init__(self, width: int, bias: bool, ops: Operations):
         super().__init__()
         self.ops = ops
         self.c_fc = nn.Linear(width, 4 * width, bias=bias)
         self.c_proj = nn.Linear(4 * width, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self.c_fc) is not nn.Linear:  # its weight is kept in fewer bits, which the layer reads
             return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
         layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
-        return self.dropout(self.ops.mlp(x, *layers, activation="gelu_tanh"))
+        return self.ops.mlp(x, *layers, activation="gelu_tanh")
 
 
 class GatedMLP(nn.Module):
@@ -162,8 +162,8 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each after a norm and beside a residual.
 
-    It takes and gives (x, residual) whose sum is the residual stream: the addition is left to the norm that
-    follows, in the next block or at the end.
+    It takes and gives (x, residual) whose sum is the residual stream: the addition, and what is dropped of x
+    before it, are left to the norm that follows, in the next block or at the end.
 
     Args:
         parts: norm, attention, norm and MLP, in this order, by the names that they have in the state dict.
@@ -253,9 +253,9 @@ class Decoder(nn.Module):
     def rotation(self, past: int, end: int, cache: KeyValueCache | None) -> Rotation | None:
         """Cosines and sines of places from past to end, which a cache may keep; None: no rotation."""
 
-    def positioned(self, x: Tensor, past: int) -> Tensor:
+    def embedded(self, tokens: Tensor, past: int) -> Tensor:
         """Embeddings (B, T, C) of tokens whose first one stands at `past`, with what tells their places."""
-        return x
+        return self.ops.embedding(tokens, self.embedding.weight)
 
     @property
     def _name(self) -> str:
@@ -269,13 +269,14 @@ class Decoder(nn.Module):
         if end > self.config.context:
             raise ValueError(f"{self._name}: tokens must fit the context of {self.config.context}, got {end}")
         try:
-            x = self.embedding(tokens)
-        except IndexError:  # the look-up checks each id anyway; this says which was wrong
+            x = self.embedded(tokens, past)
+        except (IndexError, ValueError):  # the look-up checks each id anyway; this says which was wrong
             least, most = tokens.aminmax()
+            if 0 <= least and most < self.config.vocabulary_size:
+                raise
             wrong = least if least < 0 else most
             raise ValueError(
                 f"{self._name}: tokens must be in [0, {self.config.vocabulary_size}), got {wrong}"
             ) from None
-        x = self.positioned(x, past)
         device = x.device.type
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -18,6 +18,8 @@ from lspm_kernels.reference.bias_act import ACTIVATIONS
 class Operations:
     """Functions with the signatures of their namesakes in lspm_kernels."""
 
+    embedding: Callable[..., Tensor]
+    dropout: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     rms_norm: Callable[..., Tensor]
@@ -28,6 +30,24 @@ class Operations:
     mlp: Callable[..., Tensor]
     gated_mlp: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
+
+
+def _embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    *,
+    position_weight: Tensor | None = None,
+    positions: int = 0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    x = F.embedding(tokens, weight)
+    if position_weight is not None:
+        x = x + position_weight[positions : positions + tokens.shape[-1]]
+    return F.dropout(x, dropout_p) if dropout_p else x
+
+
+def _dropout(x: Tensor, p: float, *, residual: Tensor) -> Tensor:
+    return residual + F.dropout(x, p)
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -94,6 +114,8 @@ def _linear_cross_entropy(
 
 
 FUSED = Operations(
+    lspm_kernels.embedding,
+    lspm_kernels.dropout,
     lspm_kernels.layer_norm,
     lspm_kernels.add_layer_norm,
     lspm_kernels.rms_norm,
@@ -106,6 +128,8 @@ FUSED = Operations(
     lspm_kernels.linear_cross_entropy,
 )
 PLAIN = Operations(
+    _embedding,
+    _dropout,
     _layer_norm,
     _add_layer_norm,
     _rms_norm,
