@@ -62,16 +62,16 @@ def dropout(
 ) -> Tensor:
     """Dropout, with a residual addition where wanted: out = residual + x * kept / (1 - p).
 
-    No mask is stored: the backward draws it again, and keeps the seed alone. What is dropped counts as 0, be it
-    infinite or NaN. Second derivatives are right.
+    No mask is stored: the backward draws it again, and keeps the seed alone. What is dropped counts as 0,
+    be it infinite or NaN. Second derivatives are right.
 
     Args:
         x: of any shape, float32, bfloat16 or float16; the product and the sum are taken in float32.
         p: the share of elements that is dropped, from 0 to 1.
         residual: of x's shape, or None; of two dtypes, the output takes the one torch promotes them to.
         training: False drops nothing: out = residual + x, or x itself.
-        seed: which elements are dropped depends on it and their places in x alone. None draws one from torch's
-            default generator.
+        seed: which elements are dropped depends on it and their places in x alone. None draws one from
+            torch's default generator.
         backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:

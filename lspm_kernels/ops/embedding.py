@@ -1,4 +1,4 @@
-"""What stands before the first block of a transformer: rows of tables, a layer norm and dropout in one pass."""
+"""What stands before the first block of a transformer: rows of tables, a layer norm and dropout."""
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, dout, _):
     *tensors, seed, statistics = ctx.saved_tensors
-    tokens, _, positions, _, token_types, _, norm_weight, norm_bias = tensors
+    tokens, _, positions, _, token_types, _, norm_weight, _ = tensors
     wants, of_norm = ctx.needs_input_grad, (None, None)
     scale = dropout.scale_of(ctx.p)
     if ctx.p:  # beside a norm, whose gradients then take the scale, dout keeps its bits
@@ -94,8 +94,8 @@ def _gradient(ctx, dout, _):
 
     return (
         None, of_table(0, tokens, wants[1], ctx.padding_idx), None, of_table(1, positions, wants[3]), None,
-        of_table(2, token_types, wants[5]), of_norm[0] if wants[6] else None, of_norm[1] if wants[7] else None,
-        None, None, None, None, None,
+        of_table(2, token_types, wants[5]), of_norm[0] if wants[6] else None,
+        of_norm[1] if wants[7] else None, None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -133,15 +133,16 @@ def embedding(
 ) -> Tensor:
     """Embeddings of tokens, with their positions and types, a layer norm and dropout where wanted:
 
-        out = dropout(layer_norm(weight[tokens] + position_weight[positions] + token_type_weight[token_types]))
+        out = dropout(layer_norm(
+            weight[tokens] + position_weight[positions] + token_type_weight[token_types]))
 
     What is not given is left out. Neither the sum nor a mask is kept: the backward gathers the one and draws
     the other again. Gradients of tables are dense, and each of their rows is added up in the order of the
     tokens: the same bits on every run and any number of threads.
 
     Args:
-        tokens: (..., T), int32 or int64, from 0 to N - 1. An id outside a table is an error on a CPU; on a GPU,
-            for which nothing waits, it makes its row NaN and adds to no gradient.
+        tokens: (..., T), int32 or int64, from 0 to N - 1. An id outside a table is an error on a CPU; on a
+            GPU, for which nothing waits, it makes its row NaN and adds to no gradient.
         weight: (N, D), float32, bfloat16 or float16; sums and statistics are in float32.
         padding_idx: a row of weight that gets no gradient; below 0 it counts from N.
         position_weight: (P, D), weight's dtype.

@@ -1,4 +1,4 @@
-"""Embeddings of tokens: rows of tables, a layer norm and dropout, in plain PyTorch: what the kernels compute."""
+"""Embeddings of tokens, with a layer norm and dropout, in plain PyTorch: what the kernels compute."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from lspm_kernels.reference.layer_norm import layer_norm
 def embedding(tokens: Tensor, weight: Tensor, *, positions: Tensor | int = 0, position_weight=None,
               token_types=None, token_type_weight=None, norm_weight=None, norm_bias=None, eps: float = 1e-5,
               dropout_p: float = 0.0, seed: int = 0, padding_idx: int | None = None) -> Tensor:  # fmt: skip
-    """dropout(layer_norm(the rows' sum)), each as it is given, in float32 at least; rounded to weight's dtype."""
+    """dropout(layer_norm(the rows' sum)), each where it is given, in float32 at least."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     y = F.embedding(tokens, weight, padding_idx).to(wide)
     if position_weight is not None:

@@ -1,4 +1,4 @@
-"""Philox4x32-10 in plain PyTorch: which elements dropout keeps, where a 32-bit word is not below p * 2 ** 32."""
+"""Philox4x32-10 in plain PyTorch: dropout keeps what has a 32-bit word not below p * 2 ** 32."""
 
 import math
 
@@ -16,7 +16,7 @@ def kept(seed: int, p: float, batches: range, H: int, T_q: int, T_k: int, device
 
 
 def kept_of(seed: int, p: float, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Of this shape: element i in row-major order has the counter (c, 0, 0, c >> 32), c = i // 64 * 16 + i % 16."""
+    """Of this shape: element i, row by row, has (c, 0, 0, c >> 32), c = i // 64 * 16 + i % 16."""
     i = torch.arange(math.prod(shape), device=device)
     c = i // 64 * 16 + i % 16
     return _kept(seed, p, i, c & _LOW, 0 * i, 0 * i, c >> 32).reshape(shape)

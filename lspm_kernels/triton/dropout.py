@@ -49,6 +49,4 @@ def forward(x, residual, out, p, scale, seed):
     elements = x.numel()
     grid = (triton.cdiv(elements, _BLOCK["BLOCK"]),)
     with torch.cuda.device_of(x):
-        _forward_kernel[grid](
-            x, residual, out, elements, seed, threshold(p), scale, **_EXACT, **_BLOCK
-        )
+        _forward_kernel[grid](x, residual, out, elements, seed, threshold(p), scale, **_EXACT, **_BLOCK)

@@ -1,7 +1,8 @@
 """Embeddings of tokens: a program owns a row of the output, whose sum and norm stay in its registers.
 
-Without a norm a row that is wide is divided into blocks of columns. Where rows are a multiple of 64 elements,
-dropout draws a counter once for four of them, else for each. Bytes: a row of each table and one of the output.
+Without a norm a row that is wide is divided into blocks of columns. Where rows are a multiple of 64
+elements, dropout draws a counter once for four of them, else for each. Bytes: a row of each table and one of
+the output.
 """
 
 import torch
@@ -85,7 +86,7 @@ def forward(
     drops = (seed, threshold(p), scale) if p else (None, None, None)
     with torch.cuda.device_of(weight):
         _forward_kernel[rows, triton.cdiv(dim, cols)](
-            tokens, weight, positions, position_weight, token_types, token_type_weight, norm_weight, norm_bias,
-            out, statistics, rows, *tables, dim, first, length, eps, *drops, ALIGNED=dim % 64 == 0, COLS=cols,
-            num_warps=min(max(cols // (32 * _ELEMENTS), 1), _WARPS), **_EXACT,
+            tokens, weight, positions, position_weight, token_types, token_type_weight, norm_weight,
+            norm_bias, out, statistics, rows, *tables, dim, first, length, eps, *drops, ALIGNED=dim % 64 == 0,
+            COLS=cols, num_warps=min(max(cols // (32 * _ELEMENTS), 1), _WARPS), **_EXACT,
         )  # fmt: skip

@@ -45,8 +45,10 @@ def word_of(seed, i):
 
 @triton.jit
 def rounded_at_random(value, seed, row, first, DIM: tl.constexpr):
-    """A row's columns from `first` on, both multiples of 64, as the bfloat16 above or below; what is not finite
-    is as always."""
+    """A row's columns from `first` on as the bfloat16 above or below; what is not finite is as always.
+
+    DIM and first are multiples of 64.
+    """
     drawn = words(seed, row, first, DIM)
     bits = value.to(tl.uint32, bitcast=True)
     moved = ((bits + (drawn >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)

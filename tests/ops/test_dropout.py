@@ -177,7 +177,7 @@ def test_compile(mode):
 
 
 def test_compiled_calls_draw_seeds_of_their_own():
-    drawn = torch.compile(lambda x: lk.dropout(x), fullgraph=True, backend="aot_eager")
+    drawn = torch.compile(lk.dropout, fullgraph=True, backend="aot_eager")
     x = torch.ones(1000, requires_grad=True)
     first, second = drawn(x), drawn(x)
     assert not torch.equal(first, second)
@@ -207,7 +207,9 @@ def test_every_part_of_torch():
     assert torch.equal(program.module()(x, residual), expected)
     drawn = torch.ones(500, requires_grad=True)
     y = checkpoint(lambda x: lk.dropout(x).sin(), drawn, use_reentrant=False)
-    assert torch.equal(torch.autograd.grad(y.sum(), drawn)[0], torch.where(y != 0, 2 * torch.tensor(2.0).cos(), 0))
+    assert torch.equal(
+        torch.autograd.grad(y.sum(), drawn)[0], torch.where(y != 0, 2 * torch.tensor(2.0).cos(), 0)
+    )
     with FakeTensorMode() as mode:
         fake = ours(*(mode.from_tensor(t) for t in (x, residual)))
     assert fake.shape == expected.shape
@@ -220,15 +222,21 @@ ONES = torch.ones(2, 4)
 BAD = {
     "dropout: x must be a floating-point tensor, got list": lambda: lk.dropout([1.0]),
     "dropout: x must be a floating-point tensor, got (2, 4) torch.int64": lambda: lk.dropout(ONES.long()),
-    "dropout: residual must be a tensor of x's shape (2, 4), got (4,)": lambda: lk.dropout(ONES, residual=ONES[0]),
-    "dropout: residual must be on x's device cpu, got meta": lambda: lk.dropout(ONES, residual=ONES.to("meta")),
+    "dropout: residual must be a tensor of x's shape (2, 4), got (4,)": lambda: lk.dropout(
+        ONES, residual=ONES[0]
+    ),
+    "dropout: residual must be on x's device cpu, got meta": lambda: lk.dropout(
+        ONES, residual=ONES.to("meta")
+    ),
     "dropout: residual must be a floating-point tensor, got (2, 4) torch.int64": lambda: lk.dropout(
         ONES, residual=ONES.long()
     ),
     "dropout: p must be from 0 to 1, got 1.5": lambda: lk.dropout(ONES, 1.5),
     "dropout: p must be from 0 to 1, got nan": lambda: lk.dropout(ONES, float("nan")),
     "dropout: seed must be an integer from 0 to 2 ** 63 - 1, got -1": lambda: lk.dropout(ONES, seed=-1),
-    "dropout: backend must be one of cpu, triton, reference, got 'cuda'": lambda: lk.dropout(ONES, backend="cuda"),
+    "dropout: backend must be one of cpu, triton, reference, got 'cuda'": lambda: lk.dropout(
+        ONES, backend="cuda"
+    ),
 }
 
 

@@ -18,7 +18,9 @@ def both(kind, tokens, **options):
     return (bound(f.embedding, kind, tokens, **OPTIONS, **options) for f in (lk, reference))
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("aot_eager", "gpt"), ("aot_eager", "bert"), ("inductor", "bert")])
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("aot_eager", "gpt"), ("aot_eager", "bert"), ("inductor", "bert")]
+)
 def test_compile(mode, kind):
     torch._dynamo.reset()
     made_once = torch.compile(

@@ -35,7 +35,10 @@ def rows_on_the_cpu(monkeypatch):
 
 
 @on_one_gpu
-@pytest.mark.parametrize("kind", ["gpt", "bert", *(pytest.param(k, marks=pytest.mark.long) for k in KINDS if k not in ("gpt", "bert"))])
+@pytest.mark.parametrize(
+    "kind",
+    ["gpt", "bert", *(pytest.param(k, marks=pytest.mark.long) for k in KINDS if k not in ("gpt", "bert"))],
+)
 def test_against_the_reference(driver, kind):
     check(kind, drawn(2, 5), made(kind, 64), dropout_p=0.3, seed=3, padding_idx=1)
     assert driver.launches[0] == "_forward_kernel"
@@ -70,7 +73,11 @@ def test_ids_that_are_none_read_nothing_and_make_nan(driver):
     weight, table, types, *_ = made("bert", 8)
     tokens = torch.tensor([[0, N, 1], [-1, 2, 2**40]])
     y = lk.embedding(tokens, weight.requires_grad_())
-    assert y.isnan().all(-1).tolist() == y.isnan().any(-1).tolist() == [[False, True, False], [True, False, True]]
+    assert (
+        y.isnan().all(-1).tolist()
+        == y.isnan().any(-1).tolist()
+        == [[False, True, False], [True, False, True]]
+    )
     (grad,) = torch.autograd.grad(y.sum(), weight)
     assert grad[:4, 0].tolist() == [1.0, 1.0, 1.0, 0.0]
     tokens = torch.zeros(1, 3, dtype=torch.int64)
