@@ -20,12 +20,13 @@ struct Job {
     const T *const x = this->x, *const residual = this->residual;
     T* const out = this->out;
     const Dropper drop = this->drop;
-    const int64_t whole = begin + (end - begin) / kDrawn * kDrawn;
-    for (int64_t at = begin; at < whole; at += kDrawn) {
-      U words[kDrawn / kLanes];
-      draw(drop.seed, 0, at, words);
-#pragma GCC unroll 8
-      for (int v = 0; v < kDrawn / kLanes; v += 2) {
+    constexpr int64_t kStep = kTogether * kDrawn;
+    const int64_t whole = begin + (end - begin) / kStep * kStep;
+    for (int64_t at = begin; at < whole; at += kStep) {
+      U words[kStep / kLanes];
+      draw<kTogether>(drop.seed, 0, at, words);
+#pragma GCC unroll 16
+      for (int v = 0; v < kStep / kLanes; v += 2) {
         constexpr PairLanes<T> lanes;
         const int64_t i = at + v * kLanes;
         F first = reinterpret_cast<F>(words[v]), second = reinterpret_cast<F>(words[v + 1]);

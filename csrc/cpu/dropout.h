@@ -27,16 +27,13 @@ struct Dropper {
 
   F operator()(F v, U word) const { return word >= threshold ? unfused(v * scale) : F{}; }
 
-  // What multiplies the elements [first, first + count) of all; 0: dropped. room: for count + 2 * kDrawn.
+  // What multiplies the elements [first, first + count) of all; 0: dropped. room: for count + kDrawn.
   const float* factors(int64_t first, int64_t count, float* room) const {
     const int64_t begin = first / kDrawn * kDrawn;
     const F kept = broadcast(scale);
-    for (int64_t at = begin; at < first + count; at += kDrawn) {
-      U words[kDrawn / kLanes];
-      draw(seed, 0, at, words);
-      for (int v = 0; v < kDrawn / kLanes; ++v)
-        store(room + at - begin + v * kLanes, words[v] >= threshold ? kept : F{});
-    }
+    for_each_word(seed, 0, begin, first + count, [&](int64_t i, U word, auto lanes) {
+      lanes.store(room + i - begin, word >= threshold ? kept : F{});
+    });
     return room + first - begin;
   }
 };

@@ -116,7 +116,7 @@ void forward(const Lookup (&lookups)[3], const void* norm_weight, const void* no
       streams(job.out, s.rows * s.dim, s.dim) ? &Job<T>::template rows<true> : &Job<T>::template rows<false>;
   parallel_for(s.rows, s.rows * s.dim, threads, [&](int64_t begin, int64_t end) {
     const int64_t dims = norm_weight ? s.dim : 0, centers = RowStatistics<T>::room(dims);
-    const std::unique_ptr<float[]> floats(new float[2 * dims + centers + (drops ? s.dim + 2 * kDrawn : 0)]);
+    const std::unique_ptr<float[]> floats(new float[2 * dims + centers + (drops ? s.dim + kDrawn : 0)]);
     const std::unique_ptr<T[]> sums(new T[dims]);
     float *const first = floats.get(), *const second = first + dims, *const third = second + dims;
     (job.*rows)(begin, end,

@@ -60,8 +60,8 @@ MUTATIONS = [
     in_cpu(
         name="adamw, cpu: each chunk begins its words anew",
         file="csrc/cpu/philox.h",
-        old="draw(seed, row, d, words);",
-        new="draw(seed, row, d - begin, words);",
+        old="draw<decltype(blocks)::value>(seed, row, d, words);",
+        new="draw<decltype(blocks)::value>(seed, row, d - begin, words);",
     ),
     in_cpu(
         name="adamw, cpu: squares in float32",

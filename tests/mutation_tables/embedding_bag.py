@@ -91,8 +91,8 @@ MUTATIONS = [
     in_update(
         name="embedding_bag_update, cpu: every vector rounded by the words of the first",
         file="csrc/cpu/philox.h",
-        old="lane(part * kLanes) + uint32_t(first / 4)",
-        new="lane(0) + uint32_t(first / 4)",
+        old="lane(n % kVectors * kLanes) + uint32_t(c)",
+        new="lane(0) + uint32_t(c)",
     ),
     in_update(
         name="embedding_bag_update, cpu: infinity rounded at random",
