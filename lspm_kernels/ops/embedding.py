@@ -60,7 +60,6 @@ def _save(ctx, inputs, output):
         tensors = tokens, None, positions, None, token_types, None, None, None
     ctx.save_for_backward(*tensors, seed, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx, dout, _):
