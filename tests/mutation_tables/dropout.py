@@ -70,11 +70,6 @@ MUTATIONS = [
         old="None if residual is None else residual.contiguous()",
         new="None if residual is None else residual.as_strided(x.shape, x.stride())",
     ),
-    in_op(
-        name="dropout, op: p of 1 divides by 0",
-        old="return 1 / (1 - p) if p < 1 else 0.0",
-        new='return 1 / (1 - p) if p < 1 else float("inf")',
-    ),
     in_triton(
         name="dropout, triton: every block has the words of the first",
         old="words(seed, first * 0, first, BLOCK)",

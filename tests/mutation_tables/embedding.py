@@ -91,6 +91,12 @@ MUTATIONS = [
         old="tensors = tokens, None, positions, None, token_types, None, None, None",
         new="tensors = [*tensors[:7], output[0]]",
     ),
+    in_op(
+        name="embedding, op: p of 1 divides by 0",
+        file="lspm_kernels/ops/dropout.py",
+        old="return 1 / (1 - p) if p < 1 else 0.0",
+        new='return 1 / (1 - p) if p < 1 else float("inf")',
+    ),
     in_triton(
         name="embedding, triton: an id outside a table is read",
         old="known = (own >= 0) & (own < rows)",

@@ -113,6 +113,7 @@ def test_drops_what_dropout_drops():
         plain = lk.embedding(tokens, weight, position_weight=table)
         assert torch.equal(y, lk.dropout(plain, 0.4, seed=8))
     assert not lk.embedding(tokens, weight * float("nan"), dropout_p=1.0).any()
+    check("bert", tokens, made("bert", 40), dropout_p=1.0)
 
 
 @pytest.mark.every_backend
@@ -183,9 +184,10 @@ def test_a_gradient_for_one_tensor_alone():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_of_the_outputs_size_is_kept():
-    tokens, tensors, kept = drawn(40, P), [t.requires_grad_() for t in made("bert", 64)], []
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_nothing_of_the_outputs_size_is_kept(kind):
+    tokens, tensors, kept = drawn(40, P), [t.requires_grad_() for t in made(kind, 64)], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = bound(lk.embedding, "bert", tokens, dropout_p=0.1)(*tensors)
+        y = bound(lk.embedding, kind, tokens, dropout_p=0.1)(*tensors)
     own = {t.data_ptr() for t in (*tensors, tokens)}
     assert sum(t.nbytes for t in kept if t.data_ptr() not in own) < y.nbytes / 8

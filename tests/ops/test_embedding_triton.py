@@ -40,7 +40,7 @@ def rows_on_the_cpu(monkeypatch):
     ["gpt", "bert", *(pytest.param(k, marks=pytest.mark.long) for k in KINDS if k not in ("gpt", "bert"))],
 )
 def test_against_the_reference(driver, kind):
-    check(kind, drawn(2, 5), made(kind, 64), dropout_p=0.3, seed=3, padding_idx=1)
+    check(kind, drawn(2, 5), made(kind, 64 if kind == "gpt" else 40), dropout_p=0.3, seed=3, padding_idx=1)
     assert driver.launches[0] == "_forward_kernel"
 
 
@@ -83,7 +83,7 @@ def test_ids_that_are_none_read_nothing_and_make_nan(driver):
 
 @on_one_gpu
 def test_same_bits_under_any_schedule(driver):
-    tokens, tensors, results = drawn(2, 5), made("bert", 64), []
+    tokens, tensors, results = drawn(2, 5), made("bert", 40), []
     for driver.seed in range(2):
         call = bound(lk.embedding, "bert", tokens, dropout_p=0.3, seed=1)
         results.append(oracle.outputs_and_gradients(call, tensors))
