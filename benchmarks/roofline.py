@@ -22,6 +22,8 @@ import bench_bpr
 import bench_conv2d
 import bench_conv2d_batch_norm
 import bench_cross_entropy
+import bench_dropout
+import bench_embedding
 import bench_embedding_bag
 import bench_global_avg_pool
 import bench_layer_norm
@@ -51,7 +53,8 @@ OPS = (
     bench_attention_with_kv_cache, bench_rotary, bench_max_pool2d, bench_global_avg_pool,
     bench_bias_act, bench_swiglu, bench_mlp, bench_linear, bench_linear_many_rows,
     bench_cross_entropy, bench_linear_cross_entropy,
-    bench_embedding_bag, bench_batch_norm_act, bench_conv2d, bench_conv2d_batch_norm,
+    bench_dropout, bench_embedding, bench_embedding_bag,
+    bench_batch_norm_act, bench_conv2d, bench_conv2d_batch_norm,
     bench_mf, bench_mf_als, bench_mf_sgd, bench_bpr, bench_nmf, bench_top_k_scores, bench_sample,
 )  # fmt: skip
 PREDICTED = "predicted, not measured"

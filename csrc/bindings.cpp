@@ -101,6 +101,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   bind_activation(m);
   bind_adamw(m);
   bind_attention_with_kv_cache(m);
+  bind_embedding(m);
   bind_linear(m);
   bind_sample(m);
 #endif

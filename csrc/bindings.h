@@ -48,5 +48,5 @@ inline void* optional(const lspm::OptionalView& view, const char* name, const ls
 // One for each further file, called by the module's init.
 using Bind = void(pybind11::module_& m);
 Bind bind_activation, bind_adamw, bind_attention, bind_attention_with_kv_cache, bind_batch_norm_act,
-    bind_conv2d, bind_cross_entropy, bind_embedding_bag, bind_linear, bind_mf_als, bind_mf_sgd, bind_pool,
-    bind_recommender, bind_rotary, bind_sample;
+    bind_conv2d, bind_cross_entropy, bind_embedding, bind_embedding_bag, bind_linear, bind_mf_als,
+    bind_mf_sgd, bind_pool, bind_recommender, bind_rotary, bind_sample;

@@ -200,6 +200,9 @@ def cross_entropy_forward(
     smoothing: float,
     threads: int,
 ) -> None: ...
+def dropout_forward(
+    x: Tensor, residual: Tensor | None, out: Tensor, p: float, scale: float, seed: int, threads: int
+) -> None: ...
 def embedding_bag_backward(
     dout: Tensor,
     weight: Tensor | None,
@@ -236,6 +239,25 @@ def embedding_bag_update(
     numbers: Sequence[float],
     step: int,
     seed: int | None,
+    threads: int,
+) -> None: ...
+def embedding_forward(
+    tokens: Tensor,
+    weight: Tensor,
+    positions: Tensor | None,
+    position_weight: Tensor | None,
+    token_types: Tensor | None,
+    token_type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    out: Tensor,
+    statistics: Tensor | None,
+    first: int,
+    length: int,
+    eps: float,
+    p: float,
+    scale: float,
+    seed: int,
     threads: int,
 ) -> None: ...
 def global_avg_pool_backward(dy: Tensor, dx: Tensor, threads: int) -> None: ...

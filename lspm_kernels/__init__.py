@@ -13,6 +13,8 @@ from lspm_kernels.ops.bpr import bpr_
 from lspm_kernels.ops.conv2d import conv2d
 from lspm_kernels.ops.conv2d_batch_norm import conv2d_batch_norm, fold_batch_norm
 from lspm_kernels.ops.cross_entropy import cross_entropy
+from lspm_kernels.ops.dropout import dropout
+from lspm_kernels.ops.embedding import embedding
 from lspm_kernels.ops.embedding_bag import embedding_bag
 from lspm_kernels.ops.embedding_bag_update import (
     embedding_bag_adagrad_,
@@ -58,6 +60,8 @@ __all__ = [
     "conv2d",
     "conv2d_batch_norm",
     "cross_entropy",
+    "dropout",
+    "embedding",
     "embedding_bag",
     "embedding_bag_adagrad_",
     "embedding_bag_adam_",

@@ -153,6 +153,12 @@ def number(op: str, name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{op}: {name} must {rule}, got {value!r}")
 
 
+def probability(op: str, name: str, value: float) -> None:
+    """Raises ValueError unless 0 <= value <= 1."""
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be from 0 to 1, got {value!r}")
+
+
 def seed(op: str, value: int | None) -> Tensor:
     """A seed, an int64 on the CPU; one of torch's default generator where value is None."""
     if value is None:

@@ -40,9 +40,9 @@ class Limit:
 class Backend:
     """A row of an op's table.
 
-    forward and backward take the tensors of the op's contract, outputs allocated; an op without a gradient
-    has no backward, and the forward of one that works in place is its kernel <op>_update. missing() says why
-    the row cannot run on this machine at all, or gives None.
+    forward and backward take the tensors of the op's contract, outputs allocated; an op without a gradient,
+    or one whose gradient other kernels give, has no backward, and the forward of one that works in place is
+    its kernel <op>_update. missing() says why the row cannot run on this machine at all, or gives None.
     """
 
     name: str

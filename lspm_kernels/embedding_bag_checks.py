@@ -66,7 +66,7 @@ def bags(
         if t is not None and t.device != weight.device:
             raise ValueError(f"{op}: {name} must be on weight's device {weight.device}, got {t.device}")
     tensors = indices.reshape(-1).contiguous(), offsets, per_sample_weights
-    return tensors, count, mode == "mean", _padding(op, padding_idx, weight.shape[0])
+    return tensors, count, mode == "mean", padding(op, padding_idx, weight.shape[0])
 
 
 def _offsets(op, offsets, least):
@@ -90,7 +90,8 @@ def _weights(op, weight, indices, per_sample_weights, mode):
     return per_sample_weights.reshape(-1).contiguous()
 
 
-def _padding(op, padding_idx, rows):
+def padding(op: str, padding_idx: int | None, rows: int) -> int:
+    """padding_idx as the kernels take it, -1 for None; raises ValueError unless it is a row."""
     if padding_idx is None:
         return -1
     if not isinstance(padding_idx, int) or not -rows <= padding_idx < rows:

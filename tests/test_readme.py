@@ -30,6 +30,8 @@ PUBLIC = {
     "bpr": ["bpr_"],
     "mf_als": ["mf_als_"],
     "nmf": ["nmf_"],
+    "dropout": ["dropout"],
+    "embedding": ["embedding"],
     "embedding_bag": ["embedding_bag"],
     "embedding_bag_update": ["embedding_bag_sgd_", "embedding_bag_adagrad_", "embedding_bag_adam_"],
 }

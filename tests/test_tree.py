@@ -156,6 +156,7 @@ def test_arrows_point_one_way():
         "conv2d_scratch.py",
         "csr_checks.py",
         "embedding_bag_checks.py",
+        "embedding_checks.py",
         "linear_cross_entropy_blocks.py",
         "linear_cross_entropy_checks.py",
         "mf_als_grams.py",

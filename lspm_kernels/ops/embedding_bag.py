@@ -70,7 +70,7 @@ def _backward_weights(row, dout, weight, indices, offsets, per_sample_weights, p
 
 
 _BAGS = "Tensor indices, Tensor? offsets, Tensor? per_sample_weights"
-_table_backward = Operator(
+table_backward = Operator(
     f"embedding_bag_backward(Tensor dout, {_BAGS}, SymInt rows, int padding_idx, bool mean) -> Tensor",
     BACKENDS,
     _backward,
@@ -94,7 +94,7 @@ def _gradient(ctx, dout):
     weight, *bags = ctx.saved_tensors
     dweight = dweights = None
     if ctx.needs_input_grad[0]:
-        dweight = _table_backward(ctx.row, dout, *bags, ctx.rows, ctx.padding_idx, ctx.mean)
+        dweight = table_backward(ctx.row, dout, *bags, ctx.rows, ctx.padding_idx, ctx.mean)
     if ctx.needs_input_grad[3]:
         dweights = _weights_backward(ctx.row, dout, weight, *bags, ctx.padding_idx)
     return dweight, None, None, dweights, None, None, None

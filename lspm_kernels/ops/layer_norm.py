@@ -66,7 +66,7 @@ def _rows(x):
     return x.numel() // max(x.shape[-1], 1)
 
 
-_norm_backward = Operator(
+norm_backward = Operator(
     "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor sum, Tensor statistics, Tensor? weight,"
     " Tensor? bias, bool wants_dweight, bool centered) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     BACKENDS,
@@ -100,7 +100,7 @@ def _gradients(ctx, dy, dsum, wants_dweight, wants_dbias):
     if dy is None:
         return dsum, dsum, None, None, None, None
     total, statistics, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = _norm_backward(
+    dx, dweight, dbias = norm_backward(
         ctx.row,
         dy,
         dsum,

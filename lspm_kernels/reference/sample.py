@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels.reference.philox import words_of
+from lspm_kernels.reference.philox_words import words_of
 from lspm_kernels.reference.sample_numbers import exp, exponentials, share, units_of
 
 

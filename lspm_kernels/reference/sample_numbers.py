@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels.reference.philox import words_of
+from lspm_kernels.reference.philox_words import words_of
 
 _LOG = (-0.1151461, 0.116769987, -0.12420141, 0.14249323, -0.16668058, 0.200007148, -0.24999994, 0.3333333)
 

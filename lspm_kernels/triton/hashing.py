@@ -1,4 +1,5 @@
-"""Random bits of a place: the hash of csrc/random_bits.h, and the rounding of csrc/cpu/random_rounding.h."""
+"""Random bits of a place: the hash of csrc/random_bits.h, the words of csrc/cpu/philox.h and the rounding of
+csrc/cpu/random_rounding.h."""
 
 import triton
 import triton.language as tl
@@ -14,12 +15,12 @@ def random_bits(seed, place):
 
 
 @triton.jit
-def words_of(seed, row, first, DIM: tl.constexpr):
-    """The words of a row's columns from `first` on, as csrc/cpu/random_rounding.h has them.
+def words_of(seed, row, first, N: tl.constexpr):
+    """The words of N elements of a row from `first` on.
 
-    A counter gives the words of four columns that lie 16 apart, so DIM and first are multiples of 64.
+    A counter gives those of four elements that lie 16 apart, so N and first are multiples of 64.
     """
-    counter = first // 4 + tl.arange(0, DIM // 4)
+    counter = first // 4 + tl.arange(0, N // 4)
     nothing = counter.to(tl.int32) * 0
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
     low, high = low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True)
@@ -27,15 +28,28 @@ def words_of(seed, row, first, DIM: tl.constexpr):
     if counter.dtype == tl.int64:
         above = (counter >> 32).to(tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.int32), low + nothing, high + nothing, above)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    words = tl.reshape(words, (DIM // 64, 16, 2, 2))  # (.., word // 2, word % 2)
-    return tl.reshape(tl.permute(words, (0, 2, 3, 1)), (DIM,))
+    drawn = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    drawn = tl.reshape(drawn, (N // 64, 16, 2, 2))  # (.., word // 2, word % 2)
+    return tl.reshape(tl.permute(drawn, (0, 2, 3, 1)), (N,))
+
+
+@triton.jit
+def word_of(seed, i):
+    """The words of elements i, int64, of one row, wherever they lie: each draws four."""
+    counter = i // 64 * 16 + i % 16
+    low, nothing = counter.to(tl.int32), counter.to(tl.int32) * 0
+    w0, w1, w2, w3 = tl.philox(seed, low, nothing, nothing, (counter >> 32).to(tl.int32))
+    word = i // 16 % 4
+    return tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
 
 
 @triton.jit
 def rounded_at_random(value, seed, row, first, DIM: tl.constexpr):
-    """A row's columns from `first` on as the bfloat16 above or below; what is not finite is as always."""
-    words = words_of(seed, row, first, DIM)
+    """A row's columns from `first` on as the bfloat16 above or below; what is not finite is as always.
+
+    DIM and first are multiples of 64.
+    """
+    drawn = words_of(seed, row, first, DIM)
     bits = value.to(tl.uint32, bitcast=True)
-    moved = ((bits + (words >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    moved = ((bits + (drawn >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return tl.where((bits & 0x7F800000) == 0x7F800000, value, moved)

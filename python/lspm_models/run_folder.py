@@ -75,6 +75,8 @@ class RunCheckpoint:
         ValueError: there is no checkpoint, or not of a language model.
     """
 
+    _init, _tuning = None, Tuning()
+
     def __init__(self, folder: str | Path):
         self.path = find_checkpoint(folder).resolve()
         self.where = str(self.path)

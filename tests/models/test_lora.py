@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -126,9 +125,6 @@ def test_drops_in_training_only():
     assert not torch.equal(task(tokens), task(tokens))
     assert not torch.equal(task.loss(tokens, tokens), task.loss(tokens, tokens))
     assert torch.equal(task.eval()(tokens), adapted(LLAMA)(tokens))
-    mlp = adapted(replace(CONFIG, dropout=0.5), ["*mlp.c_fc"]).model.h[0].mlp  # drops beside an adapter, too
-    x = torch.ones(1, 2, CONFIG.width)
-    assert not torch.equal(mlp(x), mlp(x)) and torch.equal(mlp.eval()(x), mlp(x))
 
 
 def test_a_model_in_evaluation_stays_there():
@@ -239,7 +235,7 @@ def broken(folder, **changed):
             r"load_adapter: model\.h\.1\.attn\.c_attn\.lora_B in .* must be of shape \(144, 4\), got None",
         ),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else "-".join(given),
 )
 def test_refuses_a_folder(changed, message, tmp_path):
     with pytest.raises(ValueError, match=f"^{message}$"):

@@ -59,9 +59,9 @@ MUTATIONS = [
     ),
     in_cpu(
         name="adamw, cpu: each chunk begins its words anew",
-        file="csrc/cpu/random_rounding.h",
-        old="const U counter = lane(from) + uint32_t(d / 4)",
-        new="const U counter = lane(from) + uint32_t((d - begin) / 4)",
+        file="csrc/cpu/philox.h",
+        old="draw<decltype(blocks)::value>(seed, row, d, words);",
+        new="draw<decltype(blocks)::value>(seed, row, d - begin, words);",
     ),
     in_cpu(
         name="adamw, cpu: squares in float32",

@@ -39,8 +39,8 @@ MUTATIONS = [
     ),
     in_bert(
         name="bert: every token is of the first part",
-        old="        if token_types is None:",
-        new="        if True:",
+        old="torch.zeros_like(tokens) if token_types is None else token_types",
+        new="torch.zeros_like(tokens)",
     ),
     in_bert(
         name="bert: the pooler takes the last token",

@@ -90,9 +90,9 @@ MUTATIONS = [
     ),
     in_update(
         name="embedding_bag_update, cpu: every vector rounded by the words of the first",
-        file="csrc/cpu/random_rounding.h",
-        old="lane(from) + uint32_t(d / 4)",
-        new="lane(0) + uint32_t(d / 4)",
+        file="csrc/cpu/philox.h",
+        old="lane(n % kVectors * kLanes) + uint32_t(c)",
+        new="lane(0) + uint32_t(c)",
     ),
     in_update(
         name="embedding_bag_update, cpu: infinity rounded at random",

@@ -47,6 +47,7 @@ MUTATIONS = [
     ),
     in_blocks(
         name="llama: what adds to the residual begins as large as the rest",
+        file=f"{MODELS}/models/transformer.py",
         old='name.split(".")[-2] in outputs',
         new="name in outputs",
     ),

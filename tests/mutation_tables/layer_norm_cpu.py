@@ -19,11 +19,13 @@ MUTATIONS = [
     in_kernel(name="cpu: eps lost", old="/ cols + eps))", new="/ cols))"),
     in_kernel(
         name="cpu: lanes beyond the row counted into the variance",
+        file="csrc/cpu/row_statistics.h",
         old="const F d = lanes.keep(lanes.load(centers_ + groups_ * kLanes + i) - mean);",
         new="const F d = lanes.load(centers_ + groups_ * kLanes + i) - mean;",
     ),
     in_kernel(
         name="cpu: what lies between the means of groups counted once",
+        file="csrc/cpu/row_statistics.h",
         old="between * float(kGroup)",
         new="between",
     ),

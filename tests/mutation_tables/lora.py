@@ -46,18 +46,13 @@ MUTATIONS = [
     ),
     in_blocks(
         name="lora: the second layer's adapter is left out",
-        old="if not _are_linear(self.c_fc, self.c_proj):",
-        new="if not _are_linear(self.c_fc):",
+        old="if not are_linear(self.c_fc, self.c_proj):",
+        new="if not are_linear(self.c_fc):",
     ),
     in_blocks(
         name="lora: the gated layer's adapter is left out",
-        old="if not _are_linear(self.gate_proj, self.up_proj, self.down_proj):",
-        new="if not _are_linear(self.gate_proj, self.down_proj):",
-    ),
-    in_blocks(
-        name="lora: an adapter beside an MLP stops its dropout",
-        old="return self.dropout(project(self.c_proj, hidden, self.ops))",
-        new="return project(self.c_proj, hidden, self.ops)",
+        old="if not are_linear(self.gate_proj, self.up_proj, self.down_proj):",
+        new="if not are_linear(self.gate_proj, self.down_proj):",
     ),
     in_folder(
         name="peft: the tensors of one layer without a matrix",
@@ -92,8 +87,8 @@ MUTATIONS = [
     Mutation(
         name="convergence: the residual's norm has another eps",
         file=f"{MODELS}/models/gpt.py",
-        old="ln_2=LayerNorm(width, config.eps, bias, ops)",
-        new="ln_2=LayerNorm(width, config.eps * (1.1 if ops.mlp.__name__ == 'mlp' else 1), bias, ops)",
+        old="ln_2=LayerNorm(width, config.eps, bias, dropout, ops)",
+        new="ln_2=LayerNorm(width, config.eps * (1.1 if ops.mlp is FUSED.mlp else 1), bias, dropout, ops)",
         tests=("tests/models/test_convergence.py", "-x"),
     ),
     Mutation(

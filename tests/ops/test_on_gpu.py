@@ -75,6 +75,22 @@ def updated_bags():
     return step, [torch.randn(90, 64).to(BF16), torch.randn(4, 64).to(BF16)]
 
 
+def dropped():
+    x, residual = torch.randn(2, 300, 770).to(BF16).unbind()
+    return lambda x, r: lk.dropout(x, 0.1, residual=r, seed=3), [x, residual]
+
+
+def embeddings():
+    tokens, sizes = torch.randint(90, (4, 50)), ((90, 64), (50, 64), (2, 64), (64,), (64,))
+    options = {"token_types": tokens % 2, "padding_idx": 0, "dropout_p": 0.1, "seed": 3}
+
+    def embed(w, p, t, norm_weight, norm_bias):
+        tables = {"position_weight": p, "token_type_weight": t}
+        return lk.embedding(tokens, w, **tables, norm_weight=norm_weight, norm_bias=norm_bias, **options)
+
+    return embed, [torch.randn(size).to(BF16) for size in sizes]
+
+
 def activations():
     x, bias = torch.randn(300, 768).to(BF16), torch.randn(768)
     return lambda x, b: (lk.bias_act(x, b), lk.swiglu(x)), [x, bias]
@@ -125,6 +141,8 @@ OPS = {
     for f in (
         *(attention, norm, convolution, batch_norm, pools, loss, activations, rotation),
         *(
+            dropped,
+            embeddings,
             few_rows,
             optimizer,
             linear_loss,

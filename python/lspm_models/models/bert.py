@@ -14,14 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from lspm_kernels.reference.bias_act import ACTIVATIONS
 from lspm_models.models.blocks import (
     LayerNorm,
-    Transformer,
+    are_linear,
     check_eps,
     check_positive,
-    in_autocast,
-    look_up,
     project,
 )
 from lspm_models.models.operations import FUSED, Operations
+from lspm_models.models.transformer import Transformer, ids_of, in_autocast
 
 
 @dataclass(frozen=True)
@@ -86,18 +85,21 @@ class Embeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocabulary_size, config.width)
         self.position_embeddings = nn.Embedding(config.context, config.width)
         self.token_type_embeddings = nn.Embedding(config.token_types, config.width)
-        self.LayerNorm = LayerNorm(config.width, config.eps, True, ops)
-        self.dropout = nn.Dropout(config.dropout)
+        self.LayerNorm = LayerNorm(config.width, config.eps, True, 0.0, ops)
+        self.ops, self.dropout = ops, config.dropout
 
-    def forward(self, words: Tensor, token_types: Tensor | None) -> Tensor:
-        """(B, T, C) of the tokens' rows of word_embeddings and their types (B, T), 0 where None."""
-        positions, types = self.position_embeddings.weight, self.token_type_embeddings
-        if token_types is None:
-            x = words + types.weight[0]
-        else:
-            x = words + look_up("Bert", "token_types", token_types, types)
-        x = x + positions[: words.shape[1]]
-        return self.dropout(self.LayerNorm(x)[0])
+    def forward(self, tokens: Tensor, token_types: Tensor | None) -> Tensor:
+        """(B, T, C) of tokens and their types (B, T), 0 where None."""
+        types, norm = self.token_type_embeddings.weight, self.LayerNorm
+        kinds = torch.zeros_like(tokens) if token_types is None else token_types
+        with ids_of(
+            "Bert", tokens=(tokens, len(self.word_embeddings.weight)), token_types=(kinds, len(types))
+        ):
+            return self.ops.embedding(
+                tokens, self.word_embeddings.weight, position_weight=self.position_embeddings.weight,
+                token_type_weight=types, token_types=kinds, norm_weight=norm.weight, norm_bias=norm.bias,
+                eps=norm.eps, dropout_p=self.dropout if self.training else 0.0,
+            )  # fmt: skip
 
 
 class SelfAttention(nn.Module):
@@ -124,12 +126,11 @@ class Output(nn.Module):
     def __init__(self, features: int, config: BertConfig, ops: Operations):
         super().__init__()
         self.dense = nn.Linear(features, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.LayerNorm = LayerNorm(config.width, config.eps, True, ops)
+        self.LayerNorm = LayerNorm(config.width, config.eps, True, config.dropout, ops)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The norm of what the last layer gave and the residual, in one kernel."""
-        return self.LayerNorm(self.dropout(x), residual)[0]
+        """The norm of what the last layer gave, dropped of, and the residual."""
+        return self.LayerNorm(x, residual)[0]
 
 
 class Layer(nn.Module):
@@ -151,8 +152,9 @@ class Layer(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         """(B, T, C)."""
         first, last = self.intermediate["dense"], self.output.dense
-        if type(first) is not nn.Linear or type(last) is not nn.Linear:  # weights that the layers read
-            return last(ACTIVATIONS[self.activation](first(x)))
+        if not are_linear(first, last):
+            hidden = ACTIVATIONS[self.activation](project(first, x, self.ops))
+            return project(last, hidden, self.ops)
         layers = first.weight, first.bias, last.weight, last.bias
         return self.ops.mlp(x, *layers, activation=self.activation)
 
@@ -204,7 +206,8 @@ class Bert(Transformer):
             if given is not None and given.shape != tokens.shape:
                 shapes = f"{tuple(tokens.shape)}, got {tuple(given.shape)}"
                 raise ValueError(f"Bert: {name} must have the shape of tokens {shapes}")
-        x = in_autocast(self.embeddings(self.looked_up(tokens), token_types))
+        self.check(tokens)
+        x = in_autocast(self.embeddings(tokens, token_types))
         visible = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, T)
         for block in self.blocks:
             if self.gradient_checkpointing:

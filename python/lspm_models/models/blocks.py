@@ -1,16 +1,13 @@
-"""What transformers are built from: norms, attention, MLPs, the block, and the model around its blocks.
+"""What transformers are built from: norms, attention, MLPs and the block.
 
 Each residual addition and the norm after it are one kernel. Names in a state dict are those of Hugging Face's
 models, which differ: a block takes them beside its parts.
 """
 
 import math
-from itertools import takewhile
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lspm_models.models.cache import KeyValueCache
 from lspm_models.models.lora import LoraLinear
@@ -42,20 +39,22 @@ def project(layer: nn.Module, x: Tensor, ops: Operations) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm of x + residual, which comes back beside it; of x alone where there is no residual."""
+    """Layer norm of dropout(x) + residual, which comes back beside it; of x alone without a residual."""
 
-    def __init__(self, width: int, eps: float, bias: bool, ops: Operations):
+    def __init__(self, width: int, eps: float, bias: bool, dropout: float, ops: Operations):
         super().__init__(width, eps=eps, bias=bias)
-        self.ops = ops
+        self.dropout, self.ops = dropout, ops
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if residual is not None and self.training and self.dropout:
+            x, residual = self.ops.dropout(x, self.dropout, residual=residual), None
         if residual is None:
             return self.ops.layer_norm(x, self.weight, self.bias, self.eps), x
         return self.ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
-    """As LayerNorm, of RMS norm."""
+    """As LayerNorm, of RMS norm and without dropout."""
 
     def __init__(self, width: int, eps: float, ops: Operations):
         super().__init__(width, eps=eps)
@@ -93,12 +92,11 @@ class Attention(nn.Module):
 class PackedAttention(Attention):
     """GPT-2's: one projection to queries, keys and values."""
 
-    def __init__(self, width: int, heads: int, bias: bool, dropout: float, layer: int, ops: Operations):
+    def __init__(self, width: int, heads: int, bias: bool, layer: int, ops: Operations):
         super().__init__(layer, ops)
         self.heads = heads
         self.c_attn = nn.Linear(width, 3 * width, bias=bias)
         self.c_proj = nn.Linear(width, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, x: Tensor, cache: KeyValueCache | None = None, rotation: Rotation | None = None
@@ -106,7 +104,7 @@ class PackedAttention(Attention):
         B, T, C = x.shape
         packed = project(self.c_attn, x, self.ops).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = packed.transpose(1, 3).unbind(2)  # (B, H, T, D), views
-        return self.dropout(project(self.c_proj, self.attend(q, k, v, cache, rotation), self.ops))
+        return project(self.c_proj, self.attend(q, k, v, cache, rotation), self.ops)
 
 
 class GroupedAttention(Attention):
@@ -130,7 +128,7 @@ class GroupedAttention(Attention):
         return project(self.o_proj, self.attend(q, k, v, cache, rotation), self.ops)
 
 
-def _are_linear(*layers: nn.Module) -> bool:
+def are_linear(*layers: nn.Module) -> bool:
     """Whether weight and bias are all there is: a layer may keep fewer bits, or have an adapter beside."""
     return all(
         type(layer) is nn.Linear or (isinstance(layer, LoraLinear) and layer.is_merged) for layer in layers
@@ -140,19 +138,18 @@ def _are_linear(*layers: nn.Module) -> bool:
 class MLP(nn.Module):
     """Two linear layers with GELU, in its tanh form, between them."""
 
-    def __init__(self, width: int, bias: bool, dropout: float, ops: Operations):
+    def __init__(self, width: int, bias: bool, ops: Operations):
         super().__init__()
         self.ops = ops
         self.c_fc = nn.Linear(width, 4 * width, bias=bias)
         self.c_proj = nn.Linear(4 * width, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _are_linear(self.c_fc, self.c_proj):
+        if not are_linear(self.c_fc, self.c_proj):
             hidden = F.gelu(project(self.c_fc, x, self.ops), approximate="tanh")
-            return self.dropout(project(self.c_proj, hidden, self.ops))
+            return project(self.c_proj, hidden, self.ops)
         layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
-        return self.dropout(self.ops.mlp(x, *layers, activation="gelu_tanh"))
+        return self.ops.mlp(x, *layers, activation="gelu_tanh")
 
 
 class GatedMLP(nn.Module):
@@ -166,7 +163,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _are_linear(self.gate_proj, self.up_proj, self.down_proj):
+        if not are_linear(self.gate_proj, self.up_proj, self.down_proj):
             gate, up = (project(layer, x, self.ops) for layer in (self.gate_proj, self.up_proj))
             return project(self.down_proj, F.silu(gate) * up, self.ops)
         weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
@@ -176,8 +173,8 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each after a norm and beside a residual.
 
-    It takes and gives (x, residual) whose sum is the residual stream: the addition is left to the norm that
-    follows, in the next block or at the end.
+    It takes and gives (x, residual) whose sum is the residual stream: the addition, and what is dropped of x
+    before it, are left to the norm that follows, in the next block or at the end.
 
     Args:
         parts: norm, attention, norm and MLP, in this order, by the names that they have in the state dict.
@@ -199,113 +196,3 @@ class Block(nn.Module):
         x, residual = norm(x, residual)
         x, residual = next_norm(attention(x, cache, rotation), residual)
         return mlp(x), residual
-
-
-class Transformer(nn.Module):
-    """What decoders and encoders share: kernels, first weights, and what they take for tokens.
-
-    A subclass has `config`, with vocabulary_size and context, `embedding` and `blocks`.
-
-    Args:
-        ops: kernels.
-        gradient_checkpointing: keep only each block's inputs for the backward, which runs the blocks again.
-    """
-
-    def __init__(self, ops: Operations, gradient_checkpointing: bool):
-        super().__init__()
-        self.ops, self.gradient_checkpointing = ops, gradient_checkpointing
-
-    @property
-    def parameter_count(self) -> int:
-        """How many numbers are learned."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def stages(self) -> list[list[nn.Module]]:
-        """What stands before the blocks, the embeddings, and each block, as fine-tuning freezes them."""
-        before = takewhile(lambda part: self.blocks[0] not in part.modules(), self.children())
-        return [list(before), *([block] for block in self.blocks)]
-
-    def initialize(self, outputs: tuple[str, ...]) -> None:
-        """GPT-2's: normal with deviation 0.02, 0 in biases, 1 in norms.
-
-        Args:
-            outputs: names of the layers that add to the residual, whose deviation is over sqrt(additions).
-        """
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            else:
-                additions = 2 * len(self.blocks) if name.split(".")[-2] in outputs else 1
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(additions))
-
-    def looked_up(self, tokens: Tensor, past: int = 0) -> Tensor:
-        """The table's rows (B, T, C) of tokens, the first of which stands at `past`; ValueError otherwise."""
-        if tokens.dtype != torch.int64 or tokens.ndim != 2:
-            got = f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
-            raise ValueError(f"{self._name}: tokens must be (B, T) int64, got {got}")
-        end = past + tokens.shape[1]
-        if end > self.config.context:
-            raise ValueError(f"{self._name}: tokens must fit the context of {self.config.context}, got {end}")
-        return look_up(self._name, "tokens", tokens, self.embedding)
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
-
-
-class Decoder(Transformer):
-    """Features of each token from the tokens up to it; a subclass has `norm` too."""
-
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Features after the final norm.
-
-        Under autocast the residual stream has autocast's dtype, as in a model whose parameters have it.
-
-        Args:
-            tokens: (B, T) int64 ids; T, and the cache's length, together at most the context.
-            cache: the tokens before these; it is extended by them. Only under torch.no_grad().
-
-        Returns:
-            (B, T, C).
-
-        Raises:
-            ValueError: tokens or cache break a rule above.
-        """
-        if cache is not None and torch.is_grad_enabled():
-            raise ValueError(f"{self._name}: cache must be used under torch.no_grad(), got gradients enabled")
-        past = cache.length if cache is not None else 0
-        x, residual = in_autocast(self.positioned(self.looked_up(tokens, past), past)), None
-        rotation = self.rotation(past, past + tokens.shape[1], cache)
-        for block in self.blocks:
-            if self.gradient_checkpointing and cache is None:
-                x, residual = checkpoint(block, x, residual, None, rotation, use_reentrant=False)
-            else:
-                x, residual = block(x, residual, cache, rotation)
-        if cache is not None:
-            cache.length += tokens.shape[1]
-        return self.norm(x, residual)[0]
-
-    def rotation(self, past: int, end: int, cache: KeyValueCache | None) -> Rotation | None:
-        """Cosines and sines of places from past to end, which a cache may keep; None: no rotation."""
-
-    def positioned(self, x: Tensor, past: int) -> Tensor:
-        """Embeddings (B, T, C) of tokens whose first one stands at `past`, with what tells their places."""
-        return x
-
-
-def look_up(model: str, name: str, ids: Tensor, table: nn.Embedding) -> Tensor:
-    """Rows (..., C) of a table; a ValueError says which id has none."""
-    try:
-        return table(ids)
-    except IndexError:  # the look-up checks each id anyway; this says which was wrong
-        least, most = ids.aminmax()
-        wrong = least if least < 0 else most
-        raise ValueError(f"{model}: {name} must be in [0, {table.num_embeddings}), got {wrong}") from None
-
-
-def in_autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where that is on."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

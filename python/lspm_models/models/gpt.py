@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lspm_models.models.blocks import (
     MLP,
     Block,
-    Decoder,
     LayerNorm,
     PackedAttention,
     check_eps,
     check_positive,
 )
 from lspm_models.models.operations import FUSED, Operations
+from lspm_models.models.transformer import Decoder
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,24 @@ class GPT(Decoder):
         width, bias, dropout = config.width, config.bias, config.dropout
         self.wte = nn.Embedding(config.vocabulary_size, width)
         self.wpe = nn.Embedding(config.context, width)
-        self.dropout = nn.Dropout(dropout)
         self.h = nn.ModuleList(
             Block(
-                ln_1=LayerNorm(width, config.eps, bias, ops),
-                attn=PackedAttention(width, config.heads, bias, dropout, layer, ops),
-                ln_2=LayerNorm(width, config.eps, bias, ops),
-                mlp=MLP(width, bias, dropout, ops),
+                ln_1=LayerNorm(width, config.eps, bias, dropout, ops),
+                attn=PackedAttention(width, config.heads, bias, layer, ops),
+                ln_2=LayerNorm(width, config.eps, bias, dropout, ops),
+                mlp=MLP(width, bias, ops),
             )
             for layer in range(config.layers)
         )
-        self.ln_f = LayerNorm(width, config.eps, bias, ops)
+        self.ln_f = LayerNorm(width, config.eps, bias, dropout, ops)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws new weights as GPT-2 does."""
         self.initialize(outputs=("c_proj",))
 
-    def positioned(self, x: Tensor, past: int) -> Tensor:
-        """Adds learned positions."""
-        return self.dropout(x + self.wpe.weight[past : past + x.shape[1]])
+    def embedded(self, tokens: Tensor, past: int) -> Tensor:
+        """With learned positions, and dropped of in training."""
+        p = self.config.dropout if self.training else 0.0
+        tables = {"position_weight": self.wpe.weight, "positions": past}
+        return self.ops.embedding(tokens, self.wte.weight, **tables, dropout_p=p)

@@ -12,7 +12,6 @@ from torch import nn
 
 from lspm_models.models.blocks import (
     Block,
-    Decoder,
     GatedMLP,
     GroupedAttention,
     RMSNorm,
@@ -22,6 +21,7 @@ from lspm_models.models.blocks import (
 )
 from lspm_models.models.cache import KeyValueCache
 from lspm_models.models.operations import FUSED, Operations
+from lspm_models.models.transformer import Decoder
 
 ROPE_SCALINGS = ("none", "linear", "llama3")
 

@@ -18,6 +18,8 @@ from lspm_kernels.reference.bias_act import ACTIVATIONS
 class Operations:
     """Functions with the signatures of their namesakes in lspm_kernels."""
 
+    embedding: Callable[..., Tensor]
+    dropout: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     rms_norm: Callable[..., Tensor]
@@ -28,6 +30,33 @@ class Operations:
     mlp: Callable[..., Tensor]
     gated_mlp: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
+
+
+def _embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    *,
+    position_weight: Tensor | None = None,
+    positions: int = 0,
+    token_type_weight: Tensor | None = None,
+    token_types: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    x = F.embedding(tokens, weight)
+    if position_weight is not None:
+        x = x + position_weight[positions : positions + tokens.shape[-1]]
+    if token_type_weight is not None:
+        x = x + F.embedding(token_types, token_type_weight)
+    if norm_weight is not None:
+        x = _layer_norm(x, norm_weight, norm_bias, eps)
+    return F.dropout(x, dropout_p) if dropout_p else x
+
+
+def _dropout(x: Tensor, p: float, *, residual: Tensor) -> Tensor:
+    return residual + F.dropout(x, p)
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -105,6 +134,8 @@ def _linear_cross_entropy(
 
 
 FUSED = Operations(
+    lspm_kernels.embedding,
+    lspm_kernels.dropout,
     lspm_kernels.layer_norm,
     lspm_kernels.add_layer_norm,
     lspm_kernels.rms_norm,
@@ -117,6 +148,8 @@ FUSED = Operations(
     lspm_kernels.linear_cross_entropy,
 )
 PLAIN = Operations(
+    _embedding,
+    _dropout,
     _layer_norm,
     _add_layer_norm,
     _rms_norm,

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lspm_kernels
-from lspm_models.models.blocks import Decoder
 from lspm_models.models.cache import KeyValueCache
 from lspm_models.models.lora import LoraLinear
+from lspm_models.models.transformer import Decoder
 
 IGNORE_INDEX = -100
 

@@ -20,7 +20,7 @@ class Predictions(nn.Module):
         dense = nn.Linear(config.width, config.width)
         nn.init.normal_(dense.weight, std=0.02)
         nn.init.zeros_(dense.bias)
-        norm = LayerNorm(config.width, config.eps, True, model.ops)
+        norm = LayerNorm(config.width, config.eps, True, 0.0, model.ops)
         self.transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
         self.bias = nn.Parameter(torch.zeros(config.vocabulary_size))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lspm_kernels import cross_entropy
-from lspm_models.models.blocks import Decoder
+from lspm_models.models.transformer import Decoder
 from lspm_models.tasks.language_modelling import IGNORE_INDEX
 
 POOLINGS = ("last", "mean", "first")
