@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import predict
 import pretrain
 import pytest
 import torch
+from test_pretrain import kill_and_resume
 from tiny_bert import BERT, make_bert
 
 from lspm_models.data.mask_tokenizer import MaskTokenizer
@@ -78,16 +77,8 @@ def test_a_run_says_what_it_does(trained):
 
 
 def test_killed_and_resumed_it_has_the_same_losses(trained, text, tmp_path):
-    folder, command = tmp_path / "killed", [sys.executable, SCRIPTS / "pretrain.py"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    arguments = ["--corpus", text, *SMALL, *SHORT, "--out", folder]
-    process = subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(read_log(folder / "log.csv")) < 4:
-        time.sleep(0.001)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    subprocess.run([*command, "--resume", folder], env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert losses(folder) == losses(trained[0])
+    kill_and_resume(tmp_path / "killed", "--corpus", text, *SMALL, *SHORT)
+    assert losses(tmp_path / "killed") == losses(trained[0])
 
 
 def test_goes_on_from_a_run_and_from_a_folder_with_a_head(run, trained, text, tmp_path):

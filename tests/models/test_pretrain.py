@@ -113,17 +113,22 @@ def test_fine_tuning_begins_where_pretraining_ended(run, trained, tmp_path):
     assert len(losses(tmp_path / "cat")) == 9
 
 
-def test_killed_and_resumed_it_has_the_same_losses(trained, text, tmp_path):
-    folder, command = tmp_path / "killed", [sys.executable, SCRIPTS / "pretrain.py"]
+def kill_and_resume(folder, *arguments):
+    """A run that is killed after a few steps, and then goes on."""
+    command = [sys.executable, SCRIPTS / "pretrain.py"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    arguments = ["--corpus", text, *SMALL, *SHORT, "--out", folder]
-    process = subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.DEVNULL)
+    begun = [*command, *arguments, "--out", folder]
+    process = subprocess.Popen(begun, env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None and len(read_log(folder / "log.csv")) < 4:
         time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     subprocess.run([*command, "--resume", folder], env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert losses(folder) == losses(trained[0])
+
+
+def test_killed_and_resumed_it_has_the_same_losses(trained, text, tmp_path):
+    kill_and_resume(tmp_path / "killed", "--corpus", text, *SMALL, *SHORT)
+    assert losses(tmp_path / "killed") == losses(trained[0])
 
 
 def test_control_c_saves_and_says_how_to_go_on(run, text, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lspm_kernels import linear
 from lspm_models.data.interactions import Interactions
 from lspm_models.models.recommender_fields import damped_biases, fields_of
 from lspm_models.options import option
@@ -63,7 +64,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = F.dropout(self.activation(layer(x)), self.dropout, self.training)
+            x = self.activation(linear(x, layer.weight, layer.bias))
+            x = F.dropout(x, self.dropout, self.training)
         return self.layers[-1](x)
 
 
@@ -78,7 +80,7 @@ class Cross(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first = x
         for layer in self.layers:
-            x = first * layer(x) + x
+            x = first * linear(x, layer.weight, layer.bias) + x
         return self.last(x)
 
 
