@@ -117,7 +117,7 @@ def errors_in_one_line(program: str) -> Iterator[None]:
     except KeyboardInterrupt:
         fail(program, "interrupted", code=130)
     except ModuleNotFoundError as error:
-        package = f"needs the package {error.name}"
+        package = f"needs the package {error.name.partition('.')[0]}"
         fail(program, f"{package}; install it, in the repository, with: pip install '.[models]'")
     except ImportError as error:  # the kernels were not built, or this machine cannot run those that were
         fail(program, str(error))

@@ -96,6 +96,11 @@ def load(flavour, *sources, ptx_kernels=""):
     return Library(build.kernels(sources, flavour, ptx_kernels))
 
 
+def with_long(flavours, long=("ptxcheck",)):
+    """Flavours as parameters: those that take long to build are left to make test-long."""
+    return [pytest.param(f, marks=[pytest.mark.long] if f in long else []) for f in flavours]
+
+
 def fixture(*sources, ptx_kernels="", flavours=FLAVOURS):
     """A fixture that is load()'s library in each flavour, by default LSPM_CUDA_ON_CPU's or all but asan."""
 

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 from cuda_on_cpu.attention import FLAVOURS, loaded, on
-from cuda_on_cpu.library import KernelError, run_under_asan
+from cuda_on_cpu.library import KernelError, run_under_asan, with_long
 from ops import test_attention_options
 
 import oracle
@@ -64,7 +64,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=FLAVOURS)
+@pytest.fixture(params=with_long(FLAVOURS))
 def library(request):
     yield from loaded(request.param)
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from cuda_on_cpu.attention import FLAVOURS, Layout, loaded, on
+from cuda_on_cpu.library import with_long
 from ops.test_attention_cuda import BF16, F16, shown
 
 import oracle
 from lspm_kernels.reference import attention as reference
 
 
-@pytest.fixture(params=FLAVOURS)
+@pytest.fixture(params=with_long(FLAVOURS))
 def library(request):
     yield from loaded(request.param)
 

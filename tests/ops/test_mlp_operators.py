@@ -1,5 +1,7 @@
 """bias_act, swiglu, mlp and gated_mlp as every part of torch meets them."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,15 +149,21 @@ def test_autocast_computes_products_in_its_dtype_as_linear_does(op):
             oracle.compare(name, value.to(BF16), truth[name], plain[name].to(BF16))
 
 
+def most_allocated(function):
+    """The most bytes of tensors that are alive at once within a call, above those before it."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
 @pytest.mark.parametrize("op, count", [(lk.mlp, 3), (lk.gated_mlp, 5)])
-def test_the_backward_takes_the_memory_of_what_it_spends(op, count, least_peak):
-    rows, dim, hidden = 2048, 64, 4096
+def test_the_backward_takes_the_memory_of_what_it_spends(op, count):
+    rows, dim, hidden = 256, 8, 512
     x, wide = torch.randn(rows, dim), torch.randn(hidden, dim)
     given = [x, wide, None if count == 3 else wide.clone(), torch.randn(dim, hidden)]
     leaves = [t.requires_grad_() for t in given if t is not None]
     outer = (None,) if count == 3 else ()
-
-    def step():
-        return torch.autograd.grad(op(*given, *outer).sum(), leaves)
-
-    assert (count - 0.5) * 4 * rows * hidden < least_peak(step) < (count + 0.5) * 4 * rows * hidden
+    peak = most_allocated(lambda: torch.autograd.grad(op(*given, *outer).sum(), leaves))
+    assert (count - 0.5) * 4 * rows * hidden < peak < (count + 0.5) * 4 * rows * hidden

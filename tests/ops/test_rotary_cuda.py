@@ -164,6 +164,7 @@ def test_messages(library):
         rotary(dtype=1, table_dtype=2)
 
 
+@pytest.mark.long
 def test_asan():
     if "asan" in FLAVOURS:
         pytest.skip("this is the run under asan")
