@@ -1,8 +1,8 @@
 """The products of matrices that ops are made of: torch's, or ours where those are faster.
 
 torch's products in float32 are MKL's, which gives processors of other makers than Intel its code for AVX2: on
-a Zen 5 that takes twice as long as ours, for AVX-512 (benchmarks/bench_linear_many_rows.py). On Intel's, and in
-half types, which are oneDNN's, torch's are near the processor's peak: there ours would bring nothing.
+a Zen 5 that takes twice as long as ours, for AVX-512 (benchmarks/bench_linear_many_rows.py). On Intel's own,
+and in half types, which are oneDNN's, torch's are near the peak: there ours would bring nothing.
 """
 
 import torch
