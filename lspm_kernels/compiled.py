@@ -34,7 +34,7 @@ def cpu_flags() -> set[str]:
 
 
 def cpu_maker() -> str:
-    """ "GenuineIntel", "AuthenticAMD" or another; empty where the operating system does not tell."""
+    """What the maker calls itself, such as GenuineIntel; empty where the operating system does not tell."""
     return _cpuinfo("vendor_id")
 
 

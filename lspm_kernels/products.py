@@ -65,6 +65,11 @@ def addmm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return c + matmul(a, b) if is_ours(a, b) else torch.addmm(c, a, b)
 
 
+def flat(x: Tensor) -> Tensor:
+    """x (..., K) as a matrix of rows."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def put(c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
     """c = a @ b + bias, rounded to c's dtype; with out=, so that autocast lets dtypes alone."""
     if c.dtype != a.dtype:

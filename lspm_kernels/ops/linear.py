@@ -111,7 +111,7 @@ def product(
         bias = None if bias is None else bias.to(x.dtype)
         if dispatch.forced() == dispatch.REFERENCE:
             return torch.nn.functional.linear(x, weight, bias)
-        y = products.linear(x.reshape(_rows(x), x.shape[-1]), weight, bias)
+        y = products.linear(products.flat(x), weight, bias)
         return y.view(*x.shape[:-1], len(weight))
     row = dispatch.pick("linear", BACKENDS, backend, x, weight, scales)
     if row is None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from lspm_kernels import checks, dispatch
 from lspm_kernels.operator import Operator
 from lspm_kernels.ops import bias_act, swiglu
-from lspm_kernels.products import addmm, linear, matmul
+from lspm_kernels.products import addmm, flat, linear, matmul
 from lspm_kernels.reference import mlp as reference
 
 BACKENDS = bias_act.BACKENDS  # of what lies between the products
@@ -141,7 +141,7 @@ def mlp(
     row = dispatch.pick("mlp", BACKENDS, backend, x)
     if row is None:
         return reference.mlp(x, weight_in, bias_in, weight_out, bias_out, activation)
-    y, _ = _mlp_operator(row, _flat(x), weight_in, bias_in, weight_out, bias_out, number)
+    y, _ = _mlp_operator(row, flat(x), weight_in, bias_in, weight_out, bias_out, number)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -182,12 +182,8 @@ def gated_mlp(
     row = dispatch.pick("gated_mlp", swiglu.BACKENDS, backend, x)
     if row is None:
         return reference.gated_mlp(x, weight_gate, weight_up, weight_down, activation)
-    y, *_ = _gated_operator(row, _flat(x), weight_gate, weight_up, weight_down, number)
+    y, *_ = _gated_operator(row, flat(x), weight_gate, weight_up, weight_down, number)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _flat(x):
-    return x.reshape(x.numel() // max(x.shape[-1], 1), x.shape[-1])
 
 
 def _weight(op, name, t, x, rows, cols):
