@@ -56,9 +56,26 @@ def from_settings(settings: Any, where: str) -> Config:
         ) from error
 
 
+class Options:
+    """The shape of a model but for the vocabulary, which the tokenizer brings; a subclass has its fields."""
+
+    model: str
+
+    def __post_init__(self) -> None:
+        self.with_vocabulary(1)  # the shape checks its own rules
+
+    def with_vocabulary(self, size: int) -> Config:
+        """Returns the whole shape; a ValueError names a field that breaks its rule."""
+        fields = asdict(self)
+        name, mine = fields.pop("model"), type(self).model
+        if name != mine:  # a config file's; jobs have read it and choose by it
+            raise ValueError(f"model: name must be {mine} beside its options, got {name!r}")
+        return CONFIGS[name](vocabulary_size=size, **fields)
+
+
 @dataclass(frozen=True)
-class GPTOptions:
-    """The shape of a GPT but for the vocabulary, which the tokenizer brings."""
+class GPTOptions(Options):
+    """See Options."""
 
     model: str = option("gpt", "gpt; llama and bert have other options", choices=("gpt",))
     context: int = option(256, "tokens seen at once, and per training sequence")
@@ -69,17 +86,10 @@ class GPTOptions:
     bias: bool = option(True, "biases in linear layers and norms")
     eps: float = option(1e-5, "added to the variance in norms")
 
-    def __post_init__(self) -> None:
-        self.with_vocabulary(1)  # the shape checks its own rules
-
-    def with_vocabulary(self, size: int) -> GPTConfig:
-        """Returns the whole shape; a ValueError names a field that breaks its rule."""
-        return _whole(self, size)
-
 
 @dataclass(frozen=True)
-class LlamaOptions:
-    """The shape of a Llama but for the vocabulary, which the tokenizer brings."""
+class LlamaOptions(Options):
+    """See Options."""
 
     model: str = option("llama", "llama; gpt and bert have other options", choices=("llama",))
     context: int = option(256, "tokens seen at once, and per training sequence")
@@ -98,17 +108,10 @@ class LlamaOptions:
     rope_high: float = option(4.0, "llama3: waves that fit in rope_context more often are kept")
     rope_context: int = option(8192, "llama3: the context that was pretrained with")
 
-    def __post_init__(self) -> None:
-        self.with_vocabulary(1)  # the shape checks its own rules
-
-    def with_vocabulary(self, size: int) -> LlamaConfig:
-        """Returns the whole shape; a ValueError names a field that breaks its rule."""
-        return _whole(self, size)
-
 
 @dataclass(frozen=True)
-class BertOptions:
-    """The shape of a BERT but for the vocabulary, which the tokenizer brings."""
+class BertOptions(Options):
+    """See Options."""
 
     model: str = option("bert", "bert; gpt and llama have other options", choices=("bert",))
     context: int = option(128, "tokens seen at once, and per training sequence, marks included")
@@ -121,18 +124,3 @@ class BertOptions:
     activation: str = option("gelu", "of the MLPs and the head", choices=tuple(ACTIVATIONS))
     eps: float = option(1e-12, "added to the variance in norms")
     pooler: bool = option(False, "a layer for tasks on whole texts, which this one leaves as it is")
-
-    def __post_init__(self) -> None:
-        self.with_vocabulary(1)  # the shape checks its own rules
-
-    def with_vocabulary(self, size: int) -> BertConfig:
-        """Returns the whole shape; a ValueError names a field that breaks its rule."""
-        return _whole(self, size)
-
-
-def _whole(options: GPTOptions | LlamaOptions | BertOptions, size: int) -> Any:
-    fields = asdict(options)
-    name, mine = fields.pop("model"), type(options).model
-    if name != mine:  # a config file's; jobs have read it and choose by it
-        raise ValueError(f"model: name must be {mine} beside its options, got {name!r}")
-    return CONFIGS[name](vocabulary_size=size, **fields)

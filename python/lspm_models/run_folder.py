@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -75,14 +76,20 @@ class RunCheckpoint:
         ValueError: there is no checkpoint, or not of a language model.
     """
 
-    _init, _tuning = None, Tuning()
-
     def __init__(self, folder: str | Path):
         self.path = find_checkpoint(folder).resolve()
         self.where = str(self.path)
         settings = checkpoint.read_state(self.path).get("settings", {})
-        self.config = language_models.from_settings(settings.get("model"), self.where)
         self._init, self._tuning = settings.get("init"), Tuning(**settings.get("tuning", {}))
+        self._read(settings.get("model"))
+
+    def _read(self, settings: Any) -> None:
+        """Takes what a checkpoint keeps of a model."""
+        self.config = language_models.from_settings(settings, self.where)
+
+    def _make(self) -> nn.Module:
+        """Makes the task, with random weights."""
+        return language_models.make_task(self.config)
 
     def tokenizer(self) -> Tokenizer:
         """Returns the run's tokenizer; a ValueError where it is not the model's."""
@@ -96,7 +103,7 @@ class RunCheckpoint:
 
     def task(self) -> language_models.Task:
         """Makes the task, in eval mode, with the weights."""
-        task = language_models.make_task(self.config)
+        task = self._make()
         self.load(task)
         return task.eval()
 

@@ -69,22 +69,17 @@ class SequenceCheckpoint(RunCheckpoint):
         ValueError: there is no checkpoint, or not of such a model.
     """
 
-    def __init__(self, folder: str | Path):
-        self.path = find_checkpoint(folder).resolve()
-        self.where = str(self.path)
-        settings = dict(checkpoint.read_state(self.path)["settings"]["model"])
+    def _read(self, settings: Any) -> None:
+        settings = dict(settings)
         self.name = settings.pop("task")
         try:
             self.head = {name: settings.pop(name) for name in HEADS[self.name]}
         except KeyError as error:
             raise ValueError(f"checkpoint: {self.where} must hold {error} of its head, got none") from None
-        self.config = language_models.from_settings(settings, self.where)
+        super()._read(settings)
 
-    def task(self) -> nn.Module:
-        """Makes the task, in eval mode, with the weights."""
-        task = make_task(self.config, self.name, self.head)
-        self.load(task)
-        return task.eval()
+    def _make(self) -> nn.Module:
+        return make_task(self.config, self.name, self.head)
 
 
 def load_sequence_model(
