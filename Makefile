@@ -10,7 +10,7 @@ DEMO_PRECISION := $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo
 help:
 	@echo 'make demo         train a GPT on the standard library for three minutes, sample it, compare with plain PyTorch'
 	@echo 'make test         the test suite'
-	@echo 'make test-long    what takes minutes more: larger tiles of the GPU kernels, and AddressSanitizer'
+	@echo 'make test-long    what takes minutes more: larger tiles and PTX of the GPU kernels, and AddressSanitizer'
 	@echo 'make asan         the tests of the ops on CPU kernels built with AddressSanitizer, for each instruction set'
 	@echo 'make bench        measure this machine into benchmarks/results/, and the tables of the README'
 	@echo 'make lint         ruff and clang-format; make format mends what they find'

@@ -74,7 +74,7 @@ MUTATIONS = [
         name="linear_cross_entropy, blocks: products under autocast in its dtype",
         file="lspm_kernels/products.py",
         old="        torch.mm(a, b, out=c)",
-        new="        c.copy_(a @ b)",
+        new="        c.copy_(a.to(torch.bfloat16) @ b.to(torch.bfloat16))",
     ),
     in_op(
         name="linear_cross_entropy, op: the mean over rows, whatever they weigh",
