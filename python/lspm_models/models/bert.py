@@ -15,7 +15,9 @@ from lspm_kernels.reference.bias_act import ACTIVATIONS
 from lspm_models.models.blocks import (
     LayerNorm,
     are_linear,
+    check_dropout,
     check_eps,
+    check_heads,
     check_positive,
     project,
 )
@@ -60,15 +62,11 @@ class BertConfig:
 
     def __post_init__(self):
         check_positive(self, "vocabulary_size", "context", "layers", "heads", "width", "token_types")
-        if self.width % self.heads:
-            raise ValueError(
-                f"BertConfig: width must be a multiple of heads ({self.heads}), got {self.width}"
-            )
+        check_heads(self)
         if self.hidden == 0:
             object.__setattr__(self, "hidden", 4 * self.width)
         check_positive(self, "hidden")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"BertConfig: dropout must be in [0, 1), got {self.dropout}")
+        check_dropout(self)
         if self.activation not in ACTIVATIONS:
             rule = f"one of {', '.join(ACTIVATIONS)}"
             raise ValueError(f"BertConfig: activation must be {rule}, got {self.activation!r}")

@@ -30,6 +30,19 @@ def check_eps(config: object) -> None:
         raise ValueError(f"{type(config).__name__}: eps must be positive and finite, got {config.eps}")
 
 
+def check_heads(config: object) -> None:
+    """Raises ValueError unless features divide among the heads."""
+    if config.width % config.heads:
+        rule = f"a multiple of heads ({config.heads})"
+        raise ValueError(f"{type(config).__name__}: width must be {rule}, got {config.width}")
+
+
+def check_dropout(config: object) -> None:
+    """Raises ValueError unless the probability of dropping is one, and below 1."""
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"{type(config).__name__}: dropout must be in [0, 1), got {config.dropout}")
+
+
 def project(layer: nn.Module, x: Tensor, ops: Operations) -> Tensor:
     """A linear layer by ops, an adapter behind it; any other by itself, such as one that keeps fewer bits."""
     if type(layer) not in (nn.Linear, LoraLinear):

@@ -15,7 +15,9 @@ from lspm_models.models.blocks import (
     Block,
     LayerNorm,
     PackedAttention,
+    check_dropout,
     check_eps,
+    check_heads,
     check_positive,
 )
 from lspm_models.models.operations import FUSED, Operations
@@ -52,10 +54,8 @@ class GPTConfig:
 
     def __post_init__(self):
         check_positive(self, "vocabulary_size", "context", "layers", "heads", "width")
-        if self.width % self.heads:
-            raise ValueError(f"GPTConfig: width must be a multiple of heads ({self.heads}), got {self.width}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"GPTConfig: dropout must be in [0, 1), got {self.dropout}")
+        check_heads(self)
+        check_dropout(self)
         if type(self.bias) is not bool:
             raise ValueError(f"GPTConfig: bias must be true or false, got {self.bias!r}")
         check_eps(self)
