@@ -55,7 +55,7 @@ def test_every_instruction_set(isa):
 
 
 @pytest.mark.parametrize(
-    "size", [(70, 600, 900), (900, 40, 70), (127, 300, 33), (33, 300, 127), (15, 64, 15)]
+    "size", [(70, 600, 900), (900, 40, 70), (127, 300, 33), (55, 300, 33), (33, 300, 127), (15, 64, 15)]
 )
 def test_same_bits_for_any_number_of_threads(size, isa):
     rows, depth, columns = size
