@@ -1,8 +1,8 @@
 """Kernels must write every element of their outputs: torch.empty is filled with NaN."""
 
+import itertools
 import shutil
 
-import machine
 import pytest
 import torch
 
@@ -26,17 +26,17 @@ def number_of_threads():
 
 
 @pytest.fixture
-def least_peak():
-    """The most memory that a function takes at once; of three calls the least, as pages of code count too."""
-    torch.use_deterministic_algorithms(False)  # it fills memory that is never touched
+def most_allocated():
+    """A function that gives the most bytes of tensors alive at once within a call, above those before it."""
 
-    def least_peak(function):
-        function()  # what torch's libraries keep
-        if (peak := machine.peak_bytes(function)) is None:
-            pytest.skip("this system does not tell")
-        return min(peak, *(machine.peak_bytes(function) for _ in range(2)))
+    def most_allocated(function):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            function()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        return max(itertools.accumulate(changes))
 
-    return least_peak
+    return most_allocated
 
 
 @pytest.fixture(params=list(reversed(compiled.NEEDS)))

@@ -1,7 +1,5 @@
 """bias_act, swiglu, mlp and gated_mlp as every part of torch meets them."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,17 +147,8 @@ def test_autocast_computes_products_in_its_dtype_as_linear_does(op):
             oracle.compare(name, value.to(BF16), truth[name], plain[name].to(BF16))
 
 
-def most_allocated(function):
-    """The most bytes of tensors that are alive at once within a call, above those before it."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(itertools.accumulate(changes))
-
-
 @pytest.mark.parametrize("op, count", [(lk.mlp, 3), (lk.gated_mlp, 5)])
-def test_the_backward_takes_the_memory_of_what_it_spends(op, count):
+def test_the_backward_takes_the_memory_of_what_it_spends(op, count, most_allocated):
     rows, dim, hidden = 256, 8, 512
     x, wide = torch.randn(rows, dim), torch.randn(hidden, dim)
     given = [x, wide, None if count == 3 else wide.clone(), torch.randn(dim, hidden)]
