@@ -1,5 +1,6 @@
 """Fused kernels that make large pretrained models faster and smaller in PyTorch, on GPUs and on CPUs."""
 
+from lspm_kernels.accelerate import accelerate, restore
 from lspm_kernels.adamw import AdamW
 from lspm_kernels.dispatch import FallbackWarning, use_backend
 from lspm_kernels.fused_embedding_bag import FusedEmbeddingBag
@@ -46,6 +47,7 @@ __all__ = [
     "PackedConv2d",
     "RatingBlocks",
     "WeightOnlyLinear",
+    "accelerate",
     "adamw_",
     "adamw_norm",
     "add_layer_norm",
@@ -82,6 +84,7 @@ __all__ = [
     "nmf_",
     "quantize_int8",
     "rating_blocks",
+    "restore",
     "rms_norm",
     "rotary",
     "sample",

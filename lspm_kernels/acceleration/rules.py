@@ -1,0 +1,60 @@
+"""Which module becomes what: rules in the order in which they are asked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lspm_kernels.acceleration.report import Report
+from lspm_kernels.acceleration.swap import Swap
+
+DTYPES = (torch.bfloat16, torch.float16, torch.int8)
+
+
+@dataclass(frozen=True)
+class Options:
+    """accelerate's, for the rules."""
+
+    inference: bool = False
+    dtype: torch.dtype | None = None
+
+
+# A rule takes (model, path, module, options) and gives a Swap, or why the module is left alone, or None
+# where it knows nothing of such modules. It changes nothing.
+Rule = Callable[[nn.Module, str, nn.Module, Options], Swap | str | None]
+RULES: tuple[Rule, ...] = ()
+
+
+def find(model: nn.Module, path: str, module: nn.Module, options: Options) -> Swap | str | None:
+    """What the first rule that knows the module says."""
+    if reason := _untouchable(module):
+        return reason
+    for rule in RULES:
+        if (found := rule(model, path, module, options)) is not None:
+            return found
+    return None
+
+
+def finish(model: nn.Module, report: Report, options: Options, whole: bool) -> None:
+    """What is done once to a whole model, after its modules."""
+
+
+def undo(model: nn.Module) -> None:
+    """Takes back what finish did."""
+
+
+def _untouchable(module: nn.Module) -> str | None:
+    """Why nothing can be done to a module, whatever it is."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled TorchScript"
+    if hasattr(module, "parametrizations"):
+        return "its parameters are parametrized"
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if tensor.layout != torch.strided:
+            return f"{name} is sparse"
+        if tensor.is_quantized:
+            return f"{name} is quantised"
+    if "forward" in vars(module):
+        return "its forward was set on the object"
+    return None

@@ -1,0 +1,81 @@
+"""A module made faster by its class: the same object, its parameters, hooks and name; and that undone.
+
+`swap(module, Faster)` gives one object a subclass of its own class, in which Faster comes first: forward is
+Faster's, and where that does not take a call, super().forward() is what the module did before. So what else
+holds the module holds the faster one, state_dict is what it was, and `unswap` has nothing to put back but the
+class.
+"""
+
+import functools
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+class Swapped:
+    """What all classes have that swap makes."""
+
+    lspm_original: type[nn.Module]
+    lspm_faster: type
+
+    def __reduce_ex__(self, protocol):
+        """As the parts of the class, which no module holds by its name."""
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _bare, (self.lspm_faster, self.lspm_original), state
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What a rule wants of a module: the class Faster, what that needs to know, and how a report calls it.
+
+    state is kept as the module's attribute `lspm` as long as it is swapped; it can be copied and pickled.
+    """
+
+    faster: type
+    what: str
+    state: Any = field(default=None)
+
+
+def swap(module: nn.Module, wanted: Swap) -> None:
+    """Gives a module, which is not swapped, the class that is wanted."""
+    module.__class__ = _class(wanted.faster, type(module))
+    if wanted.state is not None:
+        module.__dict__["lspm"] = wanted.state
+
+
+def unswap(module: nn.Module) -> None:
+    """Gives a swapped module its own class back."""
+    module.__class__ = type(module).lspm_original
+    module.__dict__.pop("lspm", None)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a module's class was made by swap; a class derived from one, as FSDP's, was not."""
+    return "lspm_original" in vars(type(module))
+
+
+def original(module: nn.Module) -> type[nn.Module]:
+    """The class that a module was given by who made it."""
+    return type(module).lspm_original if is_swapped(module) else type(module)
+
+
+@functools.cache
+def _class(faster: type, cls: type[nn.Module]) -> type[nn.Module]:
+    # Who asks for the name of a class, or for its forward's signature, gets those of the one it stands for.
+    named = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    code = faster.forward
+    forward = types.FunctionType(
+        code.__code__, code.__globals__, code.__name__, code.__defaults__, code.__closure__
+    )
+    forward.__kwdefaults__ = code.__kwdefaults__
+    functools.update_wrapper(forward, cls.forward)
+    namespace = {**named, "lspm_original": cls, "lspm_faster": faster, "forward": forward}
+    bases = (Swapped, faster) if issubclass(faster, cls) else (Swapped, faster, cls)
+    return types.new_class(cls.__name__, bases, exec_body=lambda body: body.update(namespace))
+
+
+def _bare(faster: type, cls: type[nn.Module]) -> nn.Module:
+    made = _class(faster, cls)
+    return made.__new__(made)
