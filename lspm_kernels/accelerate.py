@@ -1,4 +1,4 @@
-"""accelerate(model): one line that makes an existing model faster, and restore(model), which takes it back."""
+"""accelerate(model): one line that makes an existing model faster; restore(model) takes it back."""
 
 import sys
 from collections.abc import Iterable
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lspm_kernels.acceleration import rules
+from lspm_kernels.acceleration.options import DTYPES, Options
 from lspm_kernels.acceleration.report import Report
 from lspm_kernels.acceleration.swap import Swap, Swapped, is_swapped, swap, unswap
 
@@ -54,11 +55,11 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_OP}: model must be a torch.nn.Module, got {type(model).__name__}")
-    if dtype is not None and (not inference or dtype not in rules.DTYPES):
-        rule = f"be None, or with inference=True one of {', '.join(map(str, rules.DTYPES))}"
+    if dtype is not None and (not inference or dtype not in DTYPES):
+        rule = f"be None, or with inference=True one of {', '.join(map(str, DTYPES))}"
         raise ValueError(f"{_OP}: dtype must {rule}, got {dtype} with inference={inference}")
     allowed, denied = _chosen(model, "allow", allow), _chosen(model, "deny", deny)
-    options = rules.Options(inference=inference, dtype=dtype)
+    options = Options(inference=inference, dtype=dtype)
     report = Report()
     for path, module in model.named_modules():
         if is_swapped(module):
@@ -84,7 +85,7 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes accelerate: every module has the class that it had; parameters, buffers and hooks are as they are.
+    """Undoes accelerate: every module has its class again; parameters and hooks are as they are.
 
     Returns:
         model.

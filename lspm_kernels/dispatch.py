@@ -90,10 +90,7 @@ def pick(
     requested = requested or forced()
     if requested is not None:
         return _requested(op, backends, requested, *args)
-    key = (op, args[0].device, args[0].dtype)
-    rows = _admitted.get(key)
-    if rows is None:
-        rows = _admitted[key] = tuple(row for row in backends if row.refusal_of(args[0]) is None)
+    rows = admitting(op, backends, args[0])
     if first is not None and len(rows) > 1:
         rows = sorted(rows, key=lambda row: row.name != first)
     for row in rows:
@@ -103,6 +100,15 @@ def pick(
         refusals = "; ".join(row.refusal(op, *args) for row in backends)
         _warn(f"{refusals}: {op} runs on plain PyTorch")
     return None
+
+
+def admitting(op: str, backends: tuple[Backend, ...], x: torch.Tensor) -> tuple[Backend, ...]:
+    """The rows that take tensors of x's device and dtype on this machine, by the other arguments or not."""
+    key = (op, x.device, x.dtype)
+    rows = _admitted.get(key)
+    if rows is None:
+        rows = _admitted[key] = tuple(row for row in backends if row.refusal_of(x) is None)
+    return rows
 
 
 def forced() -> str | None:

@@ -1,29 +1,19 @@
 """Which module becomes what: rules in the order in which they are asked."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from lspm_kernels.acceleration import lookalike_layers
+from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.report import Report
 from lspm_kernels.acceleration.swap import Swap
-
-DTYPES = (torch.bfloat16, torch.float16, torch.int8)
-
-
-@dataclass(frozen=True)
-class Options:
-    """accelerate's, for the rules."""
-
-    inference: bool = False
-    dtype: torch.dtype | None = None
-
 
 # A rule takes (model, path, module, options) and gives a Swap, or why the module is left alone, or None
 # where it knows nothing of such modules. It changes nothing.
 Rule = Callable[[nn.Module, str, nn.Module, Options], Swap | str | None]
-RULES: tuple[Rule, ...] = ()
+RULES: tuple[Rule, ...] = (lookalike_layers.rule,)
 
 
 def find(model: nn.Module, path: str, module: nn.Module, options: Options) -> Swap | str | None:

@@ -1,0 +1,74 @@
+"""The forwards of modules that lookalikes.py proves to be an activation, a norm or a linear layer."""
+
+from torch import Tensor, nn
+
+from lspm_kernels import checks, dispatch, products
+from lspm_kernels.acceleration.lookalikes import meaning
+from lspm_kernels.acceleration.options import Options
+from lspm_kernels.acceleration.swap import Swap
+from lspm_kernels.ops import bias_act, layer_norm
+
+
+class Activation:
+    """An activation of bias_act."""
+
+    def forward(self, *args, **kwargs):
+        if len(args) == 1 and not kwargs and _takes("bias_act", bias_act.BACKENDS, args[0]):
+            return bias_act.bias_act(args[0], None, self.lspm.activation)
+        return super().forward(*args, **kwargs)
+
+
+class Norm:
+    """A norm over the last dimension, of inputs of its parameters' dtype."""
+
+    def forward(self, *args, **kwargs):
+        found = self.lspm
+        weight = getattr(self, found.weight)
+        bias = None if found.bias is None else getattr(self, found.bias)
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if not _takes("rms_norm", layer_norm.BACKENDS, x, weight, bias) or x.shape[-1:] != weight.shape:
+            return super().forward(*args, **kwargs)
+        weight = weight + found.offset if found.offset else weight
+        eps = getattr(self, found.eps)
+        if found.kind == "rms_norm":
+            return layer_norm.rms_norm(x, weight, eps)
+        return layer_norm.layer_norm(x, weight, bias, eps)
+
+
+class Linear:
+    """A linear layer in float32, where our product is the faster one."""
+
+    def forward(self, *args, **kwargs):
+        found = self.lspm
+        weight = getattr(self, found.weight)
+        bias = None if found.bias is None else getattr(self, found.bias)
+        weight = weight.t() if found.transposed else weight
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if type(x) is not Tensor or x.shape[-1:] != weight.shape[1:] or checks.autocasts(x.device):
+            return super().forward(*args, **kwargs)
+        rows = products.flat(x)
+        if not products.is_ours(rows, weight.t()) or (bias is not None and bias.dtype != x.dtype):
+            return super().forward(*args, **kwargs)
+        return products.linear(rows, weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def rule(model: nn.Module, path: str, module: nn.Module, options: Options) -> Swap | str | None:
+    """For modules of any class without children."""
+    found = meaning(module)
+    if found is None or found.activation == "relu":
+        return None
+    if found.kind == "activation":
+        return Swap(Activation, f"activation {found.activation}", found)
+    if found.kind == "linear":
+        if not products.faster:
+            return "torch's product is as fast on this processor"
+        return Swap(Linear, "linear, by our product of float32", found)
+    plus = " of 1 + weight" if found.offset else ""
+    return Swap(Norm, f"{found.kind}{plus}", found)
+
+
+def _takes(op, backends, x, *parameters) -> bool:
+    """Whether x is a tensor that a kernel takes, with parameters that are as it is."""
+    if type(x) is not Tensor or not x.dim() or not dispatch.admitting(op, backends, x):
+        return False
+    return all(p is None or (p.dtype == x.dtype and p.device == x.device) for p in parameters)
