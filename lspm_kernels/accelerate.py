@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 import torch
 from torch import nn
 
-from lspm_kernels.acceleration import rules
+from lspm_kernels.acceleration import hugging_face, rules
 from lspm_kernels.acceleration.options import DTYPES, Options
 from lspm_kernels.acceleration.report import Report
 from lspm_kernels.acceleration.swap import Swap, Swapped, is_swapped, swap, unswap
@@ -59,12 +59,16 @@ def accelerate(
         rule = f"be None, or with inference=True one of {', '.join(map(str, DTYPES))}"
         raise ValueError(f"{_OP}: dtype must {rule}, got {dtype} with inference={inference}")
     allowed, denied = _chosen(model, "allow", allow), _chosen(model, "deny", deny)
+
+    def is_chosen(path: str) -> bool:
+        return path not in denied and (allowed is None or path in allowed)
+
     options = Options(inference=inference, dtype=dtype)
     report = Report()
     for path, module in model.named_modules():
         if is_swapped(module):
             report.replaced[path] = "replaced before"
-        elif path in denied or (allowed is not None and path not in allowed):
+        elif not is_chosen(path):
             continue
         elif isinstance(module, Swapped):
             report.left[path] = f"{type(module).__name__} was made of a replaced class"
@@ -78,7 +82,7 @@ def accelerate(
                     report.left[path] = f"its class cannot be replaced: {error}"
             elif found is not None:
                 report.left[path] = found
-    rules.finish(model, report, options, allowed is None and not denied)
+    hugging_face.replace_attention(model, is_chosen, report)
     if verbose:
         sys.stderr.write(f"{report}\n")
     return report
@@ -104,7 +108,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if is_swapped(module):
             unswap(module)
-    rules.undo(model)
+    hugging_face.restore_attention(model)
     return model
 
 

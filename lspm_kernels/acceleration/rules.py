@@ -7,7 +7,6 @@ from torch import nn
 
 from lspm_kernels.acceleration import lookalike_layers
 from lspm_kernels.acceleration.options import Options
-from lspm_kernels.acceleration.report import Report
 from lspm_kernels.acceleration.swap import Swap
 
 # A rule takes (model, path, module, options) and gives a Swap, or why the module is left alone, or None
@@ -24,14 +23,6 @@ def find(model: nn.Module, path: str, module: nn.Module, options: Options) -> Sw
         if (found := rule(model, path, module, options)) is not None:
             return found
     return None
-
-
-def finish(model: nn.Module, report: Report, options: Options, whole: bool) -> None:
-    """What is done once to a whole model, after its modules."""
-
-
-def undo(model: nn.Module) -> None:
-    """Takes back what finish did."""
 
 
 def _untouchable(module: nn.Module) -> str | None:

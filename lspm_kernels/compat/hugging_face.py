@@ -5,7 +5,11 @@ from functools import partial
 from torch import Tensor, nn
 
 from lspm_kernels.compat.hugging_face_mask import WindowMask, window_mask
-from lspm_kernels.ops.attention import attention
+from lspm_kernels.dispatch import admitting
+from lspm_kernels.ops.attention import BACKENDS, attention
+
+IN_PLACE_OF_SDPA = "lspm_in_place_of_sdpa"
+_MOST_FEATURES = 256  # of a head
 
 
 def register() -> None:
@@ -26,8 +30,9 @@ def register() -> None:
             "hugging_face.register: transformers must be installed, with its AttentionMaskInterface"
             f" (pip install transformers), got {type(error).__name__}: {error}"
         ) from error
-    AttentionInterface.register("lspm", attention_forward)
-    AttentionMaskInterface.register("lspm", partial(window_mask, masking_utils))
+    for name, function in (("lspm", attention_forward), (IN_PLACE_OF_SDPA, in_place_of_sdpa)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, partial(window_mask, masking_utils))
 
 
 def attention_forward(
@@ -108,3 +113,17 @@ def attention_forward(
         sinks=s_aux,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def in_place_of_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> tuple:
+    """attention_forward for a model that was made for "sdpa": probabilities that are asked for are None, as
+    there, and what no kernel takes is torch's."""
+    kwargs.pop("output_attentions", None)
+    features = max(query.shape[-1], value.shape[-1])
+    if features <= _MOST_FEATURES and admitting("attention", BACKENDS, query):
+        return attention_forward(module, query, key, value, *args, **kwargs)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    args = [a.written() if isinstance(a, WindowMask) else a for a in args]
+    kwargs = {k: v.written() if isinstance(v, WindowMask) else v for k, v in kwargs.items()}
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
