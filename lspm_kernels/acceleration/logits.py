@@ -40,6 +40,10 @@ class Logits:
         hidden, weight, _ = self._made_of
         return torch.Size((*hidden.shape[:-1], len(weight)))
 
+    ndim = property(lambda self: len(self.shape))
+    device = property(lambda self: self._made_of[0].device)
+    requires_grad = property(lambda self: True)
+
     def tensor(self) -> Tensor:
         """The matrix, with its graph."""
         if self._tensor is None:
@@ -56,6 +60,9 @@ class Logits:
 
     def float(self) -> "Logits":
         return self._like(self._made_of[0], torch.float32)
+
+    def to(self, *args, **kwargs) -> "Logits | Tensor":
+        return self if not kwargs and args == (self.device,) else self.tensor().to(*args, **kwargs)
 
     def contiguous(self) -> "Logits":
         return self
