@@ -9,6 +9,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS i
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lspm_kernels
 
@@ -60,3 +61,23 @@ def pytest_runtest_call(item):
 @pytest.fixture(autouse=True)
 def seeded(backend_of_test):
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def wide_softmax(monkeypatch):
+    """Eager takes softmax in float32 even of float64, so that its mask's least number is -inf, then NaN."""
+    softmax = F.softmax
+    monkeypatch.setattr(
+        F,
+        "softmax",
+        lambda x, dim=None, dtype=None: softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype),
+    )

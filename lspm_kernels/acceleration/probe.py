@@ -27,27 +27,25 @@ def run(function, x, given) -> list[Tensor]:
 
 
 def outcome(module, given, x, training) -> list[Tensor] | None:
-    """The same of a module with other parameters, if it has one and changes neither itself nor its input."""
-    state, parameters = dict(vars(module)), dict(module._parameters)
+    """The same of a module's forward, on a copy with other parameters; None if it changes itself or x."""
+    probed = object.__new__(type(module))
+    state = {**vars(module), "training": training, "_parameters": dict(given)}
+    vars(probed).update(state)
 
     def forward(x, given):
-        module._parameters.update(given)
+        probed._parameters.update(given)
         kept = x.detach().clone()
-        y = type(module).forward(module, x)
+        y = probed.forward(x)
         if y is x or not torch.equal(x, kept):
             raise TypeError
         return y
 
     try:
-        vars(module)["training"] = training
         with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
             found = run(forward, x, given)
     except _REFUSALS:
         return None
-    finally:
-        module._parameters.update(parameters)
-        vars(module)["training"] = state["training"]
-    unchanged = vars(module).keys() == state.keys() and all(vars(module)[k] is v for k, v in state.items())
+    unchanged = vars(probed).keys() == state.keys() and all(vars(probed)[k] is v for k, v in state.items())
     return found if unchanged else None
 
 
