@@ -1,0 +1,195 @@
+"""accelerate on models of transformers: outputs and gradients by the oracle's rule, and everything back."""
+
+import copy
+
+import hugging_face_models as models
+import pytest
+import torch
+from hugging_face_models import logits_and_gradients, prompts
+
+import lspm_kernels as lk
+import oracle
+from lspm_kernels.acceleration.logits import Logits
+
+pytestmark = pytest.mark.usefixtures("one_thread", "wide_softmax")
+MODELS = "gpt2 bert llama gemma2 qwen2 gemma3 modernbert vit whisper t5".split()
+CLASSES = 5000  # enough for a head to keep its logits to itself
+
+
+def inputs(name, padded):
+    ids, mask = prompts(padded)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 32, 32)}
+    if name == "whisper":
+        return {"input_features": torch.randn(2, 8, 60), "decoder_input_ids": ids}
+    if name == "t5":
+        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, 3:9]}
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def three(name, dtype):
+    """The model itself, which is made faster, its float64 and its plain copy."""
+    model = models.build(name).to(dtype).eval()
+    return model, copy.deepcopy(model).double(), copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients(name, dtype):
+    if name == "t5" and dtype == torch.bfloat16:
+        pytest.skip("scores have no scale: how one of them is rounded decides, in eager as in ours")
+    ours, truth, plain = three(name, dtype)
+    padded = 0 if name in ("vit", "whisper") else 5
+    batches = [inputs(name, padded) for _ in range(6)]
+    before = logits_and_gradients(ours, batches, padded)
+    report = lk.accelerate(ours)
+    assert ("config" in report.replaced) == (
+        name != "gemma2"
+    )  # whose attention is eager: sdpa has no softcap
+    truth.set_attn_implementation("eager")
+    actual, truth, plain = (logits_and_gradients(m, batches, padded) for m in (ours, truth, plain))
+    for parameter in truth:
+        oracle.compare(parameter, actual[parameter], truth[parameter], plain[parameter])
+    lk.restore(ours)
+    for parameter, value in logits_and_gradients(ours, batches, padded).items():
+        assert torch.equal(value, before[parameter]), parameter
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "whisper", "t5"])
+def test_generate(name, cache):
+    ours, _, plain = three(name, torch.float32)
+    ids, mask = prompts(0 if name == "whisper" else 5)
+    given = {"input_ids": ids, "attention_mask": mask}
+    if name == "whisper":
+        features = torch.randn(2, 8, 60, generator=torch.Generator().manual_seed(4))
+        given = {"input_features": features, "decoder_input_ids": ids}
+    lk.accelerate(ours)
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
+    found = [m.generate(**given, **options) for m in (ours, plain)]
+    assert torch.equal(*found)
+
+
+def labelled(name, **options):
+    text = {**models.TEXT, "vocab_size": CLASSES}
+    models_text, models.TEXT = models.TEXT, text
+    try:
+        return models.build(name, **options).train()
+    finally:
+        models.TEXT = models_text
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def losses(model, ids, labels, **options):
+    out = model(input_ids=ids, labels=labels, **options)
+    grads = torch.autograd.grad(out.loss, list(model.parameters()), allow_unused=True)
+    return out, {"loss": out.loss.detach(), **dict(zip(map(str, range(len(grads))), grads, strict=True))}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 11}])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "gemma2"])
+def test_a_loss_needs_no_logits(name, options, monkeypatch):
+    model = without_dropout(labelled(name))
+    if name == "gpt2":
+        model.config.attn_pdrop = 0.0
+        for block in model.transformer.h:
+            block.attn.attn_dropout.p = 0.0
+    if name == "bert" and options:
+        options = {}
+    ids = torch.randint(3, 97, (2, 17))
+    labels = ids.masked_fill(torch.rand(2, 17) < 0.3, -100)
+    truth, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    report = lk.accelerate(model)
+    assert "head, whose loss needs no logits" in report.replaced.values()
+    made, tensor = [], Logits.tensor
+    monkeypatch.setattr(Logits, "tensor", lambda self: (made.append(self.shape), tensor(self))[1])
+    out, actual = losses(model, ids, labels, **options)
+    # Gemma 2 bounds its logits by tanh, which is no linear layer: there they are a tensor.
+    assert bool(made) == (name == "gemma2")
+    (_, truth), (expected, plain) = (losses(m, ids, labels, **options) for m in (truth, plain))
+    for key, value in truth.items():
+        if value is not None:
+            oracle.compare(key, actual[key], value, plain[key])
+    torch.testing.assert_close(torch.as_tensor(out.logits.detach()), expected.logits.detach())
+    assert out.logits.shape == expected.logits.shape
+    lk.restore(model)
+    assert isinstance(model(input_ids=ids, labels=labels).logits, torch.Tensor)
+
+
+def test_the_config_stays_that_of_other_models():
+    model = models.build("llama").eval()
+    config = model.config
+    other = type(model)(config).eval()
+    lk.accelerate(model)
+    assert config._attn_implementation == other.config._attn_implementation == "sdpa"
+    assert model.model.layers[0].self_attn.config is model.config is not config
+    lk.restore(model)
+    assert model.config is model.model.layers[0].self_attn.config is config
+
+
+@pytest.mark.parametrize("name", ["eager", "flex_attention"])
+def test_attention_that_was_chosen_stays(name):
+    model = models.build("llama")
+    model.config._attn_implementation = name
+    report = lk.accelerate(model)
+    assert report.left["config"] == f"its attention is {name!r}: only what is 'sdpa' is replaced"
+
+
+def test_probabilities_that_are_asked_for_are_none_as_with_sdpa():
+    model = models.build("gpt2").eval()
+    ids, _ = prompts()
+    before = model(ids, output_attentions=True)
+    lk.accelerate(model)
+    after = model(ids, output_attentions=True)
+    assert (before.attentions is None) == (after.attentions is None)
+    hidden = model(ids, output_hidden_states=True).hidden_states
+    assert len(hidden) == 3
+    torch.testing.assert_close(model(ids.new_zeros(1, 3), use_cache=False).logits.shape, (1, 3, 97))
+
+
+def test_saved_and_loaded_it_is_the_model(tmp_path):
+    model = models.build("llama").eval()
+    ids, _ = prompts()
+    before = model(ids).logits
+    lk.accelerate(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert loaded.config._attn_implementation == "sdpa"
+    assert loaded.config.architectures == ["LlamaForCausalLM"]
+    torch.testing.assert_close(loaded(ids).logits, before)
+
+
+def test_checkpointed_it_has_the_same_gradients():
+    model = without_dropout(labelled("llama"))
+    ids = torch.randint(3, 97, (2, 17))
+    plain = copy.deepcopy(model)
+    for m in (model, plain):
+        m.gradient_checkpointing_enable()
+    lk.accelerate(model)
+    (_, actual), (_, expected) = losses(model, ids, ids), losses(plain, ids, ids)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_float64_is_computed_as_before():
+    model = models.build("llama").double().eval()
+    ids, _ = prompts(5)
+    before = model(ids).logits
+    lk.accelerate(model)
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_no_graph_is_broken(name):
+    model = models.build(name).eval()
+    ids, _ = prompts()
+    expected = model(ids).logits
+    lk.accelerate(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
