@@ -43,9 +43,7 @@ def test_logits_and_gradients(name, dtype):
     batches = [inputs(name, padded) for _ in range(6)]
     before = logits_and_gradients(ours, batches, padded)
     report = lk.accelerate(ours)
-    assert ("config" in report.replaced) == (
-        name != "gemma2"
-    )  # whose attention is eager: sdpa has no softcap
+    assert ("config" in report.replaced) == (name != "gemma2")  # eager: sdpa has no softcap
     truth.set_attn_implementation("eager")
     actual, truth, plain = (logits_and_gradients(m, batches, padded) for m in (ours, truth, plain))
     for parameter in truth:

@@ -1,0 +1,199 @@
+"""Logits that nobody reads are never made, and are a tensor for whoever reads them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lspm_kernels as lk
+import oracle
+from lspm_kernels.acceleration.logits import Logits
+from lspm_kernels.acceleration.swap import is_swapped
+
+CLASSES = 4100
+TOKENS = torch.randint(CLASSES, (3, 7), generator=torch.Generator().manual_seed(0))
+LABELS = TOKENS.roll(-1, 1).index_fill(1, torch.tensor([6]), -1)
+
+
+class Model(nn.Module):
+    """A language model as many write one; `use` is what its forward does with its logits."""
+
+    def __init__(self, use, bias=False):
+        super().__init__()
+        self.embedding = nn.Embedding(CLASSES, 16)
+        self.head = nn.Linear(16, CLASSES, bias=bias)
+        self.use = use
+
+    def forward(self, tokens, labels=None):
+        logits = self.head(self.embedding(tokens).tanh())
+        return self.use(F.cross_entropy, logits, labels)
+
+
+def flat(cross_entropy, logits, labels):
+    return logits, cross_entropy(logits.view(-1, logits.size(-1)), labels.view(-1), ignore_index=-1)
+
+
+def shifted(cross_entropy, logits, labels):
+    logits = logits[..., :-1, :].contiguous().float().to(labels.device)
+    labels = labels[..., :-1].reshape(-1)
+    loss = cross_entropy(logits.reshape(-1, CLASSES), labels, None, reduction="sum", label_smoothing=0.1)
+    return {"loss": loss, "logits": logits}["loss"]
+
+
+def weighted(cross_entropy, logits, labels):
+    weight = torch.linspace(0.5, 2, CLASSES, dtype=logits.dtype)
+    last = logits[:, -2]
+    return cross_entropy(last.view((-1, CLASSES)), labels[:, -2], weight=weight, reduction="none"), last
+
+
+def module(_, logits, labels):
+    return nn.CrossEntropyLoss(ignore_index=-1)(
+        logits.reshape(logits.shape[0] * logits.shape[1], -1), labels.view(-1)
+    )
+
+
+def scaled(cross_entropy, logits, labels):
+    logits = 3 * torch.tanh(logits / 3) + 0.5
+    return cross_entropy(logits.view(-1, CLASSES), labels.view(-1), ignore_index=-1)
+
+
+def transposed(cross_entropy, logits, labels):
+    return cross_entropy(logits.transpose(1, 2), labels, ignore_index=-1)
+
+
+def probabilities(cross_entropy, logits, labels):
+    target = F.one_hot(labels.clamp(min=0), CLASSES).to(logits.dtype)
+    return cross_entropy(logits.view(-1, CLASSES), target.view(-1, CLASSES))
+
+
+def read(cross_entropy, logits, labels):
+    return [
+        *flat(cross_entropy, logits, labels),
+        logits.logsumexp(-1),
+        logits[labels == 3],
+        -logits,
+        len(logits),
+    ][:4]
+
+
+def unused(cross_entropy, logits, labels):
+    return cross_entropy(logits[..., :5].flatten(0, 1), labels.flatten() % 5), logits
+
+
+def first_classes(cross_entropy, logits, labels):
+    return cross_entropy(logits[0, :, :50], labels[0] % 50)
+
+
+NEVER = [flat, shifted, weighted]
+ONCE = [module, scaled, transposed, probabilities, read, unused, first_classes]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The shapes of logits that became tensors."""
+    shapes, tensor = [], Logits.tensor
+    monkeypatch.setattr(Logits, "tensor", lambda self: (shapes.append(self.shape), tensor(self))[1])
+    return shapes
+
+
+def outcome(model, **options):
+    outputs = model(TOKENS, LABELS)
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    sums = sum(o.sum() for o in outputs if o.dim() < 2)
+    grads = torch.autograd.grad(sums, list(model.parameters()))
+    return [*(o.detach() for o in outputs), *grads]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("use", [*NEVER, *ONCE])
+def test_a_loss_and_what_else_is_read(use, bias, made):
+    ours = Model(use, bias).train()
+    truth, plain = copy.deepcopy(ours).double(), copy.deepcopy(ours)
+    report = lk.accelerate(ours)
+    assert report.replaced["head"] == "head, whose loss needs no logits"
+    found = ours(TOKENS, LABELS)
+    assert not (use in NEVER and made)
+    actual, truth, plain = map(outcome, (ours, truth, plain))
+    for i, (value, true, other) in enumerate(zip(actual, truth, plain, strict=True)):
+        oracle.compare(str(i), value, true, other)
+    logits = found[0] if use in (flat, read) else found[-1] if use in (weighted, unused) else None
+    assert logits is None or isinstance(logits, Tensor)
+    # Of logits that no loss was computed of, another graph may still be made: they are a tensor.
+    assert (type(logits) is Logits) == (use in (flat, read, weighted))
+
+
+def test_logits_are_a_tensor_for_whoever_reads_them():
+    model = Model(flat).train()
+    plain = copy.deepcopy(model)
+    lk.accelerate(model)
+    logits, expected = model(TOKENS, LABELS)[0], plain(TOKENS, LABELS)[0]
+    assert type(logits) is Logits
+    assert (logits.shape, logits.dim(), logits.ndim, logits.device, logits.dtype) == (
+        (3, 7, CLASSES), 3, 3, expected.device, torch.float32,
+    )  # fmt: skip
+    for function in (
+        lambda x: x.argmax(-1), lambda x: torch.softmax(x, -1), lambda x: x + 1, lambda x: 1 - x, abs,
+        lambda x: x @ x.mT, lambda x: x[0, 1, 2], lambda x: x[..., 0], lambda x: x[:, -1, :], lambda x: x[x > 0],
+        lambda x: x.detach(), lambda x: torch.stack([x, x]), lambda x: x.to(torch.float64), lambda x: x[None],
+        lambda x: x.view(-1), lambda x: (x > 0).sum(), lambda x: x.half(), lambda x: x[0], lambda x: x[1:, 2:],
+        lambda x: copy.deepcopy(x.detach()), lambda x: x.float().bfloat16(), lambda x: torch.tensor(len(x)),
+    ):  # fmt: skip
+        actual, true = function(logits), function(expected)
+        actual = actual.tensor() if type(actual) is Logits else actual
+        assert actual.dtype == true.dtype
+        torch.testing.assert_close(actual, true)
+    assert "tensor" in repr(logits)
+    logits.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(model.head.weight.grad, plain.head.weight.grad)
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "a hook", "float64"])
+def test_where_nothing_is_saved_logits_are_a_tensor(mode):
+    model = Model(flat).train(mode != "eval")
+    model = model.double() if mode == "float64" else model
+    lk.accelerate(model)
+    seen = []
+    if mode == "a hook":
+        model.head.register_forward_hook(lambda _module, _inputs, output: seen.append(type(output)))
+    with torch.set_grad_enabled(mode != "no_grad"):
+        assert type(model(TOKENS, LABELS)[0]) is Tensor
+    assert seen == ([Tensor] if mode == "a hook" else [])
+
+
+def test_a_head_alone_gives_a_tensor():
+    model = Model(flat).train()
+    lk.accelerate(model)
+    assert type(model.head(torch.randn(2, 16, requires_grad=True))) is Tensor
+
+
+def test_only_what_computes_a_loss_of_many_classes_owns_a_head():
+    class Plain(Model):
+        def forward(self, tokens):
+            return self.head(self.embedding(tokens))
+
+    model = Plain(None)
+    assert "head" not in str(lk.accelerate(model).replaced.get("head", ""))
+    narrow = Model(flat)
+    narrow.head = nn.Linear(16, 100)
+    lk.accelerate(narrow)
+    assert not is_swapped(narrow)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, made):
+    model = Model(flat).train()
+    plain = copy.deepcopy(model)
+    lk.accelerate(model)
+    found = []
+    for m in (model, plain):
+        with torch.autocast("cpu", dtype):
+            logits, loss = m(TOKENS, LABELS)
+        found.append((loss, *torch.autograd.grad(loss, list(m.parameters()))))
+        assert logits.dtype == dtype
+    assert not made
+    for actual, expected in zip(*found, strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
