@@ -45,7 +45,7 @@ def shifted(cross_entropy, logits, labels):
 def weighted(cross_entropy, logits, labels):
     weight = torch.linspace(0.5, 2, CLASSES, dtype=logits.dtype)
     some = logits[:, 1:-1]
-    return cross_entropy(some.view((-1, CLASSES)), labels[:, 1:-1].flatten(), weight=weight), some
+    return cross_entropy(some.reshape((-1, CLASSES)), labels[:, 1:-1].flatten(), weight=weight), some
 
 
 def module(_, logits, labels):
