@@ -21,7 +21,7 @@ class Head(lookalike_layers.Linear):
     """A linear layer that gives Logits in the forward of its Owner."""
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or logits.scope.get() is None or self._forward_hooks:
+        if torch.compiler.is_compiling() or not logits.is_collecting() or self._forward_hooks:
             return super().forward(*args, **kwargs)
         x = args[0] if len(args) == 1 and not kwargs else None
         weight, bias = self.weight, self.bias
@@ -34,7 +34,7 @@ class Head(lookalike_layers.Linear):
             return super().forward(*args, **kwargs)
         if not admitting("linear_cross_entropy", BACKENDS, x):
             return super().forward(*args, **kwargs)
-        return logits.Logits(x, weight, bias, dtype)
+        return logits.Logits.of(x, weight, bias, dtype)
 
 
 class Owner:
@@ -49,17 +49,20 @@ class Owner:
 
 def rule(model: nn.Module, path: str, module: nn.Module, options: Options) -> Swap | str | None:
     """For heads, and for the models that own one."""
-    if _is_head(module) and any(map(_is_owner, _ancestors(model, path))):
-        return Swap(Head, "head, whose loss needs no logits", meaning(module))
-    if _is_owner(module) and any(_is_head(inner) for inner in module.modules()):
+    if original(module) is nn.Linear:
+        if any(_is_owner(outer) and _is_head(module, outer) for outer in _ancestors(model, path)):
+            return Swap(Head, "head, whose loss needs no logits", meaning(module))
+    elif _is_owner(module) and any(_is_head(inner, module) for inner in module.modules()):
         return Swap(Owner, "model whose loss needs no logits")
     return None
 
 
-def _is_head(module) -> bool:
-    if original(module) is not nn.Linear or meaning(module) is None:
+def _is_head(module, owner) -> bool:
+    """Whether a module gives a number for each of the many rows of one of its owner's embeddings."""
+    if original(module) is not nn.Linear or module.out_features < _LEAST_CLASSES or meaning(module) is None:
         return False
-    return module.out_features >= max(_LEAST_CLASSES, 2 * module.in_features)
+    tables = (inner for inner in owner.modules() if isinstance(inner, nn.Embedding))
+    return any(table.num_embeddings == module.out_features for table in tables)
 
 
 def _is_owner(module) -> bool:
