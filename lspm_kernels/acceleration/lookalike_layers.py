@@ -57,6 +57,8 @@ def rule(model: nn.Module, path: str, module: nn.Module, options: Options) -> Sw
     found = meaning(module)
     if found is None or found.activation == "relu":
         return None
+    if found.kind != "activation" and found.weight is None:  # a norm of torch.nn without parameters
+        return None
     if found.kind == "activation":
         return Swap(Activation, f"activation {found.activation}", found)
     if found.kind == "linear":

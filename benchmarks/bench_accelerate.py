@@ -1,0 +1,66 @@
+"""Models of transformers and torchvision before and after lspm_kernels.accelerate, in one line each."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+
+import command
+import torch
+from drop_ins import VARIANTS, DropIn
+from torch import Tensor
+
+import harness
+from lspm_kernels import FallbackWarning
+
+F32, BF16 = torch.float32, torch.bfloat16
+INFERENCE, TRAINING = "inference", "training-step"
+SPEEDUPS = {  # x the better of torch's two ways
+    ("gpt2", TRAINING, F32): 1.6,
+    ("gpt2", TRAINING, BF16): 2.0,
+    ("bert", INFERENCE, F32): 1.5,
+    ("bert", TRAINING, F32): 1.5,
+    ("vit", INFERENCE, BF16): 1.4,
+    ("resnet50", INFERENCE, F32): 1.3,
+    ("resnet50", TRAINING, F32): 1.2,
+}
+
+
+def outputs_and_gradient(results: list[Tensor]) -> list[Tensor]:
+    """The gradient as one tensor: single ones of small norm weights have no digits of their own."""
+    return [results[0], *([torch.cat([g.flatten() for g in results[1:]])] if results[1:] else [])]
+
+
+def measure(case: DropIn, device: str, smoke: bool) -> list[dict]:
+    """Checks outputs and gradients; times all sides in turn, and takes the memory of each."""
+    variants = VARIANTS[:2] if smoke else VARIANTS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)  # plain PyTorch would be timed against itself
+        steps = {variant: case.step(variant) for variant in variants}
+        found = steps["lspm"](), case.step("exact")(), steps["torch"]()
+        harness.compare("lspm", *map(outputs_and_gradient, found))
+    del found
+    turns = {variant: harness.repeated(step, device) for variant, step in steps.items()}
+    memory = {} if smoke else {variant: case.peak_bytes(variant) for variant in variants}
+    seconds = harness.interleave(turns, 1 if smoke else harness.calls_per_turn(turns), 1 if smoke else None)
+    rows = harness.summarise(str(case), ["lspm"], seconds)
+    for row in rows:
+        row |= {"rate": None, "unit": None, "peak_bytes": memory.get(row["variant"]), "goals": []}
+    if not smoke:
+        bound = SPEEDUPS.get((case.name, case.mode, case.dtype))
+        best = min(rows[0]["speedup"].values())
+        if bound is not None:
+            rows[0]["goals"] = [{"what": "speedup", "bound": bound, "got": best, "met": best >= bound}]
+    return rows
+
+
+def cases(smoke: bool = False) -> Iterator[DropIn]:
+    if smoke:
+        yield from (DropIn(name, TRAINING, F32, smoke=True) for name in ("gpt2", "bert"))
+        return
+    for name in ("gpt2", "bert", "vit", "resnet50"):
+        for mode in (INFERENCE, TRAINING):
+            yield from (DropIn(name, mode, dtype) for dtype in (F32, BF16))
+
+
+if __name__ == "__main__":
+    sys.exit(command.main("accelerate", __doc__, cases, measure))
