@@ -1,0 +1,73 @@
+"""Linear layers for inference that read a copy of their weight in fewer bits, made when first needed."""
+
+import torch
+from torch import Tensor, nn
+
+from lspm_kernels import checks
+from lspm_kernels.acceleration.lookalikes import meaning
+from lspm_kernels.acceleration.options import Options
+from lspm_kernels.acceleration.swap import Swap
+from lspm_kernels.ops import linear
+
+
+class WeightCopy:
+    """A weight in another dtype, made anew when the weight has changed. It is not saved with the model.
+
+    Attributes:
+        found: what the module computes; see lookalikes.Meaning.
+    """
+
+    def __init__(self, found, dtype: torch.dtype):
+        self.found, self.dtype = found, dtype
+        self._made_of: tuple = ()
+        self._copy: tuple[Tensor, Tensor | None] = ()
+
+    def of(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The copy (out, in), and of integers its scales."""
+        version = None if weight.is_inference() else weight._version
+        made_of = weight.data_ptr(), version, weight.dtype, weight.device, weight.shape
+        if made_of != self._made_of:
+            own = (weight.t() if self.found.transposed else weight).detach().contiguous()
+            self._copy = linear.quantize_int8(own) if self.dtype == torch.int8 else (own.to(self.dtype), None)
+            self._made_of = made_of
+        return self._copy
+
+    def __reduce__(self):
+        return WeightCopy, (self.found, self.dtype)
+
+
+class Linear:
+    """A linear layer that reads its WeightCopy where nothing has a gradient."""
+
+    def forward(self, *args, **kwargs):
+        found = self.lspm.found
+        x = args[0] if len(args) == 1 and not kwargs else None
+        weight = getattr(self, found.weight)
+        bias = None if found.bias is None else getattr(self, found.bias)
+        if (
+            type(x) is not Tensor
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.training
+            or x.dtype not in linear.FLOATS
+            or x.device != weight.device
+            or x.device.type == "meta"
+            or x.shape[-1:] != (weight.shape[:1] if found.transposed else weight.shape[1:])
+            or checks.autocasts(x.device)
+        ):
+            return super().forward(*args, **kwargs)
+        copy, scales = self.lspm.of(weight)
+        return linear.product(x, copy, bias, scales)
+
+
+def rule(model: nn.Module, path: str, module: nn.Module, options: Options) -> Swap | str | None:
+    """For linear layers, where accelerate was given inference and a dtype."""
+    if not options.inference or options.dtype is None:
+        return None
+    found = meaning(module)
+    if found is None or found.kind != "linear":
+        return None
+    if module._parameters[found.weight].dtype == options.dtype:
+        return None
+    name = str(options.dtype).removeprefix("torch.")
+    return Swap(Linear, f"linear, of a copy of its weight in {name}", WeightCopy(found, options.dtype))
