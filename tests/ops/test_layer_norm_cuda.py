@@ -250,6 +250,7 @@ def test_messages(library):
         forward()
 
 
+@pytest.mark.long
 def test_asan():
     if "asan" in FLAVOURS:
         pytest.skip("this is the run under asan")
