@@ -8,6 +8,7 @@ torch's and conv2d_batch_norm/forward+backward 0.64 and 0.85, and max_pool2d has
 import torch
 from torch import Tensor, nn
 
+from lspm_kernels import conv2d_checks
 from lspm_kernels.nn import calls, elementwise
 from lspm_kernels.nn.norms import BatchNorm2d, takes_batch_norm
 from lspm_kernels.ops.conv2d import conv2d
@@ -117,8 +118,7 @@ class ConvBatchNormAct(nn.Sequential):
         weight, bias = conv.weight, conv.bias
         if (
             takes_convolution(conv, input, weight, bias)
-            and calls.plain(input, residual)
-            and calls.alike(input, residual)
+            and (residual is None or _fits(conv, input, residual))
             and calls.known(conv, _CONVOLUTIONS)
             and calls.known(norm, _NORMS)
             and (not rest or _name(rest[0]) is not None)
@@ -159,6 +159,15 @@ def _is_faster(conv, x, weight, bias) -> bool:
         return True
     # conv2d/forward+backward/float32/B8-512-128-k1-28-s1: 0.9.
     return conv.kernel_size != (1, 1) and x.shape[2] * x.shape[3] >= _LEAST_PIXELS
+
+
+def _fits(conv, x, residual) -> bool:
+    """Whether a residual has the dtype, the place and the shape of what is convolved."""
+    if not (calls.plain(residual) and calls.alike(x, residual)):
+        return False
+    window = conv.stride, conv.padding, conv.dilation, conv.groups
+    size, _ = conv2d_checks.geometry("ConvBatchNormAct", x, conv.weight, *window)
+    return residual.shape == (x.shape[0], conv.out_channels, *size)
 
 
 def _name(module) -> str | None:
