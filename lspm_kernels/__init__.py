@@ -1,5 +1,6 @@
 """Fused kernels that make large pretrained models faster and smaller in PyTorch, on GPUs and on CPUs."""
 
+from lspm_kernels import nn
 from lspm_kernels.accelerate import accelerate, restore
 from lspm_kernels.adamw import AdamW
 from lspm_kernels.dispatch import FallbackWarning, use_backend
@@ -82,6 +83,7 @@ __all__ = [
     "mf_sgd_",
     "mlp",
     "nmf_",
+    "nn",
     "quantize_int8",
     "rating_blocks",
     "restore",
