@@ -5,14 +5,19 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lspm_kernels.acceleration import heads, lookalike_layers, weight_copies
+from lspm_kernels.acceleration import heads, layers, lookalike_layers, weight_copies
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import Swap
 
 # A rule takes (model, path, module, options) and gives a Swap, or why the module is left alone, or None
 # where it knows nothing of such modules. It changes nothing.
 Rule = Callable[[nn.Module, str, nn.Module, Options], Swap | str | None]
-RULES: tuple[Rule, ...] = (weight_copies.rule, heads.rule, lookalike_layers.rule)
+RULES: tuple[Rule, ...] = (
+    weight_copies.rule,
+    heads.rule,
+    layers.rule,
+    lookalike_layers.rule,
+)
 
 
 def find(model: nn.Module, path: str, module: nn.Module, options: Options) -> Swap | str | None:
