@@ -14,7 +14,7 @@ from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 
 _F32 = torch.float32
-_LEAST = 32  # of each size: packing would take longer than a thinner product
+LEAST = 32  # of each size: packing would take longer than a thinner product
 faster = compiled.cpu.isa.startswith(("avx512", "amx")) and compiled.cpu_maker() != "GenuineIntel"
 _ROW = Backend("cpu", "cpu", (_F32,), compiled.cpu_kernel("matmul"), None, compiled.nothing_missing)
 
@@ -23,7 +23,7 @@ def is_ours(a: Tensor, b: Tensor) -> bool:
     """Whether a @ b of matrices is better done by our kernel."""
     if not faster or a.dtype != _F32 or b.dtype != _F32 or a.device.type != "cpu":
         return False
-    return min(*a.shape, b.shape[1]) >= _LEAST
+    return min(*a.shape, b.shape[1]) >= LEAST
 
 
 def _product(row, x, weight, bias, saves=True):

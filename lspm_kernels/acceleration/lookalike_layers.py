@@ -1,5 +1,6 @@
 """The forwards of modules that lookalikes.py proves to be an activation, a norm or a linear layer."""
 
+import torch
 from torch import Tensor, nn
 
 from lspm_kernels import checks, dispatch, products
@@ -39,12 +40,14 @@ class Linear:
     """A linear layer in float32, where our product is the faster one."""
 
     def forward(self, *args, **kwargs):
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if type(x) is not Tensor or x.dtype != torch.float32 or x.shape[:-1].numel() < products.LEAST:
+            return super().forward(*args, **kwargs)
         found = self.lspm
         weight = getattr(self, found.weight)
         bias = None if found.bias is None else getattr(self, found.bias)
         weight = weight.t() if found.transposed else weight
-        x = args[0] if len(args) == 1 and not kwargs else None
-        if type(x) is not Tensor or x.shape[-1:] != weight.shape[1:] or checks.autocasts(x.device):
+        if x.shape[-1:] != weight.shape[1:] or checks.autocasts(x.device):
             return super().forward(*args, **kwargs)
         rows = products.flat(x)
         if not products.is_ours(rows, weight.t()) or (bias is not None and bias.dtype != x.dtype):
