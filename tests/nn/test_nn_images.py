@@ -53,7 +53,7 @@ def test_convolutions_that_are_torchs():
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"eps": 0.1, "momentum": 0.3}])
+@pytest.mark.parametrize("options", [{}, {"affine": False, "eps": 0.1, "momentum": 0.3}])
 def test_batch_norm(options, train, dtype):
     check(*pair("BatchNorm2d", 32, train=train, **options), [image(16, 32, 33, 33, dtype=dtype)])
 
@@ -133,12 +133,13 @@ class Added(nn.Sequential):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_conv_batch_norm_act(activation, train, dtype):
     ours, theirs = conv_norm(activation, train, padding=1)
-    x, residual = image(8, 16, 33, 32, dtype=dtype), image(8, 24, 33, 32, dtype=dtype)
+    x, residual = image(4, 16, 33, 32, dtype=dtype), image(4, 24, 33, 32, dtype=dtype)
     # In half types plain PyTorch rounds before ReLU6, so that what is nearly 6 has a gradient or has none.
     gradients = activation != "relu6" or dtype is torch.float32
     check(ours, theirs, [x, residual] if activation in (None, "relu") else [x], gradients=gradients)
-    with torch.no_grad():
-        check(ours, theirs, [x], gradients=False)
+    if not train:  # folded into the convolution
+        with torch.no_grad():
+            check(ours, theirs, [x], gradients=False)
 
 
 def test_conv_batch_norm_act_keeps_statistics_and_names():

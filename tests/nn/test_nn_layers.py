@@ -133,7 +133,7 @@ def test_dropout():
     assert ours(x) is x and (x == 0).any()
 
 
-@pytest.mark.parametrize(("dtype", "padding_idx"), list(zip(DTYPES, [None, 3, -1], strict=True)))
+@pytest.mark.parametrize(("dtype", "padding_idx"), list(zip(DTYPES[:2], [None, -1], strict=True)))
 def test_embedding(dtype, padding_idx):
     ids = torch.randint(0, 30, (4, 9))
     check(*pair("Embedding", 2**15, 128, padding_idx), [], ids, dtype=dtype)
