@@ -16,10 +16,12 @@ from lspm_kernels.ops.conv2d_batch_norm import conv2d_batch_norm
 from lspm_kernels.ops.max_pool2d import max_pool2d
 
 _F32 = torch.float32
-_LEAST = 2**16  # conv2d of 1x16x8x8, 3x3: 0.5 times as fast as torch's; max_pool2d of 2x16x8x8 0.2
-_LEAST_CHANNELS = 32  # conv2d of 4x3x112x112, 3x3 with stride 2: 0.7
-# conv2d/forward+backward/float32/B8-512-512-k3-7-s1: 0.95, -256-256-k3-14-s1 1.26.
-_LEAST_PIXELS = 14 * 14
+_LEAST = 2**16  # conv2d of 1x16x8x8, 3x3: 0.5 times as fast as torch's
+_LEAST_OF_POOLS = 2**18  # max_pool2d of 2x32x32x32, 0.9, of 4x64x56x56 2.2
+_LEAST_CHANNELS = 32  # conv2d of 4x3x112x112, 3x3 with stride 2: 0.7; with norm and activation 0.95
+# What a pixel of one filter sums: conv2d_batch_norm of 4x512x14x14, 3x3: 0.9, but
+# conv2d/forward/float32/B8-256-256-k3-14-s1 1.6; of 4x3x112x112, 3x3: 0.95.
+_LEAST_TERMS, _MOST_TERMS = 64, 4096
 _ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}
 _KINDS = {
     "relu": {nn.ReLU},
@@ -34,7 +36,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if takes_convolution(self, input, weight, bias) and _is_faster(self, input, weight, bias):
+        if _is_faster(self, input, weight, bias) and takes_convolution(self, input, weight, bias):
             return conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return super().forward(input)
 
@@ -49,7 +51,7 @@ class MaxPool2d(nn.MaxPool2d):
         # max_pool2d/forward+backward/float32/N8-C64-112x112: 0.77, forward/bfloat16 2.5.
         if (
             type(input) is Tensor
-            and input.numel() >= _LEAST
+            and input.numel() >= _LEAST_OF_POOLS
             and input.is_cpu
             and calls.plain(input)
             and not self.return_indices
@@ -138,18 +140,23 @@ class ConvBatchNormAct(nn.Sequential):
 
 
 def takes_convolution(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernel computes a convolution of x, a batch of images, in the memory that torch gives."""
+    """Whether a kernel computes a convolution of x, images, in the memory that torch gives, and fast."""
     if type(x) is not Tensor or x.numel() < _LEAST or not x.is_cpu or conv.padding_mode != "zeros":
         return False
     if not (calls.plain(x, weight, bias) and calls.alike(x, weight, bias)):
         return False
     if x.dim() != 4 or x.shape[1] != conv.in_channels:
         return False
+    terms = weight.shape[1:].numel()
+    if terms > _MOST_TERMS or (conv.groups == 1 and terms < _LEAST_TERMS):
+        return False
     return calls.channels_last(x) or calls.channels_last(weight)
 
 
 def _is_faster(conv, x, weight, bias) -> bool:
-    """Than torch's, of the convolution alone."""
+    """Whether the convolution alone is, than torch's."""
+    if type(x) is not Tensor or x.numel() < _LEAST:
+        return False
     if conv.groups > 1:  # conv2d of 4x128x28x28 in 32 groups, 3x3: 2.7, in bfloat16 2.4; depthwise: 0.9
         return conv.in_channels > conv.groups
     # conv2d of 4x64x56x56 to 256, 1x1, in bfloat16 by one thread: 0.8, and with the backward 0.4.
@@ -158,7 +165,7 @@ def _is_faster(conv, x, weight, bias) -> bool:
     if not calls.records(x, weight, bias):
         return True
     # conv2d/forward+backward/float32/B8-512-128-k1-28-s1: 0.9.
-    return conv.kernel_size != (1, 1) and x.shape[2] * x.shape[3] >= _LEAST_PIXELS
+    return conv.kernel_size != (1, 1)
 
 
 def _fits(conv, x, residual) -> bool:

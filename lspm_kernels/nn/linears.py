@@ -13,9 +13,9 @@ _F32 = torch.float32
 # linear_many_rows/forward/float32/64x768-to-3072: 2.1 times as fast as torch's, 64x64-to-64 0.4. Rows times
 # columns of the weight.
 _LEAST_OPERATIONS = 2**22
-# linear/forward/bfloat16/1x768-to-3072: 2.0, /float32 2.7, of up to 8 rows without a gradient; smaller
-# weights stay in the cache, where there is little to win.
-_LEAST_OF_FEW_ROWS = 2**16
+# linear/forward/bfloat16/1x768-to-3072: 2.0, /float32 2.7, of up to 8 rows without a gradient; 2x768-to-768
+# 1.4, 1x256-to-256 0.5.
+_LEAST_OF_FEW_ROWS = 2**19
 _FUNCTIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -78,20 +78,18 @@ class Linear(nn.Linear):
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether our product of x, (..., K) on a CPU, is the faster one, given that products.faster."""
-    if type(x) is not Tensor or x.numel() * len(weight) < _LEAST_OF_FEW_ROWS or not x.is_cpu:
+    if type(x) is not Tensor or not x.is_cpu:
+        return False
+    few = x.numel() <= ops.MOST_ROWS * weight.shape[1] and not calls.records(x, weight, bias)
+    if few and (not x.numel() or weight.numel() < _LEAST_OF_FEW_ROWS):
+        return False
+    if not few and (x.dtype is not _F32 or x.numel() * len(weight) < _LEAST_OPERATIONS):
         return False
     if not (calls.plain(x, weight, bias) and x.dim() > 0 and calls.alike(x, weight, bias)):
         return False
     if x.shape[-1:] != weight.shape[1:] or checks.autocasts(x.device):
         return False
-    rows, size = x.shape[:-1].numel(), weight.numel()
-    if rows <= ops.MOST_ROWS and not calls.records(x, weight, bias):
-        return rows > 0 and size >= _LEAST_OF_FEW_ROWS
-    return (
-        x.dtype is _F32
-        and rows * size >= _LEAST_OPERATIONS
-        and products.is_ours(products.flat(x), weight.t())
-    )
+    return few or products.is_ours(products.flat(x), weight.t())
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,19 +18,19 @@ def drawn(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.1}])
 def test_layer_norm(options, dtype):
-    check(*pair("LayerNorm", 96, **options), [drawn(7, 50, 96, dtype=dtype)])
+    check(*pair("LayerNorm", 96, **options), [drawn(7, 100, 96, dtype=dtype)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"eps": 0.1}])
 def test_rms_norm(options, dtype):
-    check(*pair("RMSNorm", 96, **options), [drawn(7, 50, 96, dtype=dtype)])
+    check(*pair("RMSNorm", 96, **options), [drawn(7, 100, 96, dtype=dtype)])
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_float32_weights_beside_half_inputs():
     ours, theirs = pair("LayerNorm", 96)
-    x = drawn(400, 96, dtype=torch.bfloat16)
+    x = drawn(700, 96, dtype=torch.bfloat16)
     assert is_ours(ours, x)
     torch.testing.assert_close(ours(x), theirs(x))
     same(*pair("RMSNorm", 96), x)  # torch's gives float32
@@ -84,7 +84,7 @@ def test_products_are_ours_where_those_are_faster(monkeypatch, bias):
     calls = []
     product = linears.ops.product
     monkeypatch.setattr(linears.ops, "product", lambda *given: calls.append(1) or product(*given))
-    ours, theirs = pair("Linear", 256, 300, bias)
+    ours, theirs = pair("Linear", 256, 2100, bias)
     x = drawn(2, 40, 256)
     check(ours, theirs, [x], taken=False)  # by products.linear, which has no rows to choose from
     assert bool(calls) == products.faster
@@ -133,20 +133,19 @@ def test_dropout():
     assert ours(x) is x and (x == 0).any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("padding_idx", [None, 3, -1])
-def test_embedding(padding_idx, dtype):
+@pytest.mark.parametrize(("dtype", "padding_idx"), list(zip(DTYPES[:2], [None, -1], strict=True)))
+def test_embedding(dtype, padding_idx):
     ids = torch.randint(0, 30, (4, 9))
-    check(*pair("Embedding", 2**15, 32, padding_idx), [], ids, dtype=dtype)
+    check(*pair("Embedding", 2**15, 128, padding_idx), [], ids, dtype=dtype)
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
 @pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
 def test_tables_that_are_torchs(name, options):
     ids = torch.randint(0, 30, (4, 9))
-    same(*pair(name, 2**15, 32, **options), ids)
+    same(*pair(name, 2**15, 128, **options), ids)
     with torch.no_grad():
-        same(*pair(name, 2**15, 32), ids)
+        same(*pair(name, 2**15, 128), ids)
     same(*pair(name, 2**10, 32), ids)
 
 

@@ -16,8 +16,8 @@ from torch_layers import LAST, is_ours, pair, same
 
 # Arguments, and inputs that a kernel takes in training.
 MODULES = {
-    "LayerNorm": ((128,), lambda: (torch.randn(300, 128),)),
-    "RMSNorm": ((128,), lambda: (torch.randn(300, 128),)),
+    "LayerNorm": ((128,), lambda: (torch.randn(600, 128),)),
+    "RMSNorm": ((128,), lambda: (torch.randn(600, 128),)),
     "Linear": ((256, 300), lambda: (torch.randn(80, 256),)),
     "MultiheadAttention": ((64, 4, 0.0, True), lambda: (torch.randn(300, 64),) * 3),
     "TransformerEncoderLayer": ((64, 4, 96, 0.0), lambda: (torch.randn(300, 2, 64),)),
@@ -33,11 +33,12 @@ MODULES = {
     "GELU": ((), lambda: (torch.randn(30, 40),)),
     "SiLU": ((), lambda: (torch.randn(400, 400),)),
     "Dropout": ((0.5,), lambda: (torch.randn(30, 40),)),
-    "Embedding": ((2**15, 32, 3), lambda: (torch.randint(0, 9, (3, 4)),)),
+    "Embedding": ((2**15, 128, 3), lambda: (torch.randint(0, 9, (3, 4)),)),
     "EmbeddingBag": ((2**15, 32), lambda: (torch.randint(0, 9, (3, 4)),)),
     "CrossEntropyLoss": ((torch.ones(1100),), lambda: (torch.randn(120, 1100), torch.arange(120))),
     "LinearCrossEntropyLoss": ((8, 2**15), lambda: (torch.randn(9, 8), torch.arange(9))),
 }
+SOON = ["LayerNorm", "Linear", "BatchNorm2d", "TransformerEncoderLayer"]  # compiled in every run of the tests
 TRACED = ["RMSNorm", "MultiheadAttention", "TransformerEncoderLayer", "Conv2d", "EmbeddingBag"]
 
 
@@ -114,7 +115,10 @@ def test_parametrizations(name):
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", MODULES)
+COMPILED = [n if n in SOON else pytest.param(n, marks=pytest.mark.long) for n in MODULES]
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_in_one_graph(name):
     args, inputs = MODULES[name]
     ours, x = pair(name, *args)[0], inputs()
@@ -144,6 +148,7 @@ def test_hooks_see_each_call():
     assert seen == [(3, 8), 1]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_transforms_derivatives_forward_and_traces_are_torchs():
     ours, theirs = pair("RMSNorm", 8)
     x = torch.randn(5, 3, 8)
@@ -175,7 +180,7 @@ def test_tensors_of_other_kinds_are_torchs():
 
 def test_a_shared_module_and_functional_call():
     ours, _ = pair("LayerNorm", 128)
-    x, weight = torch.randn(300, 128), torch.rand(128)
+    x, weight = torch.randn(600, 128), torch.rand(128)
     state = {"weight": weight, "bias": torch.zeros(128)}
     torch.testing.assert_close(
         torch.func.functional_call(ours, state, (x,)), nn.functional.layer_norm(x, (128,), weight)
