@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import docstrings
 import pytest
@@ -108,7 +109,10 @@ def test_every_public_name_is_on_a_page():
     shown = re.findall(r"^::: ([\w.]+)$", text, re.M)
     for name in shown:
         docstrings.shown(name, ROOT)
-    public = set(lspm_kernels.__all__) - {"FallbackWarning", "use_backend"}  # which ops/index.md tells of
+    public = {
+        name for name in lspm_kernels.__all__ if not isinstance(getattr(lspm_kernels, name), ModuleType)
+    }
+    public -= {"FallbackWarning", "use_backend"}  # which ops/index.md tells of
     assert public <= {name.rpartition(".")[2] for name in shown}
 
 
@@ -124,6 +128,14 @@ def test_the_table_of_ops(name, op, backends, dtypes):
 
 def test_the_table_of_ops_has_all():
     assert {op for _, op, _, _ in LISTED} == set(OPS)
+
+
+def test_the_names_of_other_libraries():
+    rows = re.findall(r"^\| `(lspm_kernels[\w.]+)` \| (.*) \|$", (ROOT / "docs/drop-in.md").read_text(), re.M)
+    assert len(rows) >= 3
+    for module, names in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
 
 
 def anchors(page):
