@@ -130,9 +130,12 @@ def test_the_table_of_ops_has_all():
     assert {op for _, op, _, _ in LISTED} == set(OPS)
 
 
-def test_the_names_of_other_libraries():
+def test_the_names_to_import():
     rows = re.findall(r"^\| `(lspm_kernels[\w.]+)` \| (.*) \|$", (ROOT / "docs/drop-in.md").read_text(), re.M)
-    assert len(rows) >= 3
+    modules = re.findall(r"^\| (`.*?) \| .*? \| .* \|$", (ROOT / "docs/nn.md").read_text(), re.M)
+    assert len(rows) >= 3 and sorted(re.findall(r"`(\w+)`", " ".join(modules))) == sorted(
+        lspm_kernels.nn.__all__
+    )
     for module, names in rows:
         for name in re.findall(r"`(\w+)`", names):
             assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
