@@ -57,7 +57,8 @@ def commands(page):
                 variables[set_[1]] = set_[2]
             for name, value in variables.items():
                 line = line.replace(f"${name}", value)  # noqa: PLW2901
-            if command := re.match(r"(?:\w+=\w+ )*python ((?:benchmarks|python|examples|tests)/.*)", line):
+            line = line.replace("python -m lspm_kernels ", "python lspm_kernels/__main__.py ")  # noqa: PLW2901
+            if command := re.match(r"(?:\w+=\w+ )*python ((?:[a-z]\w+)/.*)", line):
                 yield shlex.split(command[1], comments=True)
 
 
