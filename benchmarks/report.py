@@ -1,61 +1,42 @@
-"""Shows result files: as tables, as the tables of the README, as plots, and one against another.
+"""Shows result files: as tables, as the tables of the documentation, as plots, and one against another.
 
     python benchmarks/report.py                       the tables of benchmarks/results/
-    python benchmarks/report.py readme [--check]      puts them between the README's markers
+    python benchmarks/report.py readme [--check]      puts them between the markers of README.md and docs/
     python benchmarks/report.py plot                  a picture of each beside the results
     python benchmarks/report.py compare OLD NEW --fail-above 1.1
 
-The marker `<!-- results:begin NAME PATTERN ... -->` takes the cases of benchmark NAME that match a pattern,
-all where it has none, and ends at `<!-- results:end NAME -->`; with `forced` for `results` it takes those
-that were measured under a forced instruction set, and is brief. Between `<!-- backends:begin -->` and
-`<!-- backends:end -->` comes what `python -m lspm_kernels backends` prints.
+markers.py says what the markers are.
 """
 
 import argparse
-import fnmatch
-import re
 import sys
 from pathlib import Path
 
 import convergence
 import growth
+import markers
 import results
 import tables
+from markers import ROOT
 from results import Rows
 
 from lspm_kernels.__main__ import backends
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MARKERS = re.compile(
-    r"(?P<begin><!-- (?P<kind>results|forced):begin (?P<name>\w+)(?P<patterns>[^>]*?) -->\n)"
-    r".*?(?P<end><!-- (?P=kind):end (?P=name) -->)",
-    re.S,
-)
-BACKENDS = re.compile(r"(<!-- backends:begin -->\n).*?(<!-- backends:end -->)", re.S)
 
 
-def readme(text: str, files: list[Rows]) -> str:
-    """text with the table of backends and those of all result files between its markers."""
-
-    def section(match: re.Match) -> str:
-        patterns, forced = match["patterns"].split() or ["*"], match["kind"] == "forced"
-        parts = []
-        for rows in files:
-            chosen = [
-                row
-                for row in rows
-                if row["benchmark"] == match["name"]
-                and bool(row.get("forced")) == forced
-                and any(fnmatch.fnmatchcase(row["case"], p) for p in patterns)
-            ]
-            if chosen:
-                shown = tables.table(chosen, markdown=True, brief=forced)
-                parts.append(f"{tables.about(chosen)}\n\n{shown}\n")
-        return match["begin"] + "\n".join(parts or ["No results yet.\n"]) + match["end"]
-
-    text = BACKENDS.sub(lambda match: f"{match[1]}{backends()}\n{match[2]}", text)
-    return MARKERS.sub(section, text)
+def readme(pages: list[Path], files: list[Rows], check: bool) -> int:
+    """Fills the markers of pages; with check it changes none, and gives 1 where one is stale."""
+    stale = False
+    for page in pages:
+        text = page.read_text()
+        fresh = markers.filled(text, files, backends)
+        if check and fresh != text:
+            print(f"{page.name} is stale: run python benchmarks/report.py readme")
+            stale = True
+        elif fresh != text:
+            page.write_text(fresh)
+    return 1 if stale else 0
 
 
 def plot(rows: Rows, folder: Path) -> list[Path]:
@@ -108,9 +89,9 @@ def main() -> int:
         "--results", type=Path, default=RESULTS, metavar="FOLDER", help="the result files' folder"
     )
     commands = parser.add_subparsers(dest="command")
-    to_readme = commands.add_parser("readme", help="put the tables between the README's markers")
+    to_readme = commands.add_parser("readme", help="put the tables between the markers of all pages")
     to_readme.add_argument("--check", action="store_true", help="change nothing, exit 1 where it is stale")
-    to_readme.add_argument("--file", type=Path, default=ROOT / "README.md")
+    to_readme.add_argument("--file", type=Path, metavar="PATH", help="of one page alone")
     commands.add_parser("plot", help="draw each benchmark")
     to_compare = commands.add_parser("compare", help="exit 1 where NEW is slower than OLD")
     to_compare.add_argument("old", type=Path, metavar="OLD")
@@ -132,14 +113,8 @@ def run(options: argparse.Namespace) -> int:
         return 1 if regressed else 0
     files = [results.load(path) for path in sorted(options.results.glob("*.json"))]
     if options.command == "readme":
-        text = options.file.read_text()
-        fresh = readme(text, files)
-        if options.check:
-            stale = "" if fresh == text else ": run python benchmarks/report.py readme"
-            print(f"{options.file.name} is {'stale' if stale else 'up to date'}{stale}")
-            return 1 if stale else 0
-        options.file.write_text(fresh)
-    elif options.command == "plot":
+        return readme([options.file] if options.file else markers.pages(), files, options.check)
+    if options.command == "plot":
         for rows in files:
             print(*plot(rows, options.results), sep="\n")
     else:

@@ -1,4 +1,6 @@
-"""Rows as tables, for a terminal or for a README."""
+"""Rows as tables, for a terminal or for a page."""
+
+from collections.abc import Iterable
 
 from results import PREDICTED, Rows
 
@@ -16,6 +18,7 @@ GOALS = {
 
 
 BRIEF = ("case", "us", "torch, us", "x torch")
+HEADLINE = ("case", "on", "kernel", "us", "torch, us", "x torch", "x compile", "goals")
 
 
 def table(rows: Rows, markdown: bool = False, brief: bool = False) -> str:
@@ -35,6 +38,18 @@ def table(rows: Rows, markdown: bool = False, brief: bool = False) -> str:
     columns.sort(key=lambda column: column == "again")  # last; the rest as they are
     grid = [columns, *([line.get(column, "") for column in columns] for line in lines)]
     return _markdown(grid) if markdown else _aligned(grid)
+
+
+def headline(parts: Iterable[Rows]) -> str:
+    """One Markdown table of many benchmarks' cases and machines; the commands are on the cases' pages."""
+    lines = []
+    for rows in parts:
+        torch = {row["case"]: row for row in rows if row["variant"] == "torch"}
+        for row in rows:
+            if row["variant"].startswith("lspm"):
+                line = _line(row, torch.get(row["case"])) | {"on": row["processor"]}
+                lines.append([line.get(column, "") for column in HEADLINE])
+    return _markdown([list(HEADLINE), *lines])
 
 
 def about(rows: Rows) -> str:

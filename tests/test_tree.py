@@ -28,6 +28,7 @@ LIMITS = {
     "csrc/*.h": 60,
     "benchmarks/bench_*.py": 80,
     "benchmarks/*.py": 300,
+    "examples/*.py": 120,
     "setup.py": 150,
     "python/lspm_models/*.py": 300,
     "python/*.py": 80,
