@@ -1,0 +1,160 @@
+"""Liger's cross entropies, of logits and of a linear layer's outputs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lspm_kernels.compat.logit_losses import logit_losses, reduced
+from lspm_kernels.compat.refusals import refuse
+from lspm_kernels.ops.linear_cross_entropy import linear_cross_entropy
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass
+class CrossEntropyOutput:
+    """A loss and what was asked for beside it."""
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
+
+
+def liger_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """Cross entropy with softcap and z-loss: cross_entropy(x, target, weight) + lse_square_scale * lse(x)^2.
+
+    Args:
+        input: (N, C), float32, bfloat16 or float16; x = softcap * tanh(input / softcap), or input.
+        target: (N,), int64 or int32.
+        weight: (C,), of classes; it does not weight the z-loss, as Liger's does not.
+        size_average, reduce: only None.
+        ignore_index: the class of rows that have neither loss nor gradient.
+        reduction: "mean", by the weights of targets that count, "sum" or "none".
+        label_smoothing: from 0 to 1.
+        return_z_loss: the part of the loss that is z-loss, too; it has no gradient of its own.
+        return_token_accuracy: the share of rows whose largest logit is their class, with "none" of each row.
+        return_predicted_tokens: (N,), int64: the largest logit's class, and -1 where the target is ignored.
+
+    Returns:
+        The loss in input's dtype, or a CrossEntropyOutput where anything is returned beside it.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value.
+        NotImplementedError: size_average or reduce is given.
+
+    Source: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training" (2024).
+    """
+    op = "liger_cross_entropy"
+    refuse(op, "size_average", size_average, None, "reduction says it")
+    refuse(op, "reduce", reduce, None, "reduction says it")
+    check_reduction(op, reduction)
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "softcap": softcap}
+    losses, lse = logit_losses(op, input, target, weight, **options)
+    counts = target != ignore_index
+    loss = reduced(losses, _share(target, weight, counts), reduction)
+    z_loss = reduced(lse_square_scale * lse.square(), counts.sum(), reduction)
+    found = CrossEntropyOutput((loss + z_loss if lse_square_scale else loss).to(input.dtype))
+    if return_z_loss:
+        found.z_loss = z_loss.detach().to(input.dtype)
+    if return_token_accuracy or return_predicted_tokens:
+        predicted = input.detach().argmax(-1).where(counts, -1)
+        if return_predicted_tokens:
+            found.predicted_tokens = predicted
+        if return_token_accuracy:
+            hits = (predicted == target.where(counts, -2)).float()
+            found.token_accuracy = hits if reduction == "none" else hits.sum() / counts.sum()
+    return found if return_z_loss or return_token_accuracy or return_predicted_tokens else found.loss
+
+
+def liger_fused_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ce_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    chunk_mem_const: int = 1,
+) -> Tensor | CrossEntropyOutput:
+    """liger_cross_entropy of input weight^T + bias, by lspm_kernels.linear_cross_entropy.
+
+    Args:
+        input: (N, D), float32, bfloat16 or float16. weight: (V, D). bias: (V,) or None.
+        ce_weight: (V,), of classes.
+        accum_dtype, chunk_mem_const: taken and not needed: sums are in float32, blocks are sized to caches.
+        use_token_scaling, return_token_accuracy, return_predicted_tokens: only False.
+        target, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss: those of
+            liger_cross_entropy.
+
+    Returns:
+        The loss, float32, or a CrossEntropyOutput with return_z_loss.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value.
+        NotImplementedError: an option is asked for that is not carried.
+    """
+    op = "liger_fused_linear_cross_entropy"
+    refuse(op, "use_token_scaling", use_token_scaling, False, "losses are not scaled by probabilities")
+    refuse(op, "return_token_accuracy", return_token_accuracy, False, "logits are not kept")
+    refuse(op, "return_predicted_tokens", return_predicted_tokens, False, "logits are not kept")
+    if accum_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise NotImplementedError(f"{op}: accum_dtype must be None or torch.float32, got {accum_dtype}")
+    check_reduction(op, reduction)
+    # Only without class weights is Liger's z-loss weighted as ours is.
+    apart = bool(lse_square_scale) and ce_weight is not None
+    needs_lse = apart or return_z_loss
+    found = linear_cross_entropy(
+        input,
+        weight,
+        target,
+        bias=bias,
+        class_weight=ce_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=0.0 if apart else lse_square_scale,
+        softcap=softcap,
+        reduction=reduction,
+        return_lse=needs_lse,
+    )
+    if not needs_lse:
+        return found
+    loss, lse = found
+    z_loss = reduced(lse_square_scale * lse.square(), (target != ignore_index).sum(), reduction)
+    loss = loss + z_loss if apart else loss
+    return CrossEntropyOutput(loss, z_loss.detach()) if return_z_loss else loss
+
+
+def check_reduction(op: str, reduction: str) -> None:
+    """Raises ValueError unless reduction is known."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+
+
+def _share(target, weight, counts):
+    if weight is None:
+        return counts.sum()
+    return weight.float()[target.where(counts, 0)].where(counts, 0).sum()

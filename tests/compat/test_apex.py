@@ -1,0 +1,157 @@
+"""compat.apex: fused norms and FusedAdam, beside plain PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import oracle
+from lspm_kernels.compat.apex.normalization import (
+    FusedLayerNorm,
+    FusedRMSNorm,
+    MixedFusedLayerNorm,
+    MixedFusedRMSNorm,
+)
+from lspm_kernels.compat.apex.optimizers import FusedAdam
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", [24, (4, 6)])
+def test_norms(shape, dtype):
+    layer, rms = FusedLayerNorm(shape).to(dtype), FusedRMSNorm(shape, memory_efficient=True).to(dtype)
+    sizes = tuple(layer.normalized_shape)
+    x, weight, bias = (torch.randn(size).to(dtype) for size in ((3, 5, *sizes), sizes, sizes))
+    oracle.check(
+        lambda x, w, b: torch.func.functional_call(layer, {"weight": w, "bias": b}, x),
+        lambda x, w, b: F.layer_norm(x, sizes, w, b, 1e-5),
+        [x, weight, bias],
+    )
+    oracle.check(
+        lambda x, w: torch.func.functional_call(rms, {"weight": w}, x),
+        lambda x, w: F.rms_norm(x, sizes, w, 1e-5),
+        [x, weight],
+    )
+
+
+def test_modules_are_torchs_in_all_but_the_forward():
+    assert list(FusedLayerNorm(8).state_dict()) == ["weight", "bias"]
+    assert list(FusedRMSNorm((2, 4)).state_dict()) == ["weight"]
+    bare = FusedLayerNorm(8, elementwise_affine=False)
+    x = torch.randn(3, 8)
+    assert not bare.state_dict()
+    assert torch.allclose(bare(x), F.layer_norm(x, (8,)), atol=1e-6)
+    assert repr(FusedLayerNorm(8)) == "FusedLayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True)"
+
+
+@pytest.mark.parametrize("weights", [F32, BF16])
+@pytest.mark.parametrize("inputs", [F32, BF16])
+def test_mixed_norms_give_the_weights_dtype(inputs, weights):
+    x = torch.randn(5, 24).to(inputs)
+    for module, norm in ((MixedFusedLayerNorm(24), F.layer_norm), (MixedFusedRMSNorm(24), F.rms_norm)):
+        y = module.to(weights)(x)
+        assert y.dtype == weights
+        truth = norm(x.double(), (24,), eps=1e-5)
+        oracle.compare("y", y, truth, truth.to(weights))
+
+
+def test_adam_is_torchs():
+    for options, theirs in (
+        ({}, {}),
+        ({"weight_decay": 0.1}, {"weight_decay": 0.1}),
+        ({"amsgrad": True},) * 2,
+    ):
+        start = [torch.randn(5, 3), torch.randn(7)]
+        ours, plain = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+        pairs = (
+            FusedAdam(ours, lr=0.01, **options),
+            torch.optim.AdamW(plain, 0.01, **{"weight_decay": 0, **theirs}),
+        )
+        for _ in range(5):
+            grads = [torch.randn_like(t) for t in start]
+            for params, optimizer in zip((ours, plain), pairs, strict=True):
+                for p, g in zip(params, grads, strict=True):
+                    p.grad = g.clone()
+                optimizer.step()
+        for p, q in zip(ours, plain, strict=True):
+            assert torch.allclose(p, q, rtol=1e-6, atol=1e-7)
+        without = FusedAdam(
+            [torch.nn.Parameter(torch.ones(2))], adam_w_mode=False
+        )  # the same without a decay
+        assert without.param_groups[0]["weight_decay"] == 0
+
+
+def test_adam_keeps_moments_of_half_types_in_float32():
+    start, grads = torch.randn(64), [torch.randn(64).to(BF16) for _ in range(4)]
+    p = torch.nn.Parameter(start.to(BF16))
+    master = torch.nn.Parameter(start.to(BF16))
+    wide = torch.nn.Parameter(start.to(BF16).float())
+    optimizers = (
+        FusedAdam([p]),
+        FusedAdam([master], master_weights=True),
+        torch.optim.AdamW([wide], weight_decay=0),
+    )
+    for g in grads:
+        p.grad, master.grad, wide.grad = g.clone(), g.clone(), g.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    mine, kept, truth = optimizers[0].state[p], optimizers[1].state[master], optimizers[2].state[wide]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert mine[name].dtype == kept[name].dtype == F32
+        assert torch.allclose(mine[name], truth[name], rtol=1e-5, atol=1e-8)
+    assert torch.allclose(kept["master_param"], wide, rtol=1e-6, atol=1e-7)
+    assert torch.equal(master, kept["master_param"].to(BF16))
+    assert (p - wide).abs().max() <= 4 * 2**-8 * wide.abs().max()  # one rounding a step
+
+
+def test_gradients_are_set_to_none_or_to_zero():
+    p = torch.nn.Parameter(torch.ones(2))
+    for kept in (False, True):
+        p.grad = torch.ones(2)
+        FusedAdam([p], set_grad_none=not kept).zero_grad()
+        assert (p.grad is not None and p.grad.eq(0).all()) if kept else p.grad is None
+
+
+def adam(**options):
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    return FusedAdam([p], **options)
+
+
+def decayed_later():
+    optimizer = adam(adam_w_mode=False)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "call, kind, message",
+    [
+        (lambda: adam(bias_correction=False), NotImplementedError,
+         "FusedAdam: bias_correction must be True, as moments are corrected for their start at 0, got False"),
+        (lambda: adam(capturable=True), NotImplementedError,
+         "FusedAdam: capturable must be False, as steps are counted on the CPU, got True"),
+        (lambda: adam(adam_w_mode=False, weight_decay=0.1), NotImplementedError,
+         "FusedAdam: adam_w_mode must be True beside a weight_decay, as decay is decoupled"
+         " (torch.optim.Adam has the other), got False with 0.1"),
+        (decayed_later, NotImplementedError,
+         "FusedAdam: adam_w_mode must be True beside a weight_decay, as decay is decoupled"
+         " (torch.optim.Adam has the other), got False with 0.1"),
+        (lambda: adam().step(scale=2.0), NotImplementedError,
+         "FusedAdam.step: scale must be None, as gradients are those of the parameters, got 2.0"),
+        (lambda: adam().step(grad_scaler="scaler"), NotImplementedError,
+         "FusedAdam.step: grad_scaler must be None, as scaler.step(optimizer) unscales, got 'scaler'"),
+        (lambda: MixedFusedLayerNorm(4, elementwise_affine=False), ValueError,
+         "MixedFusedLayerNorm: elementwise_affine must be True, got False"),
+        (lambda: MixedFusedRMSNorm(4, elementwise_affine=False), ValueError,
+         "MixedFusedRMSNorm: elementwise_affine must be True, got False"),
+        (lambda: FusedLayerNorm((2, 4))(torch.ones(3, 4)), ValueError,
+         "FusedLayerNorm: input must be a floating-point tensor (..., 2, 4), got (3, 4) torch.float32"),
+        (lambda: FusedRMSNorm(4)(torch.ones(3, 4).int()), ValueError,
+         "FusedRMSNorm: input must be a floating-point tensor (..., 4), got (3, 4) torch.int32"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, kind, message):
+    with pytest.raises(kind) as error:
+        call()
+    assert str(error.value) == message
