@@ -1,13 +1,14 @@
-"""What lspm_kernels has: `info` on this machine, `backends` in the tables of its ops."""
+"""What lspm_kernels has: `info` on this machine, `backends` in the tables of its ops, `bench` on a model."""
 
 import argparse
 import importlib
 import pkgutil
+import sys
 from importlib import metadata, util
 
 import torch
 
-from lspm_kernels import compiled, ops
+from lspm_kernels import bench, compiled, ops
 from lspm_kernels.dispatch import dtype_name
 
 
@@ -65,17 +66,22 @@ def _triton() -> str:
     return f"triton {metadata.version('triton')}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int | None:
+    """Runs the command that arguments, or the command line, say; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m lspm_kernels", description="What lspm_kernels has here.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser(
         "info", help="what was built, what this machine has, why a backend is refused"
     )
-    command.set_defaults(run=lambda: print(info()))
+    command.set_defaults(run=lambda _: print(info()))
     command = commands.add_parser("backends", help="what each backend of each op takes, and what else runs")
-    command.set_defaults(run=lambda: print(backends()))
-    parser.parse_args().run()
+    command.set_defaults(run=lambda _: print(backends()))
+    command = commands.add_parser("bench", help="times a model before and after lspm_kernels.accelerate")
+    bench.add_arguments(command)
+    command.set_defaults(run=bench.run)
+    parsed = parser.parse_args(arguments)
+    return parsed.run(parsed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

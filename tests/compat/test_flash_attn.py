@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import oracle
-from lspm_kernels.compat import flash_attn
 from lspm_kernels.compat.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
 )
+from lspm_kernels.compat.flash_attn import flash_attn_interface as flash_attn
 from lspm_kernels.reference import attention as reference
 from lspm_kernels.reference import philox
 
