@@ -200,7 +200,7 @@ def add_layer_norm(
     Returns:
         (y, sum): both (..., C). The sum is rounded to its dtype before the statistics are taken.
     """
-    x, residual = _check_sum("add_layer_norm", x, residual, weight, bias)
+    x, residual, weight, bias = _check_sum("add_layer_norm", x, residual, weight, bias)
     row = dispatch.pick("add_layer_norm", BACKENDS, backend, x)
     if row is None:
         return reference.add_layer_norm(x, residual, weight, bias, eps)
@@ -216,7 +216,7 @@ def add_rms_norm(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Residual addition and RMS norm: as add_layer_norm, with y = rms_norm(sum) and eps as in rms_norm."""
-    x, residual = _check_sum("add_rms_norm", x, residual, weight, None)
+    x, residual, weight, _ = _check_sum("add_rms_norm", x, residual, weight, None)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     row = dispatch.pick("add_rms_norm", BACKENDS, backend, x)
     if row is None:
@@ -229,8 +229,8 @@ def _check_sum(op, x, residual, weight, bias):
     checks.like(op, "residual", residual, x)
     if residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
-    return x, residual
+        x, residual, weight, bias = (t if t is None else t.to(dtype) for t in (x, residual, weight, bias))
+    return x, residual, weight, bias
 
 
 def _check(op, x, weight, bias):

@@ -248,3 +248,18 @@ def test_only_the_rows_of_the_table_run():
         lk.FallbackWarning, match="layer_norm: cpu needs dtype float32, bfloat16, float16, got float64"
     ):
         lk.layer_norm(torch.ones(2, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
+def test_a_sum_of_two_dtypes(name, dtypes, weight_dtype):
+    if weight_dtype not in (dtypes[0], torch.float32):
+        pytest.skip("no weight that x may have")
+    x, residual = (torch.randn(3, 40).to(dtype) for dtype in dtypes)
+    weight = torch.randn(40).to(weight_dtype)
+    oracle.check(
+        lambda *t: getattr(lk, name)(*t),
+        lambda *t: getattr(reference, name)(*(u if u.dtype == torch.float64 else u.float() for u in t)),
+        (x, residual, weight),
+    )
