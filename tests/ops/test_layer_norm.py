@@ -259,7 +259,9 @@ def test_a_sum_of_two_dtypes(name, dtypes, weight_dtype):
     x, residual = (torch.randn(3, 40).to(dtype) for dtype in dtypes)
     weight = torch.randn(40).to(weight_dtype)
     oracle.check(
-        lambda *t: getattr(lk, name)(*t),
-        lambda *t: getattr(reference, name)(*(u if u.dtype == torch.float64 else u.float() for u in t)),
+        lambda *t: getattr(lk, name)(*t, eps=1e-5),
+        lambda *t: getattr(reference, name)(
+            *(u.to(torch.promote_types(u.dtype, torch.float32)) for u in t), eps=1e-5
+        ),
         (x, residual, weight),
     )
