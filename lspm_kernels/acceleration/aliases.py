@@ -117,3 +117,16 @@ def reshapes_only(found: Trace) -> bool:
     """Whether `view`, which reshape stands in for, is all that a forward asks of how memory lies."""
     asked = {n.target for n in found.graph.nodes if n.op == "call_method"} & _ASK_FOR_FORMAT
     return asked <= {"view"}
+
+
+def is_overtaken(module: nn.Module, nodes: list[Node]) -> bool:
+    """Whether something between the first and the last of nodes may change what the first reads."""
+    between, node = [], nodes[0].next
+    while node is not nodes[-1]:
+        if node not in nodes and node.op == "call_module":  # others that write there are a hazard
+            between.append(node)
+        node = node.next
+    read = nodes[0].args[0]
+    return any(
+        read in n.all_input_nodes and not suits_any_format(child(module, n), swapping=True) for n in between
+    )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, fx, nn
 
-from lspm_kernels.acceleration import aliases, image_chains, image_kernels
+from lspm_kernels.acceleration import aliases, image_chains, image_kernels, row_chains
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import Swap, original
 from lspm_kernels.acceleration.tracing import Trace, child, code, trace
@@ -89,7 +89,7 @@ def _plan(module: nn.Module, options: Options) -> tuple:
     graph = fx.Graph()
     copies: dict = {}
     graph.output(graph.graph_copy(found.graph, copies))
-    for chain in image_chains.find(module, graph, options):
+    for chain in [*image_chains.find(module, graph, options), *row_chains.find(module, graph)]:
         last = chain.nodes[-1]
         with graph.inserting_after(last):
             fused = graph.create_node("call_function", chain, chain.inputs(), name="chain")
@@ -121,7 +121,7 @@ def rule(model: nn.Module, path: str, module: nn.Module, options: Options) -> Sw
         return found if direct else None
     if reason := aliases.hazard(module, found):
         return reason
-    chains = image_chains.find(module, found.graph, options)
+    chains = [*image_chains.find(module, found.graph, options), *row_chains.find(module, found.graph)]
     inner = [child(module, n) for n in found.graph.nodes if n.op == "call_module"]
     if not chains and not (_convolves(module) and aliases.suits_any_format(module, True) and inner):
         return None

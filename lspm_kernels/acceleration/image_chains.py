@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lspm_kernels.acceleration.aliases import suits_any_format
+from lspm_kernels.acceleration.aliases import is_overtaken
 from lspm_kernels.acceleration.image_kernels import ACTIVATIONS, Chain
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import original
@@ -29,7 +29,7 @@ def find(module: nn.Module, graph: fx.Graph, options: Options) -> list[Chain]:
         if len(node.args) != 1 or node.kwargs or called.count(node.target) > 1:
             continue
         chain = _grow(module, node, kind, options, {n for chain in chains for n in chain.nodes})
-        if len(chain.nodes) > 1 and not _is_overtaken(module, chain):
+        if len(chain.nodes) > 1 and not is_overtaken(module, chain.nodes):
             chains.append(chain)
     return chains
 
@@ -87,20 +87,3 @@ def _activation(module, node) -> tuple[str | None, Callable | None]:
     if name is None or (name == "gelu" and node.kwargs):
         return None, None
     return name, lambda y: node.target(y, *node.args[1:], **node.kwargs)
-
-
-def _is_overtaken(module, chain) -> bool:
-    """Whether something between a chain's first and last operation might change what the chain reads."""
-    between, node = [], chain.nodes[0].next
-    while node is not chain.nodes[-1]:
-        if node not in chain.nodes:
-            between.append(node)
-        node = node.next
-    x = chain.nodes[0].args[0]
-    return any(x in n.all_input_nodes and not _only_reads(module, n) for n in between)
-
-
-def _only_reads(module, node) -> bool:
-    if node.op != "call_module":
-        return True  # what works in place on what else is read was refused before
-    return suits_any_format(child(module, node), True)

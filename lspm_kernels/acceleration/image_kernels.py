@@ -112,7 +112,7 @@ class Chain:
             return False
         if not x.is_cpu or x.dtype not in _FLOATS or not x.is_contiguous(memory_format=torch.channels_last):
             return False
-        if _is_special():
+        if is_special() or torch.is_autocast_enabled("cpu"):
             return False
         if isinstance(self.act, nn.Module) and not (unhooked(self.act) and self._act_is_known()):
             return False
@@ -134,14 +134,13 @@ class Chain:
         return self.activation != "gelu" or self.act.approximate == "none"
 
 
-def _is_special() -> bool:
+def is_special() -> bool:
     """Whether a call is recorded, transformed or overseen in a way that kernels take no part in."""
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
         or _has_any_global_hook()
-        or torch.is_autocast_enabled("cpu")
     )
 
 

@@ -91,12 +91,6 @@ class InPlaceOfTwo(Net):
         return F.relu(self.bn(y), inplace=True) + y.relu_() + y
 
 
-class Local(Net):
-    def forward(self, x):
-        double = lambda y: y * 2  # noqa: E731
-        return double(self.act(self.bn(self.conv(x))))
-
-
 class WithGrad(Net):
     def forward(self, x):
         with torch.no_grad():
@@ -114,7 +108,6 @@ LEFT = {
     Printing: "print",
     InPlace: "in place",
     InPlaceOfTwo: "in place",
-    Local: "lambda",
     WithGrad: "with torch.no_grad()",
 }
 
