@@ -50,7 +50,7 @@ class Chain:
     """What one call does: by a kernel where that takes it, else step by step as the forward did.
 
     Its parts are up to three linear layers, in the order in which they are called, and the activation of the
-    first; between it and the last may stand a dropout that does nothing.
+    first; between it and the last may stand what does nothing.
     """
 
     linears: list[Known]
@@ -59,7 +59,7 @@ class Chain:
     nodes: list[Node]
     known_act: Known | None = None
     product: Callable | None = None
-    dropouts: list[nn.Dropout] = field(default_factory=list)
+    idle: list[nn.Dropout | nn.Identity] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -89,7 +89,7 @@ class Chain:
         y = self.act(first(x))
         if self.product is not None:
             y = self.product(y, rest.pop(0)(x))
-        for module in (*self.dropouts, *rest):
+        for module in (*self.idle, *rest):
             y = module(y)
         return y
 
@@ -101,7 +101,7 @@ class Chain:
         dtype = torch.get_autocast_dtype("cpu") if autocasts else x.dtype
         if not dispatch.admitting("mlp", mlp.BACKENDS, x) or (autocasts and len(self.linears) == 1):
             return None
-        if any((d.training and d.p > 0) or not unhooked(d) for d in self.dropouts):
+        if not all(unhooked(m) and (not m.training or getattr(m, "p", 0) == 0) for m in self.idle):
             return None
         if not all(known.holds() for known in (*self.linears, self.known_act) if known is not None):
             return None
@@ -141,8 +141,8 @@ def _grow(module, node) -> Chain | None:
     gate = follower is not None and follower.op == "call_function" and follower.target in _PRODUCTS
     if gate and activation in swiglu.ACTIVATIONS:
         return _gated(module, chain, follower)
-    while follower is not None and _is_dropout(module, follower):
-        chain.dropouts.append(child(module, follower))
+    while follower is not None and _may_be_idle(module, follower):
+        chain.idle.append(child(module, follower))
         chain.nodes.append(follower)
         follower = _only_user(follower)
     last = follower and _linear(module, follower)
@@ -151,7 +151,7 @@ def _grow(module, node) -> Chain | None:
         chain.nodes.append(follower)
     else:
         chain.nodes = [n for n in chain.nodes if n in (node, act)]
-        chain.dropouts = []
+        chain.idle = []
     return chain if last is not None or products.faster else None
 
 
@@ -199,8 +199,8 @@ def _activation(module, node) -> tuple[str | None, Callable | None, Known | None
     return name, lambda y: node.target(y, *node.args[1:], **node.kwargs), None
 
 
-def _is_dropout(module, node) -> bool:
-    return node.op == "call_module" and original(child(module, node)) is nn.Dropout
+def _may_be_idle(module, node) -> bool:
+    return node.op == "call_module" and original(child(module, node)) in (nn.Dropout, nn.Identity)
 
 
 def _only_user(node) -> Node | None:

@@ -80,8 +80,24 @@ class Body:
             self.expression(node.test)
         elif isinstance(node, ast.Return | ast.Expr) and node.value is not None:
             self.expression(node.value)
-        for inner in (*getattr(node, "body", ()), *getattr(node, "orelse", ())):
+        body, orelse = getattr(node, "body", ()), getattr(node, "orelse", ())
+        if isinstance(node, ast.If) and (taken := self.constant(node.test)) is not None:
+            body, orelse = (body, ()) if taken else ((), orelse)
+        for inner in (*body, *orelse):
             self.statement(inner)
+
+    def constant(self, test) -> bool | None:
+        """What a condition is as long as what was read is as it is, where that can be told."""
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+            return False if False in map(self.constant, test.values) else None
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            value = self.constant(test.operand)
+            return None if value is None else not value
+        path = path_of(test)
+        if path is None or len(path) != 2 or path[0] != self.itself:
+            return None
+        value = self.reader.found.own.get(path[1])
+        return value if isinstance(value, bool) else None
 
     def store(self, target, value) -> None:
         for part in target.elts if isinstance(target, ast.Tuple) else [target]:
