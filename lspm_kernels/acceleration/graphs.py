@@ -49,7 +49,7 @@ class Traced:
         for x in given:
             if type(x) not in _ORDINARY:
                 return super().forward(*args, **kwargs)
-        if sets_format and len(given) == 1 and _is_changed(given[0]):
+        if sets_format and len(given) == 1 and _is_changed(given[0], self.lspm.options):
             out = function(self, given[0].contiguous(memory_format=_CHANNELS_LAST))
             return _contiguous(out)
         return function(self, *given)
@@ -69,9 +69,9 @@ def _bound(found: Trace, args, kwargs) -> tuple | None:
     return tuple(named[n] for n in found.inputs) if named.keys() == set(found.inputs) else None
 
 
-def _is_changed(x: Tensor) -> bool:
+def _is_changed(x: Tensor, options: Options) -> bool:
     """Whether an image is to be channels_last inside, and its output contiguous again."""
-    return x.dim() == 4 and x.is_cpu and image_kernels.takes_numbers(x) and x.is_contiguous()
+    return x.dim() == 4 and x.is_cpu and x.is_contiguous() and image_kernels.pays(x, options.inference)
 
 
 def _contiguous(out):
@@ -105,7 +105,16 @@ def _plan(module: nn.Module, options: Options) -> tuple:
 
 
 def _convolves(module: nn.Module) -> bool:
-    return any(original(m) is nn.Conv2d for m in module.modules())
+    """Whether most of a module's convolutions are in chains: else changing the memory format may not pay."""
+    convolutions = sum(original(m) is nn.Conv2d for m in module.modules())
+    return 0 < convolutions < 2 * sum(map(_own_convolutions, module.modules()))
+
+
+def _own_convolutions(module: nn.Module) -> int:
+    found = trace(module) if module._modules else None
+    if not isinstance(found, Trace):
+        return 0
+    return sum(chain.conv is not None for chain in image_chains.find(module, found.graph, Options()))
 
 
 def rule(model: nn.Module, path: str, module: nn.Module, options: Options) -> Swap | str | None:
