@@ -21,7 +21,7 @@ _F32 = torch.float32
 _FLOATS = frozenset({_F32, torch.bfloat16, torch.float16})
 _ORDINARY = frozenset({Tensor, Parameter, type(None)})
 _LEAST = 2**14  # elements of an image below which a call takes longer than its work
-_LEAST_PIXELS = 192  # of an output below which laying out a weight takes longer: ResNet-18, 4x64x64: 0.53
+_LEAST_PIXELS = 192  # of an output below which a weight is laid out for too little
 ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
 
 
@@ -120,7 +120,7 @@ class Chain:
         shape = tuple(x.shape)
         if self.conv is not None:
             shape = _takes_conv(self.conv, x)
-            if shape is None or (not self.inference and x.shape[0] * shape[2] * shape[3] < _LEAST_PIXELS):
+            if shape is None or not (self.inference or _has_pixels(shape)):
                 return False
         if self.norm is not None and not _takes_norm(self.norm, x, shape):
             return False
@@ -148,11 +148,12 @@ def is_special() -> bool:
 def pays(x: Tensor, inference: bool) -> bool:
     """Whether an image is large enough to change its memory format for what a module does with it.
 
-    One thread, against torch: ResNet-18 in training of 8x3x64x64 0.52, of 16x3x64x64 1.2; in evaluation
-    MobileNetV3 of 1x3x224x224 0.89, with packed copies 1.17.
+    One thread, against torch: ResNet-18 in training of 16x3x64x64 0.93, of 8x3x128x128 1.21; in evaluation
+    MobileNetV3 of 1x3x224x224 0.89, ResNet-50 of 8x3x224x224 1.65.
     """
-    least = 2**17 if inference or torch.is_grad_enabled() else 2**18
-    return x.dtype in _FLOATS and x.numel() >= least and x.numel() // x.shape[1] >= 2**13
+    numbers = 2**17 if inference else 2**18
+    pixels = 2**13 if inference or torch.is_grad_enabled() else 2**15
+    return x.dtype in _FLOATS and x.numel() >= numbers and x.numel() // x.shape[1] >= pixels
 
 
 def _takes_conv(conv, x) -> tuple[int, ...] | None:
@@ -171,6 +172,11 @@ def _takes_conv(conv, x) -> tuple[int, ...] | None:
     window = zip(x.shape[2:], weight.shape[2:], conv.stride, conv.padding, conv.dilation, strict=True)
     size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in window]
     return (x.shape[0], weight.shape[0], *size) if min(size) > 0 else None
+
+
+def _has_pixels(shape) -> bool:
+    """Whether laying out a weight is little beside what is done with it; in training torch does so, too."""
+    return torch.is_grad_enabled() or shape[0] * shape[2] * shape[3] >= _LEAST_PIXELS
 
 
 def _takes_norm(norm, x, shape) -> bool:

@@ -151,13 +151,13 @@ def taken(monkeypatch):
 )
 def test_chains_are_what_their_parts_are(net, chains, monkeypatch):
     names = taken(monkeypatch)
-    check(settled(net()), X.repeat(44, 1, 1, 1))
+    check(settled(net()), X.repeat(48, 1, 1, 1))
     assert chains <= set(names)
 
 
 def test_outputs_lie_as_they_did_and_restore_gives_the_same_bits():
     net = settled(Basic()).eval()
-    x = torch.randn(16, 16, 32, 32)
+    x = torch.randn(32, 16, 32, 32)
     expected = net(x)
     lk.accelerate(net)
     assert net(x).stride() == expected.stride()
@@ -169,7 +169,7 @@ def test_outputs_lie_as_they_did_and_restore_gives_the_same_bits():
 
 def test_copies_pickles_and_functional_calls_have_their_own_parameters():
     net = settled(Basic()).eval()
-    x, other = torch.randn(16, 16, 32, 32), settled(Basic()).eval()
+    x, other = torch.randn(32, 16, 32, 32), settled(Basic()).eval()
     plain, expected = copy.deepcopy(net), other(x)
     lk.accelerate(net)
     torch.testing.assert_close(net(x), plain(x))
@@ -187,7 +187,7 @@ def test_copies_pickles_and_functional_calls_have_their_own_parameters():
 
 def test_inference_follows_its_weights():
     net = settled(Basic()).eval()
-    x, plain = torch.randn(16, 16, 32, 32), copy.deepcopy(net)
+    x, plain = torch.randn(32, 16, 32, 32), copy.deepcopy(net)
     lk.accelerate(net, inference=True)
     for each in (net, plain):
         each.requires_grad_(False)
