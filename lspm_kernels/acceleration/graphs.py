@@ -89,7 +89,7 @@ def _plan(module: nn.Module, options: Options) -> tuple:
     graph = fx.Graph()
     copies: dict = {}
     graph.output(graph.graph_copy(found.graph, copies))
-    for chain in [*image_chains.find(module, graph, options), *row_chains.find(module, graph)]:
+    for chain in _chains(module, graph, options):
         last = chain.nodes[-1]
         with graph.inserting_after(last):
             fused = graph.create_node("call_function", chain, chain.inputs(), name="chain")
@@ -102,6 +102,12 @@ def _plan(module: nn.Module, options: Options) -> tuple:
         if sets_format and node.op == "call_method" and node.target == "view":
             node.target = "reshape"
     return found, code(module, graph), sets_format
+
+
+def _chains(module, graph, options):
+    # For inference the linear layers have copies of their weights, which only they themselves read.
+    rows = [] if options.inference else row_chains.find(module, graph)
+    return [*image_chains.find(module, graph, options), *rows]
 
 
 def _convolves(module: nn.Module) -> bool:
@@ -130,7 +136,7 @@ def rule(model: nn.Module, path: str, module: nn.Module, options: Options) -> Sw
         return found if direct else None
     if reason := aliases.hazard(module, found):
         return reason
-    chains = [*image_chains.find(module, found.graph, options), *row_chains.find(module, found.graph)]
+    chains = _chains(module, found.graph, options)
     inner = [child(module, n) for n in found.graph.nodes if n.op == "call_module"]
     if not chains and not (_convolves(module) and aliases.suits_any_format(module, True) and inner):
         return None

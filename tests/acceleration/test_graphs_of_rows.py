@@ -91,11 +91,11 @@ NETS = {
 X = torch.randn(3, 128, C, generator=torch.Generator().manual_seed(0))
 
 
-def pair(cls):
+def pair(cls, **options):
     torch.manual_seed(0)
     net = cls()
     plain = copy.deepcopy(net)
-    assert lk.accelerate(net).replaced[""] == NETS[cls]
+    assert lk.accelerate(net, **options).replaced[""] == NETS[cls]
     assert is_swapped(net) and type(net).lspm_faster is graphs.Traced
     return net, plain
 
@@ -142,7 +142,7 @@ def test_autocast_is_as_torchs(cls, taken):
 
 
 def test_dropout_between_the_layers_is_kept(taken):
-    net, plain = pair(T5)
+    net, plain = pair(T5, deny=nn.Dropout)  # whose random numbers would be others than torch's
     for mode in (True, False):
         torch.manual_seed(1)
         y = net.train(mode)(X)
