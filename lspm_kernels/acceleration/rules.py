@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lspm_kernels.acceleration import heads, layers, lookalike_layers, weight_copies
+from lspm_kernels.acceleration import graphs, heads, layers, lookalike_layers, weight_copies
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import Swap
 
@@ -17,6 +17,7 @@ RULES: tuple[Rule, ...] = (
     heads.rule,
     layers.rule,
     lookalike_layers.rule,
+    graphs.rule,
 )
 
 
