@@ -36,7 +36,7 @@ def measure(case: DropIn, device: str, smoke: bool) -> list[dict]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)  # plain PyTorch would be timed against itself
         steps = {variant: case.step(variant) for variant in variants}
-        found = steps["lspm"](), case.step("exact")(), steps["torch"]()
+        found = [step(logits=True) for step in (steps["lspm"], case.step("exact"), steps["torch"])]
         harness.compare("lspm", *map(outputs_and_gradient, found))
     del found
     turns = {variant: harness.repeated(step, device) for variant, step in steps.items()}
@@ -49,7 +49,7 @@ def measure(case: DropIn, device: str, smoke: bool) -> list[dict]:
         bound = SPEEDUPS.get((case.name, case.mode, case.dtype))
         best = min(rows[0]["speedup"].values())
         if bound is not None:
-            rows[0]["goals"] = [{"what": "speedup", "bound": bound, "got": best, "met": best >= bound}]
+            rows[0]["goals"] = [{"what": "better", "bound": bound, "got": best, "met": best >= bound}]
     return rows
 
 

@@ -69,7 +69,8 @@ class DropIn:
         return f"{self.name}/{self.mode}/{str(self.dtype).removeprefix('torch.')}"
 
     def step(self, variant: str) -> Callable[[], list[Tensor]]:
-        """variant: lspm, torch or compile; "exact" is torch in float64."""
+        """variant: lspm, torch or compile; "exact" is torch in float64. The step gives its loss, or where
+        it is asked the logits, of which one rounding more or less says nothing."""
         torch.manual_seed(0)
         model, given = globals()[self.name](self.smoke)
         for module in model.modules():
@@ -87,14 +88,15 @@ class DropIn:
         autocast = trains and self.dtype != torch.float32 and own != torch.float64
         parameters = [p for p in model.parameters() if p.requires_grad]
 
-        def run() -> list[Tensor]:
+        def run(logits: bool = False) -> list[Tensor]:
             with torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16, autocast):
                 out = call(**given)
-                out = out if isinstance(out, Tensor) else out["loss" if trains else "logits"]
+                made = out if isinstance(out, Tensor) else out["logits"] if logits or not trains else None
             if not trains:
-                return [out]
-            loss = out.float().square().mean() if out.dim() else out
-            return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+                return [made]
+            loss = out.float().square().mean() if isinstance(out, Tensor) else out["loss"]
+            gradients = torch.autograd.grad(loss, parameters)
+            return [made.detach() + 0 if logits else loss.detach(), *gradients]
 
         return run
 

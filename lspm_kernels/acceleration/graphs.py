@@ -19,15 +19,17 @@ class Plans:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.made: dict[bool, tuple] = {}
+        self.of_images = False  # whether all chains are of images, as far as a call has shown
 
     def __getstate__(self) -> dict:
-        return {"options": self.options, "made": {}}  # a copy has modules of its own
+        return {"options": self.options, "made": {}, "of_images": False}  # a copy has modules of its own
 
     def of(self, module: nn.Module) -> tuple:
         """(its trace, or None where it is left alone; its code; whether it sets the memory format)."""
         plan = self.made.get(module.training)
         if plan is None or not (plan[0] is None or plan[0].reads.hold(module)):
-            plan = self.made[module.training] = _plan(module, self.options)
+            *plan, self.of_images = _plan(module, self.options)
+            plan = self.made[module.training] = tuple(plan)
         return plan
 
 
@@ -35,7 +37,8 @@ class Traced:
     """A module whose forward is its own with chains in it."""
 
     def forward(self, *args, **kwargs):
-        if _is_compiling() or torch._C._is_tracing():
+        small = self.lspm.of_images and args and _is_torchs(args[0], self.lspm.options)
+        if small or _is_compiling() or torch._C._is_tracing():
             return super().forward(*args, **kwargs)
         found, function, sets_format = self.lspm.of(self)
         if found is None:
@@ -74,6 +77,13 @@ def _is_changed(x: Tensor, options: Options) -> bool:
     return x.dim() == 4 and x.is_cpu and x.is_contiguous() and image_kernels.pays(x, options.inference)
 
 
+def _is_torchs(x, options: Options) -> bool:
+    """Whether an image lies as our kernels do not take it, and is too small to be laid out anew."""
+    if type(x) is not Tensor or x.dim() != 4 or x.is_contiguous(memory_format=_CHANNELS_LAST):
+        return False
+    return not image_kernels.pays(x, options.inference)
+
+
 def _contiguous(out):
     if isinstance(out, Tensor):
         return out.contiguous() if out.dim() == 4 else out
@@ -85,11 +95,13 @@ def _contiguous(out):
 def _plan(module: nn.Module, options: Options) -> tuple:
     found = trace(module)
     if isinstance(found, str) or aliases.hazard(module, found):
-        return None, None, False
+        return None, None, False, False
     graph = fx.Graph()
     copies: dict = {}
     graph.output(graph.graph_copy(found.graph, copies))
-    for chain in _chains(module, graph, options):
+    chains = _chains(module, graph, options)
+    of_images = all(isinstance(chain, image_kernels.Chain) for chain in chains)
+    for chain in chains:
         last = chain.nodes[-1]
         with graph.inserting_after(last):
             fused = graph.create_node("call_function", chain, chain.inputs(), name="chain")
@@ -101,7 +113,7 @@ def _plan(module: nn.Module, options: Options) -> tuple:
     for node in graph.nodes:
         if sets_format and node.op == "call_method" and node.target == "view":
             node.target = "reshape"
-    return found, code(module, graph), sets_format
+    return found, code(module, graph), sets_format, of_images
 
 
 def _chains(module, graph, options):

@@ -95,7 +95,8 @@ class Chain:
 
     def _taken(self, x) -> list[tuple[Tensor, Tensor | None]] | None:
         """The parameters of the linear layers, where the kernel takes the call."""
-        if type(x) not in _ORDINARY or x.dim() < 2 or x.numel() < _LEAST or not x.is_cpu or is_special():
+        large = type(x) in _ORDINARY and x.numel() >= _LEAST and x.shape[:-1].numel() >= products.LEAST
+        if not large or not x.is_cpu or is_special():
             return None
         autocasts = checks.autocasts(x.device)
         dtype = torch.get_autocast_dtype("cpu") if autocasts else x.dtype

@@ -38,7 +38,7 @@ MUTATIONS = [
     ),
     in_products(
         name="products: thin ones are packed",
-        old="return min(*a.shape, b.shape[1]) >= _LEAST",
+        old="return min(*a.shape, b.shape[1]) >= LEAST",
         new="return True",
     ),
     in_products(
