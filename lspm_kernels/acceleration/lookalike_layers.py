@@ -10,20 +10,37 @@ from lspm_kernels.acceleration.swap import Swap
 from lspm_kernels.ops import bias_act, layer_norm
 
 
-class Activation:
+class _Proven:
+    """A module that was proven what it is, as long as nothing in it is set that it was proven with."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name != "training" and not name.startswith("_") and not isinstance(value, Tensor):
+            again = meaning(self)
+            self.__dict__["lspm"] = self.lspm if again == self.lspm else None
+
+
+class Activation(_Proven):
     """An activation of bias_act."""
 
     def forward(self, *args, **kwargs):
-        if len(args) == 1 and not kwargs and _takes("bias_act", bias_act.BACKENDS, args[0]):
+        if (
+            self.lspm is not None
+            and len(args) == 1
+            and not kwargs
+            and _takes("bias_act", bias_act.BACKENDS, args[0])
+        ):
             return bias_act.bias_act(args[0], None, self.lspm.activation)
         return super().forward(*args, **kwargs)
 
 
-class Norm:
+class Norm(_Proven):
     """A norm over the last dimension, of inputs of its parameters' dtype."""
 
     def forward(self, *args, **kwargs):
         found = self.lspm
+        if found is None:
+            return super().forward(*args, **kwargs)
         weight = getattr(self, found.weight)
         bias = None if found.bias is None else getattr(self, found.bias)
         x = args[0] if len(args) == 1 and not kwargs else None
@@ -36,14 +53,16 @@ class Norm:
         return layer_norm.layer_norm(x, weight, bias, eps)
 
 
-class Linear:
+class Linear(_Proven):
     """A linear layer in float32, where our product is the faster one."""
 
     def forward(self, *args, **kwargs):
         x = args[0] if len(args) == 1 and not kwargs else None
-        if type(x) is not Tensor or x.dtype != torch.float32 or x.shape[:-1].numel() < products.LEAST:
-            return super().forward(*args, **kwargs)
         found = self.lspm
+        if found is None or type(x) is not Tensor or x.dtype != torch.float32:
+            return super().forward(*args, **kwargs)
+        if x.shape[:-1].numel() < products.LEAST:
+            return super().forward(*args, **kwargs)
         weight = getattr(self, found.weight)
         bias = None if found.bias is None else getattr(self, found.bias)
         weight = weight.t() if found.transposed else weight

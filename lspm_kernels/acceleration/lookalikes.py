@@ -92,7 +92,7 @@ _TORCH = {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.SiLU, nn.ReLU}
 
 
 def _probed(module) -> Meaning | None:
-    if type(module).forward is nn.Module.forward or type(module).__call__ is not nn.Module.__call__:
+    if original(module).__call__ is not nn.Module.__call__:
         return None
     sizes = [tuple(p.shape) for p in module._parameters.values() if p is not None]
     if not sizes:

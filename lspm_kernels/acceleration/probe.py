@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lspm_kernels.acceleration.swap import original
+
 # What a forward that is probed with an input that it does not expect may raise.
 _REFUSALS = (
     ArithmeticError,
@@ -28,7 +30,7 @@ def run(function, x, given) -> list[Tensor]:
 
 def outcome(module, given, x, training) -> list[Tensor] | None:
     """The same of a module's forward, on a copy with other parameters; None if it changes itself or x."""
-    probed = object.__new__(type(module))
+    probed = object.__new__(original(module))
     state = {**vars(module), "training": training, "_parameters": dict(given)}
     vars(probed).update(state)
 
