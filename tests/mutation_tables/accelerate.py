@@ -5,8 +5,9 @@ from functools import partial
 from mutations import Mutation
 
 ALL = "tests/acceleration/test_accelerate.py"
-in_probe = partial(Mutation, file="lspm_kernels/acceleration/probe.py", tests=(ALL, "-x"))
-in_lookalikes = partial(Mutation, file="lspm_kernels/acceleration/lookalikes.py", tests=(ALL, "-x"))
+LOOKALIKES = "tests/acceleration/test_lookalikes.py"
+in_probe = partial(Mutation, file="lspm_kernels/acceleration/probe.py", tests=(LOOKALIKES, "-x"))
+in_lookalikes = partial(Mutation, file="lspm_kernels/acceleration/lookalikes.py", tests=(LOOKALIKES, "-x"))
 in_swap = partial(Mutation, file="lspm_kernels/acceleration/swap.py", tests=(ALL, "-x"))
 in_logits = partial(
     Mutation, file="lspm_kernels/acceleration/logits.py", tests=("tests/acceleration/test_heads.py", "-x")
