@@ -77,12 +77,12 @@ def test_as_a_command(tmp_path):
     assert lines[2].startswith("checked in train: 7 results; each may err 2 x what the model itself errs")
     assert lines[3].startswith("equal: all do. Greatest difference from float64 of any result: ")
     assert [line.split()[0] for line in lines[5:8]] == ["median", "before", "after"]
-    assert "replaced: 4 modules" in lines
     found = json.loads((tmp_path / "found.json").read_text())
+    assert found["replaced"] and f"replaced: {len(found['replaced'])} modules" in lines
     assert set(found["variants"]) == {"before", "after"}
     assert all(row["rounds"] == 2 and row["median_ms"] > 0 for row in found["variants"].values())
     assert found["variants"]["before"]["speedup"] == 1
-    assert found["threads"] == 1 and found["options"]["training"] and len(found["replaced"]) == 4
+    assert found["threads"] == 1 and found["options"]["training"]
 
 
 @pytest.mark.parametrize(
