@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import command
 import torch
 from drop_ins import VARIANTS, DropIn
-from torch import Tensor
 
 import harness
 from lspm_kernels import FallbackWarning
@@ -25,11 +24,6 @@ SPEEDUPS = {  # x the better of torch's two ways
 }
 
 
-def outputs_and_gradient(results: list[Tensor]) -> list[Tensor]:
-    """The gradient as one tensor: single ones of small norm weights have no digits of their own."""
-    return [results[0], *([torch.cat([g.flatten() for g in results[1:]])] if results[1:] else [])]
-
-
 def measure(case: DropIn, device: str, smoke: bool) -> list[dict]:
     """Checks outputs and gradients; times all sides in turn, and takes the memory of each."""
     variants = VARIANTS[:2] if smoke else VARIANTS
@@ -37,7 +31,7 @@ def measure(case: DropIn, device: str, smoke: bool) -> list[dict]:
         warnings.simplefilter("error", FallbackWarning)  # plain PyTorch would be timed against itself
         steps = {variant: case.step(variant) for variant in variants}
         found = [step(logits=True) for step in (steps["lspm"], case.step("exact"), steps["torch"])]
-        harness.compare("lspm", *map(outputs_and_gradient, found))
+        harness.compare("lspm", *map(harness.one_gradient, found))
     del found
     turns = {variant: harness.repeated(step, device) for variant, step in steps.items()}
     memory = {} if smoke else {variant: case.peak_bytes(variant) for variant in variants}

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import command
 import torch
 from resnets import SMALL, Run
-from torch import Tensor
 
 import harness
 from lspm_kernels import FallbackWarning
@@ -17,11 +16,6 @@ SMALL_SPEEDUP, MEMORY = 1.5, 75.0  # of images below SMALL; percent of torch's p
 SPEEDUPS |= {("training-step", torch.float32): 1.25, ("training-step", torch.bfloat16): 1.8}
 
 
-def features_and_gradient(results: list[Tensor]) -> list[Tensor]:
-    """The gradient as one tensor: single ones of small norm weights have no digits of their own."""
-    return [results[0], *([torch.cat([g.flatten() for g in results[1:]])] if results[1:] else [])]
-
-
 def measure(run: Run, device: str, smoke: bool) -> list[dict]:
     """Checks features and gradients; times all sides in turn, and takes the memory of each."""
     variants = ("lspm", "torch") if smoke else run.variants
@@ -29,7 +23,7 @@ def measure(run: Run, device: str, smoke: bool) -> list[dict]:
         warnings.simplefilter("error", FallbackWarning)  # plain PyTorch would be timed against itself
         steps = {variant: run.step(variant, device=device) for variant in variants}
         found = steps["lspm"](), run.step("torch", True, device)(), steps["torch"]()
-        harness.compare("lspm", *map(features_and_gradient, found))
+        harness.compare("lspm", *map(harness.one_gradient, found))
     turns = {variant: harness.repeated(step, device) for variant, step in steps.items()}
     memory = {variant: run.peak_bytes(variant, device) for variant in ("lspm", "torch")}
     seconds = harness.interleave(turns, 1 if smoke else harness.calls_per_turn(turns), 1 if smoke else None)

@@ -1,6 +1,6 @@
 """Models that people have, of random weights, as they are and after lspm_kernels.accelerate."""
 
-import multiprocessing
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,12 +101,5 @@ class DropIn:
         return run
 
     def peak_bytes(self, variant: str) -> int | None:
-        """The most memory of a step at once, in a process of its own: what was freed here would serve."""
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_second_peak, (self, variant))
-
-
-def _second_peak(case: DropIn, variant: str) -> int | None:
-    step = case.step(variant)
-    machine.peak_bytes(step)  # with what only a first step does
-    return machine.peak_bytes(step)
+        """The most memory of a second step at once."""
+        return machine.second_peak(functools.partial(self.step, variant))

@@ -172,6 +172,12 @@ def compare(name: str, actual: list[Tensor], truth: list[Tensor], plain: list[Te
             raise WrongError(str(error)) from None
 
 
+def one_gradient(results: list[Tensor]) -> list[Tensor]:
+    """A model's output, and the gradients of its parameters as one tensor: single ones of small norm weights
+    have no digits of their own."""
+    return [results[0], *([torch.cat([g.flatten() for g in results[1:]])] if results[1:] else [])]
+
+
 def measure(case: Case, device: str, smoke: bool) -> list[dict]:
     """Checks and times every variant of a case.
 

@@ -4,6 +4,7 @@ import ctypes
 import datetime
 import functools
 import gc
+import multiprocessing
 import os
 import platform
 import re
@@ -116,6 +117,18 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int | Non
     peak = resident_bytes("VmHWM")
     keep_freed_memory()
     return max(0, peak - before)
+
+
+def second_peak(make: Callable[[], Callable[[], object]], device: str = "cpu") -> int | None:
+    """peak_bytes of the second call of make(), in a process of its own: what was freed here would serve."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_second_peak, (make, device))
+
+
+def _second_peak(make, device):
+    function = make()
+    peak_bytes(function, device)  # with what only a first call does
+    return peak_bytes(function, device)
 
 
 def _round(size: int) -> Callable[[int], Iterator[slice]]:

@@ -1,7 +1,7 @@
 """A ResNet on our kernels and torchvision's of the same weights, in evaluation and in training."""
 
+import functools
 import importlib.util
-import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -69,9 +69,8 @@ class Run:
         return lambda: [torch.from_numpy(request.infer([given])[0])]
 
     def peak_bytes(self, variant: str, device: str) -> int | None:
-        """The most memory of a step at once, in a process of its own: what was freed here would serve."""
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_second_peak, (self, variant, device))
+        """The most memory of a second step at once."""
+        return machine.second_peak(functools.partial(self.step, variant, device=device), device)
 
     def step(self, variant: str, exact: bool = False, device: str = "cpu") -> Callable[[], list[Tensor]]:
         if variant == "openvino":
@@ -92,9 +91,3 @@ class Run:
             return [features.detach(), *torch.autograd.grad(features.square().mean(), parameters)]
 
         return run
-
-
-def _second_peak(run: Run, variant: str, device: str) -> int | None:
-    step = run.step(variant, device=device)
-    machine.peak_bytes(step, device)  # with what only a first step does
-    return machine.peak_bytes(step, device)

@@ -38,8 +38,7 @@ def accelerate(
         model: any torch.nn.Module; only this object changes, not its class and not other models.
         inference: it will not be trained until restored: layers may keep copies of their weights in the
             layout that is fastest, made at the first call without a gradient and again after a change.
-        dtype: beside inference, of the copies: bfloat16, float16, or int8 for linear layers. None: as they
-            are.
+        dtype: beside inference, of linear layers' copies: bfloat16, float16 or int8. None: they have none.
         allow: names of modules as named_modules() gives them, with * and ?, or classes: only these are
             changed, and what is in them. None: all.
         deny: the same, of what is left alone.

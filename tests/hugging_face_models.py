@@ -136,6 +136,18 @@ def prompts(padded=0):
     return ids, mask
 
 
+def inputs(name, padded):
+    """What a model of that name takes."""
+    ids, mask = prompts(padded)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 32, 32)}
+    if name == "whisper":
+        return {"input_features": torch.randn(2, 8, 60), "decoder_input_ids": ids}
+    if name == "t5":
+        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, 3:9]}
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def logits_and_gradients(model, batches, padded):
     """The logits, and the gradients of each parameter, of all batches and layers beside each other.
 

@@ -4,6 +4,7 @@ from torch import nn
 
 from lspm_kernels.acceleration.swap import is_swapped, original
 from lspm_kernels.acceleration.tracing import Node, Trace, child, overwritten, trace
+from lspm_kernels.nn import calls
 
 ACTIVATIONS = {
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU,
@@ -35,13 +36,7 @@ _ASK_FOR_FORMAT = {
 
 def unhooked(module: nn.Module) -> bool:
     """Whether a module does what its class does."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
+    return calls.unhooked(module) and "forward" not in vars(module)
 
 
 def hazard(module: nn.Module, found: Trace) -> str | None:

@@ -7,6 +7,7 @@ from lspm_kernels import checks, dispatch, products
 from lspm_kernels.acceleration.lookalikes import meaning
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import Swap
+from lspm_kernels.nn.calls import alike
 from lspm_kernels.ops import bias_act, layer_norm
 
 
@@ -95,4 +96,4 @@ def _takes(op, backends, x, *parameters) -> bool:
     """Whether x is a tensor that a kernel takes, with parameters that are as it is."""
     if type(x) is not Tensor or not x.dim() or not dispatch.admitting(op, backends, x):
         return False
-    return all(p is None or (p.dtype == x.dtype and p.device == x.device) for p in parameters)
+    return alike(x, *parameters)

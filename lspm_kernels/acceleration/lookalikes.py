@@ -30,13 +30,13 @@ _ROWS = 3
 class Meaning:
     """kind "activation": `activation` names it as bias_act does. "linear": `weight` (out, in), transposed:
     (in, out), and `bias`. "layer_norm" and "rms_norm", over the last dimension: weight + offset, `bias`, and
-    eps, a number or the attribute that holds it. weight and bias are names of the module's parameters."""
+    eps, the attribute that holds it. weight and bias are names of the module's parameters."""
 
     kind: str
     activation: str | None = None
     weight: str | None = None
     bias: str | None = None
-    eps: str | float | None = None
+    eps: str | None = None
     offset: float = 0.0
     transposed: bool = False
 

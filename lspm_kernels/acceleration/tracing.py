@@ -10,20 +10,12 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, fx, nn
 
 from lspm_kernels.acceleration import purity, statements
+from lspm_kernels.acceleration.probe import REFUSALS
 from lspm_kernels.acceleration.swap import original
 
 Node = fx.Node
 # What torch.fx raises where a forward asks a tensor for what is not known yet, or what that leads to.
-_REFUSALS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    fx.proxy.TraceError,
-)
+_REFUSALS = (*REFUSALS, fx.proxy.TraceError)
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 

@@ -52,6 +52,11 @@ def known(module: nn.Module, kinds: set[type]) -> bool:
     """Whether calling a module does what one of these classes does, and nothing else."""
     if getattr(type(module), "lspm_original", type(module)) not in kinds or _has_any_global_hook():
         return False
+    return unhooked(module)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling a module calls nothing but its forward."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks

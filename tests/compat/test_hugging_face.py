@@ -3,23 +3,12 @@
 import hugging_face_models as models
 import pytest
 import torch
-from hugging_face_models import logits_and_gradients, prompts, three
+from hugging_face_models import inputs, logits_and_gradients, prompts, three
 
 import oracle
 
 pytestmark = pytest.mark.usefixtures("registered", "one_thread", "wide_softmax")
 MODELS = "gpt2 bert llama mistral gemma2 gpt_oss qwen2 qwen2_moe gemma3 modernbert vit whisper t5".split()
-
-
-def inputs(name, padded):
-    ids, mask = prompts(padded)
-    if name == "vit":
-        return {"pixel_values": torch.randn(2, 3, 32, 32)}
-    if name == "whisper":
-        return {"input_features": torch.randn(2, 8, 60), "decoder_input_ids": ids}
-    if name == "t5":
-        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, 3:9]}
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
