@@ -60,7 +60,11 @@ def write(source: str, weights: str, text: Text, sampling: dict) -> None:
     if text.couplets is not None:
         write_couplets(sys.stdout, task, tokenizer, prompt or "", text.couplets, text.tokens, sampling)
         return
-    tokens = tokenizer.prompt(prompt) if text.chat is None else tokenizer.chat(text.chat, text.system)
+    if text.chat is not None:
+        tokens = tokenizer.chat(text.chat, text.system)
+    else:
+        prompt, sampling["first"] = (None, ()) if prompt is None else tokenizer.healed(prompt)
+        tokens = tokenizer.prompt(prompt)
     transcript = Transcript(sys.stdout, prompt or "", text.sequences, tokenizer.decode, text.stop)
     generate(task, tokens, max_new_tokens=text.tokens, stream=transcript.push, **sampling)
     transcript.finish()

@@ -23,6 +23,7 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
+    first: Collection[int] = (),
     stop: int | Collection[int] | None = None,
     sequences: int = 1,
     stream: Callable[[int, int], bool | None] | None = None,
@@ -40,6 +41,7 @@ def generate(
         temperature, top_k, top_p, min_p, repetition_penalty: see lspm_kernels.sample. The penalty is for the
             tokens of the text so far, of which the prompt is part.
         seed: the same seed gives the same tokens; None draws from torch's own generator.
+        first: the first new token is one of these; none: any.
         stop: this token, or each of these, ends a sequence, and is not part of it.
         sequences: how many continuations are made, in one batch.
         stream: called as stream(sequence, token) for each new token, in order; true ends the sequence, after
@@ -65,8 +67,10 @@ def generate(
     mode = task.training
     task.eval()
     try:
-        for _ in range(max_new_tokens):
+        for step in range(max_new_tokens):
             logits = reader.logits(text).expand(sequences, -1)
+            if first and step == 0:
+                logits = _only(logits, first)
             text = text.expand(sequences, -1)
             chosen = _choose(logits, text, choice, generator)
             text = torch.cat([text, chosen], dim=1)
@@ -105,6 +109,14 @@ class _Reader:
         self.start = start
         config = self.task.config
         self.cache = KeyValueCache(config.layers, self.sequences, self.capacity) if self.use_cache else None
+
+
+def _only(logits: Tensor, tokens: Collection[int]) -> Tensor:
+    """Logits by which no token but these is chosen."""
+    kept = torch.tensor(sorted(tokens), device=logits.device)
+    if not 0 <= int(kept[0]) <= int(kept[-1]) < logits.shape[-1]:
+        raise ValueError(f"generate: first must be ids in [0, {logits.shape[-1]}), got {sorted(tokens)}")
+    return torch.full_like(logits, -math.inf).index_copy(-1, kept, logits[:, kept])
 
 
 def _choose(logits: Tensor, text: Tensor, choice: dict, generator: torch.Generator | None) -> Tensor:

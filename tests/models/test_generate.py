@@ -97,6 +97,21 @@ def test_a_seed_leaves_the_generator_of_torch_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_first_token_is_one_of_those_allowed(temperature):
+    drawn = generate(
+        task_with_logits([5.0, 1, 1, 0]),
+        [0],
+        max_new_tokens=9,
+        sequences=40,
+        first=[3, 1],
+        seed=0,
+        temperature=temperature,
+    )
+    assert {tokens[0] for tokens in drawn} == ({1, 3} if temperature else {1})
+    assert {token for tokens in drawn for token in tokens[1:]} >= {0}
+
+
 def test_stop_token_ends_each_sequence_by_itself():
     task = make_task()
     arguments = {"max_new_tokens": 40, "sequences": 4, "seed": 2}
@@ -197,6 +212,7 @@ def test_takes_tensors_and_bfloat16_models():
         ({"repetition_penalty": 0.0}, "generate: repetition_penalty must be finite and above 0, got 0.0"),
         ({"temperature": -0.1}, "generate: temperature must be finite and at least 0, got -0.1"),
         ({"temperature": float("inf")}, "generate: temperature must be finite and at least 0, got inf"),
+        ({"first": [3, 61]}, "generate: first must be ids in [0, 61), got [3, 61]"),
         ({"seed": -1}, "generate: seed must be in [0, 2**64), got -1"),
         ({"seed": 2**64}, "generate: seed must be in [0, 2**64), got 18446744073709551616"),
     ],

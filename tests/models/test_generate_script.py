@@ -71,14 +71,16 @@ def expected(folder, prompt, **arguments):
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     config = json.loads(next(folder.glob("checkpoints/*/state.json")).read_text())["settings"]["model"]
     task = make_task(type(CONFIG)(**config))
+    prompt, first = tokenizer.healed(prompt)
     tokens = tokenizer.encode(prompt) if prompt else [tokenizer.end_of_text]
-    continuations = generate(task, tokens, stop=tokenizer.end_of_text, **arguments)
+    continuations = generate(task, tokens, first=first, stop=tokenizer.end_of_text, **arguments)
     return [prompt + tokenizer.decode(tokens) for tokens in continuations]
 
 
 def test_writes_the_continuation(run, folder):
     [text] = expected(folder, "def ", max_new_tokens=200, temperature=0.8, seed=3)
     assert run(folder, "--prompt", "def ", "--seed", 3) == (0, text + "\n", "")
+    assert text.startswith("def ")
 
 
 def test_writes_several_continuations_with_every_option(run, folder):

@@ -104,8 +104,8 @@ def test_a_llama_trains_goes_on_exactly_and_generates(run, tmp_path, monkeypatch
 
 def test_generates_and_chats_from_a_gguf(run, gguf):
     options = ("--greedy", "--tokens", 12)
-    text = "the " + continued(gguf, "the ")
-    assert run(script, gguf, "--prompt", "the ", *options) == (0, text + "\n", "")
+    text = "the" + continued(gguf, "the")
+    assert run(script, gguf, "--prompt", "the", *options) == (0, text + "\n", "")
     assert run(script, gguf, "--chat", "the", *options) == (0, continued(gguf, "the", chat=True) + "\n", "")
     message = "generate: prompt must be absent beside chat, got 'a'"
     assert run(script, gguf, "--chat", "the", "--prompt", "a") == (2, "", f"generate.py: {message}\n")

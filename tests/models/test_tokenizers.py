@@ -54,6 +54,17 @@ def test_sizes_and_special_ids(sample, bpe, characters):
     assert Characters.train(["aabbbc"], 4).encode("abc") == [2, 1, 0]  # the two most frequent
 
 
+def test_a_space_that_ends_a_prompt_goes_to_the_next_token(bpe, characters):
+    text, first = bpe.healed("def ")
+    assert text == "def"
+    assert first == [index for index in range(bpe.end_of_text) if bpe.decode([index]).startswith(" ")]
+    assert bpe.healed("x  ")[0] == "x "
+    assert [bpe.healed(text) for text in ("def", "", " ", "a\n")] == [
+        (t, []) for t in ("def", "", " ", "a\n")
+    ]
+    assert characters.healed("def ") == ("def ", [])
+
+
 def test_saved_tokenizers_come_back(tmp_path, sample, bpe, characters):
     for tokenizer in (bpe, characters):
         save_tokenizer(tokenizer, tmp_path / "t.json")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lspm_models.data.tokenizers import checked_ids, with_spans, without_surrogates
+from lspm_models.data.tokenizers import checked_ids, healed, with_spans, without_surrogates
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,10 @@ class PretrainedTokenizer:
         ids = checked_ids(ids, self.vocabulary_size)
         ids = [index for index in ids if index < self._size and index not in self.stops]
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def healed(self, text: str) -> tuple[str, list[int]]:
+        """See `tokenizers.healed`."""
+        return healed(text, self._tokenizer)
 
     def to_json(self) -> dict:
         """Returns the tokenizer as the tokenizers library writes it, with its kind and marks."""

@@ -38,6 +38,9 @@ class Tokenizer(Protocol):
     def prompt(self, text: str | None) -> list[int]:
         """Returns what a model continues: a text's ids, or those that begin a new text."""
 
+    def healed(self, text: str) -> tuple[str, list[int]]:
+        """Returns a prompt and ids, of which the next must be one where there are any: see `healed`."""
+
     def chat(self, message: str, system: str | None = None) -> list[int]:
         """Returns what a model answers to a message behind; a ValueError where it does not chat."""
 
@@ -60,6 +63,10 @@ class Unmarked:
     def prompt(self, text: str | None) -> list[int]:
         """Returns the ids of a text, or end_of_text to begin a new one."""
         return [self.end_of_text] if text is None else self.encode(text)
+
+    def healed(self, text: str) -> tuple[str, list[int]]:
+        """Returns the text and no ids: no token stands for more than a character."""
+        return text, []
 
 
 class ByteBpe(Unmarked):
@@ -126,6 +133,10 @@ class ByteBpe(Unmarked):
         return self._tokenizer.decode(
             [index for index in ids if index != self.end_of_text], skip_special_tokens=False
         )
+
+    def healed(self, text: str) -> tuple[str, list[int]]:
+        """See `healed`."""
+        return healed(text, self._tokenizer)
 
     def to_json(self) -> dict:
         """Returns the tokenizer as the tokenizers library writes it, with its kind."""
@@ -227,6 +238,23 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"load_tokenizer: {path} must be a tokenizer file, got no such file") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"load_tokenizer: {path} must be a tokenizer file, got {error!r}") from error
+
+
+def healed(text: str, tokenizer) -> tuple[str, list[int]]:
+    """Takes back the space a prompt ends with: byte-level tokens begin with it, so alone it is rarely seen.
+
+    Args:
+        text: a prompt.
+        tokenizer: byte-level, of the tokenizers library.
+
+    Returns:
+        The prompt without its last space and the ids of all tokens that begin with a space; the prompt and no
+        ids where it does not end with one or is nothing else.
+
+    Source: guidance's "token healing" (2023).
+    """
+    beginning = sorted(index for token, index in tokenizer.get_vocab().items() if token.startswith("Ġ"))
+    return (text[:-1], beginning) if text[1:].endswith(" ") and beginning else (text, [])
 
 
 def without_surrogates(text: str) -> str:
