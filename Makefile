@@ -8,7 +8,7 @@ DEMO_PRECISION := $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo
 .PHONY: help demo test test-long asan bench bench-smoke docs lint format wheel-check data clean
 
 help:
-	@echo 'make demo         train a GPT on the standard library for three minutes, sample it, compare with plain PyTorch'
+	@echo 'make demo         train a Llama on the standard library for three minutes, sample it, compare with plain PyTorch'
 	@echo 'make test         the test suite'
 	@echo 'make test-long    what takes minutes more: larger tiles and PTX of the GPU kernels, and AddressSanitizer'
 	@echo 'make asan         the tests of the ops on CPU kernels built with AddressSanitizer, for each instruction set'
@@ -25,9 +25,9 @@ help:
 
 demo: .venv/installed
 	rm -rf runs/demo
-	$(BIN)/python python/pretrain.py --config python/configs/gpt_demo.toml $(DEMO_PRECISION) --out runs/demo
+	$(BIN)/python python/pretrain.py --config python/configs/llama_demo.toml $(DEMO_PRECISION) --out runs/demo
 	$(BIN)/python python/generate.py runs/demo --prompt 'def ' --tokens 150 --sequences 2 --seed 1 --temperature 0.8
-	$(BIN)/python benchmarks/bench_gpt.py --cases '*gpt_demo*'
+	$(BIN)/python benchmarks/bench_gpt.py --cases '*llama_demo*'
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m 'not long' -n 2 --dist loadfile

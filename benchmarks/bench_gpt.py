@@ -15,10 +15,15 @@ from training import THEIRS, TINY, VARIANTS, Training, goals
 
 import harness
 from lspm_kernels import FallbackWarning
-from lspm_models.models.gpt import GPTConfig
+from lspm_models.language_models import CONFIGS as SHAPES
 
 CONFIGS = machine.ROOT / "python" / "configs"
-BATCHES = (("gpt_demo", 8, 256), ("gpt2_124m", 1, 256), ("gpt2_124m", 2, 512))  # sequences and tokens of each
+BATCHES = (  # sequences and tokens of each
+    ("llama_demo", 4, 256),
+    ("gpt_demo", 8, 256),
+    ("gpt2_124m", 1, 256),
+    ("gpt2_124m", 2, 512),
+)
 GPU_BATCHES = {"gpt_demo": (64, 256), "gpt2_124m": (16, 1024)}
 
 
@@ -62,8 +67,8 @@ def gpu_cases() -> Iterator[Training]:
 
 def training(name: str, dtype: torch.dtype, batch: int, tokens: int) -> Training:
     config = tomllib.loads((CONFIGS / f"{name}.toml").read_text())
-    shape = GPTConfig(config["data"]["vocabulary_size"], **config["model"])
-    return Training(name, shape, dtype, batch, tokens)
+    shape = SHAPES[config["model"].pop("model", "gpt")]
+    return Training(name, shape(config["data"]["vocabulary_size"], **config["model"]), dtype, batch, tokens)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lspm_kernels import AdamW
-from lspm_models.models.gpt import GPT, GPTConfig
+from lspm_models.language_models import make_task
+from lspm_models.models.gpt import GPTConfig
+from lspm_models.models.llama import LlamaConfig
 from lspm_models.models.operations import FUSED, PLAIN
 from lspm_models.tasks.language_modelling import LanguageModelling
 
@@ -48,7 +50,7 @@ class Training:
     weights."""
 
     name: str
-    config: GPTConfig
+    config: GPTConfig | LlamaConfig
     dtype: torch.dtype
     batch: int
     tokens: int
@@ -102,7 +104,7 @@ class Training:
         if variant in THEIRS:
             model = HuggingFace(self.config, compiled=variant != THEIRS[0])
         else:
-            model = LanguageModelling(GPT(self.config, ops=VARIANTS[variant]))
+            model = make_task(self.config, ops=VARIANTS[variant])
         model.to(device)
         ids = torch.randint(self.config.vocabulary_size, (self.batch, self.tokens + 1), device=device)
         return model, ids[:, :-1], ids[:, 1:]

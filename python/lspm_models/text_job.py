@@ -58,7 +58,7 @@ class TextJob:
         (
             "finetune.py --init runs/demo --corpus shakespeare --steps 200 --out runs/bard",
             "finetune.py --init runs/demo --corpus shakespeare --lora-rank 8 --out runs/bard",
-            "finetune.py --init runs/demo --corpus shakespeare --freeze 'model.h.[01]' '*ln_*'",
+            "finetune.py --init runs/demo --corpus shakespeare --freeze 'model.layers.[01]' '*norm*'",
             "finetune.py --resume runs/bard",
             "finetune.py --init runs/fashion --data photos/ --freeze 3",
         ),
