@@ -9,6 +9,9 @@ from lspm_kernels.compat.sdpa import scaled_dot_product_attention
 from lspm_kernels.nn import calls
 from lspm_kernels.ops.attention import MAX_DIM
 
+# Products of numbers of queries by those of keys. 1x12x48x48x64 in float32 with the backward: 0.9 times as
+# fast as torch's; 1x12x64x64x64: 1.13; 1x4x32x32x64: 0.6.
+_LEAST = 3 * 2**20
 TORCHS = F.scaled_dot_product_attention
 
 
@@ -25,25 +28,32 @@ def _takes(
     """Whether our kernel computes this on a CPU, as torch does; on a GPU torch's is the faster one."""
     if not (calls.plain(query, key, value) and query.is_cpu and calls.alike(query, key, value)):
         return False
-    if not query.dim() == key.dim() == value.dim() == 4 or not 0 <= dropout_p < 1:
-        return False
-    B, H, T, D = query.shape
-    heads, Dv = key.shape[1], value.shape[-1]
-    if key.shape[:-1] != value.shape[:-1] or key.shape[0] != B or key.shape[-1] != D or max(D, Dv) > MAX_DIM:
-        return False
-    if not (query.numel() and value.numel()) or (heads != H and not (enable_gqa and H % heads == 0)):
-        return False
-    if checks.autocasts(query.device) and query.dtype != torch.get_autocast_dtype("cpu"):
-        return False
-    if not torch.backends.cuda.flash_sdp_enabled():  # what torch may use was chosen by hand
-        return False
-    if attn_mask is None:
-        return True
-    kinds = torch.bool, query.dtype
     return (
-        not is_causal
-        and calls.plain(query, attn_mask)
-        and attn_mask.is_cpu
-        and attn_mask.dtype in kinds
-        and checks.broadcasts(attn_mask, (B, H, T, key.shape[2]))
+        0 <= dropout_p < 1
+        and _fit(query, key, value, enable_gqa)
+        and (attn_mask is None or (not is_causal and _is_mask(attn_mask, query, key)))
+        and not (checks.autocasts(query.device) and query.dtype != torch.get_autocast_dtype("cpu"))
+        and torch.backends.cuda.flash_sdp_enabled()  # else what torch may use was chosen by hand
+    )
+
+
+def _fit(query, key, value, enable_gqa) -> bool:
+    """Whether the shapes are plainly right, and large enough to pay."""
+    if not query.dim() == key.dim() == value.dim() == 4 or query.numel() * key.shape[2] < _LEAST:
+        return False
+    B, H, _, D = query.shape
+    heads, Dv = key.shape[1], value.shape[-1]
+    if key.shape[:-1] != value.shape[:-1] or (key.shape[0], key.shape[-1]) != (B, D):
+        return False
+    if not value.numel() or max(D, Dv) > MAX_DIM:
+        return False
+    return heads == H or (enable_gqa and H % heads == 0)
+
+
+def _is_mask(mask, query, key) -> bool:
+    return (
+        calls.plain(query, mask)
+        and mask.is_cpu
+        and mask.dtype in (torch.bool, query.dtype)
+        and checks.broadcasts(mask, (*query.shape[:3], key.shape[2]))
     )

@@ -1,9 +1,9 @@
 """Modules whose own forward calls what a kernel does, or adds and normalises: the same forward, remade.
 
-Nothing is traced. The source of the forward is changed in these places alone, and each still evaluates what it
-evaluated: `f(q, k, cos, sin)` becomes `rotate(f, q, k, cos, sin)`, which calls f unless f is what was proven and
-the kernel takes the call. So forwards with any course, caches and arguments of any kind can be remade, and
-what is exchanged later, a function of the file or a module, counts.
+Nothing is traced. The source of the forward is changed in these places alone, and each still evaluates what
+it evaluated: `f(q, k, cos, sin)` becomes `rotate(f, q, k, cos, sin)`, which calls f unless f is what was
+proven and the kernel takes the call. So forwards of any course, with caches and arguments of any kind, can be
+remade, and what is exchanged later, a function of the file or a module, counts.
 """
 
 import functools

@@ -54,7 +54,7 @@ class Places(ast.NodeTransformer):
         self._sums(statements)
         statements[:] = [self.visit(statement) for statement in statements]
 
-    def visit_Call(self, node):  # noqa: N802 -- ast's name
+    def visit_Call(self, node):
         self.generic_visit(node)
         function = self._resolved(node.func)
         if function is attentions.TORCHS:
@@ -108,12 +108,14 @@ class Places(ast.NodeTransformer):
             place += 1
 
     def _follower(self, statements, place):
-        """Which statement has the norm of the sum at a place, that call, and what must be false until then."""
+        """The place of the norm of a place's sum, its call, and what must be false until then."""
         total = statements[place]
         if not isinstance(total, ast.Assign) or len(total.targets) != 1:
             return None
         (target,), value = total.targets, total.value
-        if not (isinstance(target, ast.Name) and isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add)):
+        if not (
+            isinstance(target, ast.Name) and isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add)
+        ):
             return None
         tests, copied = [], {target.id}
         for last, statement in enumerate(statements[place + 1 :], place + 1):
@@ -204,7 +206,11 @@ def _asks_for_none(test) -> bool:
     if not isinstance(test, ast.Compare) or not isinstance(test.left, ast.Name) or len(test.ops) != 1:
         return False
     (right,) = test.comparators
-    return isinstance(test.ops[0], ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None
+    return (
+        isinstance(test.ops[0], ast.Is | ast.IsNot)
+        and isinstance(right, ast.Constant)
+        and right.value is None
+    )
 
 
 def _is_copy(statement) -> bool:

@@ -61,8 +61,8 @@ _seen = threading.local()
 
 
 def rotate(function, *args, **kwargs):
-    """function(*args, **kwargs): by our kernel where that is known to be a rotation and the kernel takes it."""
-    if len(args) != 4 or not _pays(args[0]):  # noqa: PLR2004
+    """function(*args, **kwargs): by our kernel where that is known as a rotation and the kernel takes it."""
+    if len(args) != 4 or not _pays(args[0]):
         return function(*args, **kwargs)
     found = known(function, kwargs)
     tables = _tables(found.form, *args[2:]) if found is not None and _takes(found, *args) else None
@@ -105,20 +105,27 @@ def _takes(found, q, k, cos, sin) -> bool:
     for x in (q, k, cos, sin):
         if type(x) is not Tensor or x.dtype is not q.dtype or not x.is_cpu:
             return False
-    if not q.dim() == k.dim() == 4 or not cos.dim() == sin.dim() == 3:
-        return False
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return False
-    B, H, T, D = q.shape
-    if (k.shape[0], k.shape[2], k.shape[3]) != (B, T, D) or not (q.numel() and k.numel()):
+    return (
+        _fit(found, q, k, cos, sin)
+        and _lies_as_known(q)
+        and _lies_as_known(k)
+        and bool(dispatch.admitting("rotary", rotary.BACKENDS, q))
+    )
+
+
+def _fit(found, q, k, cos, sin) -> bool:
+    """Whether the shapes are such as were proven."""
+    if not q.dim() == k.dim() == 4 or not cos.dim() == sin.dim() == 3 or not k.numel():
+        return False
+    B, _, T, D = q.shape
+    if (k.shape[0], *k.shape[2:]) != (B, T, D) or sin.shape != cos.shape:
         return False
     tables, rows, columns = cos.shape
-    if sin.shape != cos.shape or tables not in (1, B) or rows != T or columns < 1:
-        return False
     R = 2 * columns if found.form == "once" else columns
-    if R % 2 or (R > D if found.partial else R != D):
-        return False
-    return _lies_as_known(q) and _lies_as_known(k) and bool(dispatch.admitting("rotary", rotary.BACKENDS, q))
+    narrow = found.partial and 0 < R < D and R % 2 == 0
+    return tables in (1, B) and rows == T and (R == D or narrow)
 
 
 def _lies_as_known(x) -> bool:
@@ -190,7 +197,9 @@ def _is_right(function, form, interleaved, B, *shape) -> bool:
         if type(found) is not tuple or len(found) != 2:
             return False
         douts = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x) for x in (q, k)]
-        turned = [definition(x, angles[0], -angles[1], interleaved=interleaved, offsets=starts) for x in douts]
+        turned = [
+            definition(x, angles[0], -angles[1], interleaved=interleaved, offsets=starts) for x in douts
+        ]
         grads = torch.autograd.grad(found, (q, k), douts)
     except REFUSALS:
         return False

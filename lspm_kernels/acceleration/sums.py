@@ -2,30 +2,41 @@
 
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from lspm_kernels import dispatch
 from lspm_kernels.acceleration.aliases import unhooked
 from lspm_kernels.acceleration.image_kernels import is_special
 from lspm_kernels.acceleration.lookalikes import Meaning, meaning
-from lspm_kernels.acceleration.row_chains import Known
+from lspm_kernels.acceleration.swap import original
 from lspm_kernels.nn.calls import alike
 from lspm_kernels.ops import layer_norm
 
+# layer_norm behind a sum of 16x768: 0.98 with its backward, rms_norm 0.91 without; of 64x768 1.2 to 2.0.
 _LEAST = 2**14
-_known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+_OF_EVERY_MODULE = vars(nn.Module()).keys() | {"lspm"}
+# A module -> (what it was when it was asked, what it computes).
+_known: WeakKeyDictionary[nn.Module, tuple[tuple, Meaning | None]] = WeakKeyDictionary()
 
 
 def norm_of(module: object) -> Meaning | None:
     """What a module is, where that is a norm with a weight."""
     if not isinstance(module, nn.Module) or not unhooked(module):
         return None
+    now = _state(module)
     known = _known.get(module)
-    if known is None or not known.holds():
-        known = _known[module] = Known(module, meaning(module))
-    found = known.found
-    return None if found is None or found.eps is None or found.weight is None else found
+    if known is None or known[0] != now:
+        found = meaning(module)
+        is_norm = found is not None and found.eps is not None and found.weight is not None
+        known = _known[module] = now, found if is_norm else None
+    return known[1]
+
+
+def _state(module) -> tuple:
+    """What says that a module computes what it did; an option is the same where it is the same object."""
+    own = ((name, id(value)) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE)
+    parameters = (name for name, p in module._parameters.items() if p is not None)
+    return original(module), *own, *parameters
 
 
 def sum_and_norm(norm: object, x, y) -> tuple:
