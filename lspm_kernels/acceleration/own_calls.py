@@ -7,6 +7,7 @@ remade, and what is exchanged later, a function of the file or a module, counts.
 """
 
 import functools
+import types
 from collections.abc import Callable
 
 import torch
@@ -34,7 +35,8 @@ class Remade:
     def forward(self, *args, **kwargs):
         if _is_compiling() or torch._C._is_tracing() or is_special():
             return super().forward(*args, **kwargs)
-        function = _remade(self.lspm_original.forward, self.lspm)
+        own = self.lspm_original.forward
+        function = _remade(own, self.lspm) if type(own) is types.FunctionType else None
         if function is None:
             return super().forward(*args, **kwargs)
         return function(self, *args, **kwargs)
@@ -68,7 +70,7 @@ def _places(forward: Callable) -> Places | str:
 def rule(model: nn.Module, path: str, module: nn.Module, options: Options) -> Swap | str | None:
     """For modules of any class but torch.nn's."""
     cls = original(module)
-    if cls.__module__.startswith("torch.nn."):
+    if cls.__module__.startswith("torch.nn.") or type(cls.forward) is not types.FunctionType:
         return None
     places = _places(cls.forward)
     if isinstance(places, str):

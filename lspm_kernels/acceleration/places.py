@@ -94,8 +94,7 @@ class Places(ast.NodeTransformer):
 
     def _sums(self, statements: list) -> None:
         """`a = x + y`, and after it a statement that first of all calls self.norm(a)."""
-        place = 0
-        while place < len(statements):
+        for place in reversed(range(len(statements))):  # what follows a place may grow
             found = self._follower(statements, place)
             if found is not None:
                 last, call, tests = found
@@ -105,7 +104,6 @@ class Places(ast.NodeTransformer):
                 statements[last] = _Exchange(call, name).visit(statements[last])
                 if not isinstance(statements[last], ast.Return):
                     statements.insert(last + 1, _forget(name, statements[last]))
-            place += 1
 
     def _follower(self, statements, place):
         """The place of the norm of a place's sum, its call, and what must be false until then."""

@@ -70,7 +70,7 @@ def rotate(function, *args, **kwargs):
         return function(*args, **kwargs)
     q, k, cos, _ = args
     # Sequences of other positions lie one behind the other in one table.
-    starts = None if len(cos) == 1 else torch.arange(len(cos)) * cos.shape[1]
+    starts = None if len(cos) == 1 else torch.arange(len(cos), device=q.device) * cos.shape[1]
     turned = (rotary.rotary(x, *tables, interleaved=found.interleaved, offsets=starts) for x in (q, k))
     return tuple(
         y.contiguous() if found.contiguous or x.is_contiguous() else y
@@ -161,6 +161,7 @@ def _probed(function) -> Rotation | None:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
     ):
         for form in _HALVES:
             for interleaved in (False, True):

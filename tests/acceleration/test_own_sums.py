@@ -44,6 +44,7 @@ class Before(Base):
     def forward(self, x):
         x = x + self.dense(self.other(x))
         x = x + self.dense(self.norm(x))
+        x = x + self.extra(self.other(x))
         return x
 
 
@@ -131,7 +132,8 @@ def test_a_sum_and_its_norm_are_one_call(make, dtype, taken):
         oracle.check(call(net), call(plain), [X.to(dtype), *net.parameters()])
     with torch.no_grad():
         oracle.check(net, lambda x: copy.deepcopy(plain).to(x.dtype)(x), [X.to(dtype)], gradients=False)
-    assert taken == [NETS[make]] * 3
+    assert len(taken) == (6 if getattr(make, "func", make) is Before else 3)
+    assert NETS[make] in taken
     lk.restore(net)
     assert torch.equal(net.eval()(X.to(dtype)), plain(X.to(dtype)))
 

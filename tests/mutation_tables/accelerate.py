@@ -112,8 +112,8 @@ MUTATIONS = [
     ),
     in_sums(
         name="own forwards: an option of a norm that changed is not followed",
-        old="if known is None or known[0] != now:",
-        new="if known is None:",
+        old="or known[0] != names or not all(map(operator.is_, known[1], values)):",
+        new="or known[0] != names:",
     ),
     in_places(
         name="own forwards: a sum is normalised before what changes it",
