@@ -222,6 +222,25 @@ def test_changes_of_the_norm_are_followed(cls, change):
     torch.testing.assert_close(net(X), plain(X))
 
 
+class Optional(ScaledNorm):
+    def __init__(self, features):
+        super().__init__(features)
+        self.shifted = False
+
+    def forward(self, hidden):
+        return super().forward(hidden) + 1 if self.shifted else super().forward(hidden)
+
+
+def test_an_option_of_the_norm_is_followed(taken):
+    net = Copied(Optional)
+    plain = copy.deepcopy(net)
+    lk.accelerate(net)
+    for shifted in (False, True, False):
+        net.norm.shifted = plain.norm.shifted = shifted
+        torch.testing.assert_close(net(X), plain(X))
+    assert len(taken) == 2
+
+
 def test_other_calls_are_computed_as_before(taken):
     net, plain = (each.eval() for each in pair(After))
     torch.testing.assert_close(net(X, X[:1]), plain(X, X[:1]))
