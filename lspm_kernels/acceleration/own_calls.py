@@ -59,9 +59,10 @@ def _places(forward: Callable) -> Places | str:
     """Where a forward may be changed, or why it cannot."""
     try:
         inner = source.unwrapped(forward)
-        places = Places(inner, source.tree_of(inner))
+        tree = source.tree_of(inner)
+        places = Places(inner, tree)
         places.change()
-        source.remade(forward, source.tree_of(inner), {})
+        source.remade(forward, tree, _GIVEN)
         return places
     except Unproven as reason:
         return str(reason)

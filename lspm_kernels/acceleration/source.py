@@ -7,7 +7,6 @@ it is compiled as it is first: only where that gives the bytecode that the funct
 import __future__
 
 import ast
-import copy
 import functools
 import inspect
 import types
@@ -41,7 +40,7 @@ def tree_of(function: types.FunctionType) -> ast.FunctionDef:
     """
     if _LOOKS_INSIDE.intersection(function.__code__.co_names):
         raise Unproven(f"{function.__qualname__} looks at its own variables")
-    tree = copy.deepcopy(_definition(function))
+    tree = _definition(function)
     tree.decorator_list = []
     if not _same(_compiled(function, tree, ()), function.__code__):
         raise Unproven(f"{function.__qualname__} is not what its source says")
@@ -66,34 +65,45 @@ def remade(function: Callable, tree: ast.FunctionDef, given: dict[str, Callable]
 
 def _definition(function) -> ast.FunctionDef:
     """Its definition in its file."""
+    lines, first = _source(function)
+    last = _file("".join(lines))[0].get(first + 1)
+    if last is None:
+        raise Unproven(f"{function.__qualname__} is not found in its file")
+    indented = lines[first][:1].isspace()  # kept as it is, since strings of several lines are
+    outer = ast.parse("".join(["if True:\n" if indented else "", *lines[first:last]]))
+    (tree,) = outer.body[0].body if indented else outer.body
+    return ast.increment_lineno(tree, first - indented)
+
+
+def _source(function) -> tuple[list[str], int]:
     try:
-        lines, first = inspect.findsource(function)
-        nodes = ast.walk(_file("".join(lines)))
-    except (OSError, TypeError, SyntaxError, IndexError):
+        return inspect.findsource(function)
+    except (OSError, TypeError, IndexError):
         raise Unproven(f"{function.__qualname__} has no source to read") from None
-    for node in nodes:
-        if isinstance(node, ast.FunctionDef) and node.name == function.__name__:
-            if min(part.lineno for part in (node, *node.decorator_list)) == first + 1:
-                return node
-    raise Unproven(f"{function.__qualname__} is not found in its file")
 
 
 @functools.lru_cache(16)
-def _file(text: str) -> ast.Module:
-    return ast.parse(text)
-
-
-def _imported(function) -> list[str]:
-    """The names that its file imports: what is called of a module compiles to other bytecode."""
-    found, open_ = {}, [_file("".join(inspect.findsource(function)[0]))]
+def _file(text: str) -> tuple[dict[int, int], list[str]]:
+    """Of a file: the first lines of its functions with their last, and the names that it imports."""
+    try:
+        open_: list[ast.AST] = [ast.parse(text)]
+    except SyntaxError:
+        raise Unproven("its file is no source of Python") from None
+    functions, imported, outermost = {}, {}, set(open_)
     while open_:
         node = open_.pop()
-        if isinstance(node, ast.Import | ast.ImportFrom):
+        inner = [
+            child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler)
+        ]
+        open_ += inner
+        if isinstance(node, ast.FunctionDef):
+            functions[min(part.lineno for part in (node, *node.decorator_list))] = node.end_lineno
+        if isinstance(node, ast.Import | ast.ImportFrom) and node in outermost:
             names = (alias.asname or alias.name.split(".")[0] for alias in node.names)
-            found |= dict.fromkeys(name for name in names if name != "*")
-        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.expr):
-            open_ += ast.iter_child_nodes(node)
-    return [*found]
+            imported |= dict.fromkeys(name for name in names if name != "*")
+        if node in outermost and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            outermost.update(inner)
+    return functions, [*imported]
 
 
 def _compiled(function, tree, given) -> types.CodeType:
@@ -101,7 +111,8 @@ def _compiled(function, tree, given) -> types.CodeType:
     outer = ast.parse("def outer(): pass")
     names = [ast.arg(name) for name in (*code.co_freevars, *given)]
     outer.body[0].args.args, outer.body[0].body = names, [_bare(tree)]
-    if imported := _imported(function):
+    # What is called of a module that the file imports compiles to other bytecode.
+    if imported := _file("".join(_source(function)[0]))[1]:
         outer.body.append(ast.Import([ast.alias(name) for name in imported]))
     flags = code.co_flags & _FUTURE
     module = compile(ast.fix_missing_locations(outer), code.co_filename, "exec", flags, dont_inherit=True)
