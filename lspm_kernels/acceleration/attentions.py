@@ -26,6 +26,8 @@ def _takes(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ) -> bool:
     """Whether our kernel computes this on a CPU, as torch does; on a GPU torch's is the faster one."""
+    if not _pays(query, key):  # asked first, since of few a call is soon done
+        return False
     if not (calls.plain(query, key, value) and query.is_cpu and calls.alike(query, key, value)):
         return False
     return (
@@ -37,9 +39,14 @@ def _takes(
     )
 
 
+def _pays(query, key) -> bool:
+    tensors = type(query) is Tensor and type(key) is Tensor
+    return tensors and query.dim() == key.dim() == 4 and query.numel() * key.shape[2] >= _LEAST
+
+
 def _fit(query, key, value, enable_gqa) -> bool:
-    """Whether the shapes are plainly right, and large enough to pay."""
-    if not query.dim() == key.dim() == value.dim() == 4 or query.numel() * key.shape[2] < _LEAST:
+    """Whether the shapes are plainly right."""
+    if value.dim() != key.dim():
         return False
     B, H, _, D = query.shape
     heads, Dv = key.shape[1], value.shape[-1]
