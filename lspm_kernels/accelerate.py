@@ -30,9 +30,11 @@ def accelerate(
     Modules keep their identity, names, hooks and state_dict; each that is recognised gets a subclass of its
     own class, with a forward of our kernels. Recognised are torch.nn's layers; what is proven equal to one by
     its numbers, as transformers' norms and activations; chains in a forward that torch.fx can follow, such as
-    convolution, batch norm and ReLU, or linear, GELU and linear; and attention, where transformers' interface
-    lets it be chosen. A module that takes another way than its kernel's (a dtype, a device, a mask of its
-    own) computes as before. What is done already is left as it is, so a second call changes nothing.
+    convolution, batch norm and ReLU, or linear, GELU and linear; what any forward calls or adds itself:
+    torch's attention, rotary embeddings proven by their numbers, residual sums before a norm; and attention,
+    where transformers' interface lets it be chosen. A module that takes another way than its kernel's (a
+    dtype, a device, a mask of its own) computes as before. What is done already is left as it is, so a second
+    call changes nothing.
 
     Args:
         model: any torch.nn.Module; only this object changes, not its class and not other models.

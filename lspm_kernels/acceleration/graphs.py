@@ -1,9 +1,11 @@
 """Modules whose own forward has chains of operations that one kernel does: proven, then found by torch.fx."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, fx, nn
 
-from lspm_kernels.acceleration import aliases, image_chains, image_kernels, row_chains
+from lspm_kernels.acceleration import aliases, attentions, image_chains, image_kernels, row_chains
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import Swap, original
 from lspm_kernels.acceleration.tracing import Trace, child, code, trace
@@ -111,6 +113,8 @@ def _plan(module: nn.Module, options: Options) -> tuple:
         chain.nodes = []
     sets_format = aliases.suits_any_format(module, False) and _convolves(module)
     for node in graph.nodes:
+        if node.op == "call_function" and node.target is attentions.TORCHS:
+            node.target = partial(attentions.attend, attentions.TORCHS)
         if sets_format and node.op == "call_method" and node.target == "view":
             node.target = "reshape"
     return found, code(module, graph), sets_format, of_images
@@ -152,5 +156,7 @@ def rule(model: nn.Module, path: str, module: nn.Module, options: Options) -> Sw
     inner = [child(module, n) for n in found.graph.nodes if n.op == "call_module"]
     if not chains and not (_convolves(module) and aliases.suits_any_format(module, True) and inner):
         return None
-    said = ", ".join(dict.fromkeys(chain.name for chain in chains)) or "channels_last inside"
-    return Swap(Traced, said, Plans(options))
+    said = dict.fromkeys(chain.name for chain in chains) or {"channels_last inside": None}
+    if any(node.target is attentions.TORCHS for node in found.graph.nodes):
+        said["scaled_dot_product_attention"] = None
+    return Swap(Traced, ", ".join(said), Plans(options))

@@ -30,14 +30,19 @@ class Known:
     def __init__(self, module: nn.Module, found: Meaning) -> None:
         self.module, self.found, self.cls = module, found, original(module)
         self.own = {name: value for name, value in vars(module).items() if name not in _EMPTY}
+        self.named = self._named()
 
     def holds(self) -> bool:
         state = vars(self.module)
         return (
             original(self.module) is self.cls
             and unhooked(self.module)
+            and self._named() == self.named
             and all(state.get(name) is value for name, value in self.own.items())
         )
+
+    def _named(self) -> list[str]:
+        return [name for name, p in self.module._parameters.items() if p is not None]
 
     def parameters(self) -> tuple[Tensor, Tensor | None]:
         """weight (out, in) and bias."""

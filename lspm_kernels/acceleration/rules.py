@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lspm_kernels.acceleration import graphs, heads, layers, lookalike_layers, weight_copies
+from lspm_kernels.acceleration import graphs, heads, layers, lookalike_layers, own_calls, weight_copies
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import Swap
 
@@ -18,6 +18,7 @@ RULES: tuple[Rule, ...] = (
     layers.rule,
     lookalike_layers.rule,
     graphs.rule,
+    own_calls.rule,
 )
 
 

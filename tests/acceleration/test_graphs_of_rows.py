@@ -181,12 +181,25 @@ def a_shared_layer(net):
     net.wo.bias = None
 
 
-@pytest.mark.parametrize("change", [adapter, a_hook, another_activation, a_shared_layer])
+def no_bias(net):
+    net.wi.bias = None
+
+
+@pytest.mark.parametrize("change", [adapter, a_hook, another_activation, a_shared_layer, no_bias])
 def test_changes_are_followed(change):
     net, plain = (each.eval() for each in pair(T5))
     torch.testing.assert_close(net(X), plain(X))
     for each in (net, plain):
         change(each)
+    torch.testing.assert_close(net(X), plain(X))
+
+
+def test_a_bias_that_was_none_is_added():
+    net = nn.Sequential(nn.Linear(C, H, bias=False), nn.GELU(), nn.Linear(H, C))
+    plain = copy.deepcopy(net)
+    lk.accelerate(net)
+    torch.testing.assert_close(net(X), plain(X))
+    net[0].bias = plain[0].bias = nn.Parameter(torch.ones(H))
     torch.testing.assert_close(net(X), plain(X))
 
 

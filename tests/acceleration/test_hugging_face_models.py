@@ -9,11 +9,23 @@ from hugging_face_models import inputs, logits_and_gradients, prompts
 
 import lspm_kernels as lk
 import oracle
+from lspm_kernels.acceleration import rotations, sums
 from lspm_kernels.acceleration.logits import Logits
 
-pytestmark = pytest.mark.usefixtures("one_thread", "wide_softmax")
+pytestmark = pytest.mark.usefixtures("one_thread", "wide_softmax", "of_all_sizes")
 MODELS = "gpt2 bert llama gemma2 qwen2 gemma3 modernbert vit whisper t5".split()
+ROTATED = {"rotary", "add_rms_norm"}
+OWN = {name: {"add_layer_norm"} for name in ("gpt2", "bert", "vit", "whisper")}
+OWN |= {name: ROTATED for name in ("llama", "gemma2", "qwen2", "gemma3")}
+OWN |= {"modernbert": {"rotary", "add_layer_norm"}, "t5": set()}
 CLASSES = 5000  # enough for a head to keep its logits to itself
+
+
+@pytest.fixture
+def of_all_sizes(monkeypatch):
+    """Kernels take what is too small to pay, too."""
+    for module, name in ((rotations, "_LEAST"), (rotations, "_LEAST_IN_INFERENCE_MODE"), (sums, "_LEAST")):
+        monkeypatch.setattr(module, name, 1)
 
 
 def three(name, dtype):
@@ -33,6 +45,8 @@ def test_logits_and_gradients(name, dtype):
     before = logits_and_gradients(ours, batches, padded)
     report = lk.accelerate(ours)
     assert ("config" in report.replaced) == (name != "gemma2")  # eager: sdpa has no softcap
+    own = {what.split()[-1] for what in report.replaced.values() if what.startswith("its own forward")}
+    assert own == OWN[name]
     truth.set_attn_implementation("eager")
     actual, truth, plain = (logits_and_gradients(m, batches, padded) for m in (ours, truth, plain))
     for parameter in truth:

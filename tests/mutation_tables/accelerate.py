@@ -23,6 +23,17 @@ in_hugging_face = partial(
     tests=("tests/acceleration/test_hugging_face_models.py", "-x", "-k", "config or saved"),
 )
 
+
+def own(file, test):
+    """Mutations of what is done within a module's own forward."""
+    path = f"tests/acceleration/test_own_{test}.py"
+    return partial(Mutation, file=f"lspm_kernels/acceleration/{file}.py", tests=(path, "-x"))
+
+
+in_rotations, in_sums = own("rotations", "rotary"), own("sums", "sums")
+in_places, in_source = own("places", "places"), own("source", "sources")
+in_attentions = own("attentions", "attention")
+
 MUTATIONS = [
     in_probe(
         name="accelerate: a module's gradients are not compared",
@@ -73,5 +84,64 @@ MUTATIONS = [
         name="accelerate: models that share a config all change",
         old="module.config = copy.deepcopy(config, copies)",
         new="module.config = config",
+    ),
+    in_rotations(
+        name="own forwards: a rotation's tables are taken although an angle's two numbers differ",
+        old="if again is not None and not all(torch.equal(once(t), again(t)) for t in (cos, sin)):",
+        new="if again is None and form != 'once':",
+    ),
+    in_rotations(
+        name="own forwards: a rotation's gradients are not compared",
+        old="pairs = zip((*found, *grads), (*expected, *turned), strict=True)",
+        new="pairs = zip(found, expected, strict=True)",
+    ),
+    in_rotations(
+        name="own forwards: tables that were changed in place are not compared again",
+        old="marks = form, cos._version, sin._version,",
+        new="marks = form,",
+    ),
+    in_rotations(
+        name="own forwards: what is turned lies otherwise than before",
+        old="y.contiguous() if found.contiguous or x.is_contiguous() else y",
+        new="y",
+    ),
+    in_sums(
+        name="own forwards: a norm's hooks see no call",
+        old="or not unhooked(module):",
+        new="or False:",
+    ),
+    in_sums(
+        name="own forwards: an option of a norm that changed is not followed",
+        old="or known[0] != names or not all(map(operator.is_, known[1], values)):",
+        new="or known[0] != names:",
+    ),
+    in_places(
+        name="own forwards: a sum is normalised before what changes it",
+        old="""                copied.add(statement.targets[0].id)
+            else:
+                return None""",
+        new="""                copied.add(statement.targets[0].id)
+            else:
+                continue""",
+    ),
+    in_places(
+        name="own forwards: a norm is called before what a statement does first",
+        old="return next(_done(statement.value), None)",
+        new="return next((c for c in _done(statement.value) if c is not None and _is_of(c, 'h')), None)",
+    ),
+    in_attentions(
+        name="own forwards: what stands in torch's place later is not called",
+        old="if function is TORCHS and _takes(",
+        new="if _takes(",
+    ),
+    in_attentions(
+        name="own forwards: heads of keys that do not fit are taken",
+        old="return heads == H or (enable_gqa and H % heads == 0)",
+        new="return H % heads == 0",
+    ),
+    in_source(
+        name="own forwards: a source is believed that is not what runs",
+        old="if not _same(_compiled(function, tree, ()), function.__code__):",
+        new="if _compiled(function, tree, ()) is None:",
     ),
 ]
