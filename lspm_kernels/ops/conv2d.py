@@ -50,6 +50,8 @@ def _backward(row, dz, x, weight, geometry, wants_dx, wants_dweight, saves=True)
     dx = new(x, memory_format=torch.channels_last) if wants_dx else None
     dweight = new(weight) if wants_dweight else None
     if row is not None and dz.numel():
+        if wants_dweight and dweight.stride() != weight.stride():  # of a slice: the copy lies as dweight
+            weight = weight.clone()
         views = [None if dx is None else dx.permute(0, 2, 3, 1), dweight]
         row.backward(checks.pixels(dz), checks.pixels(x), weight, *views, conv2d_checks.grouped(geometry))
     return dz.new_empty(0) if dx is None else dx, dz.new_empty(0) if dweight is None else dweight
