@@ -151,6 +151,9 @@ def conv2d(
     op = "conv2d"
     conv2d_checks.image(op, x)
     if x.dim() == 3:
+        if residual is not None and (not isinstance(residual, Tensor) or residual.dim() != 3):
+            rule = "a tensor (K, H', W') beside x of three dimensions"
+            raise ValueError(f"{op}: residual must be {rule}, got {checks.shape(residual)}")
         y = conv2d(
             x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, activation=activation,
             residual=None if residual is None else residual.unsqueeze(0), scale=scale, shift=shift,
