@@ -80,6 +80,15 @@ def test_sizes_beyond_all_arrays_in_idx(tmp_path):
         open_images(str(path))
 
 
+def test_idx_of_neither_grey_nor_colour(tmp_path):
+    path = write_idx(tmp_path / "d", packed=False)
+    content = bytearray(path.read_bytes())
+    content[3:16] = b"\4" + b"".join(size.to_bytes(4, "big") for size in (12, 2, 3, 6))
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^images: .* must hold images of 1 or 3 channels, got 2$"):
+        open_images(str(path))
+
+
 def test_names_of_classes_that_are_no_text(tmp_path):
     (tmp_path / "data_batch_1.bin").write_bytes(bytes(3073))
     (tmp_path / "batches.meta.txt").write_bytes(b"\xff\xfe")

@@ -108,6 +108,8 @@ def _read_idx(path: Path) -> Images:
     labels_promised, labels, labels_damage = _idx(labels_path)
     if pixels.ndim not in (3, 4) or labels.ndim != 1:
         raise ValueError(f"images: {path} must hold images, got an array of {pixels.ndim} dimensions")
+    if pixels.ndim == 4 and len(pixels) and pixels.shape[1] not in (1, 3):
+        raise ValueError(f"images: {path} must hold images of 1 or 3 channels, got {pixels.shape[1]}")
     if promised != labels_promised:
         raise ValueError(
             f"images: {labels_path} must have a label for each of the {promised:,} images of {path.name}, "
