@@ -56,10 +56,7 @@ def arguments(op, x, weight, bias, running_mean, running_var, residual, activati
         )
     if not isinstance(momentum, int | float) or not 0 <= momentum <= 1:
         raise ValueError(f"{op}: momentum must be at least 0 and at most 1, got {momentum!r}")
-    checks.number(op, "eps", eps, 0, float("inf"))
-    if (running_mean is None) != (running_var is None):
-        given = "running_mean" if running_var is None else "running_var"
-        raise ValueError(f"{op}: running_mean and running_var must be given together, got {given} alone")
+    statistics_and_eps(op, running_mean, running_var, eps)
     if residual is not None:
         checks.like(op, "residual", residual, x)
         dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -69,6 +66,14 @@ def arguments(op, x, weight, bias, running_mean, running_var, residual, activati
         if t is not None:
             checks.parameter(op, name, t, x.shape[1], x.device, (x.dtype, torch.float32))
     return x, residual
+
+
+def statistics_and_eps(op, running_mean, running_var, eps):
+    """Raises ValueError unless both statistics or none are given and eps can be added to a variance."""
+    checks.number(op, "eps", eps, 0, float("inf"))
+    if (running_mean is None) != (running_var is None):
+        given = "running_mean" if running_var is None else "running_var"
+        raise ValueError(f"{op}: running_mean and running_var must be given together, got {given} alone")
 
 
 def running_statistics(op, mean, variance):

@@ -82,6 +82,7 @@ class PackedConv2d:
             raise ValueError(f"{_OP}: weight must {rule}, got {checks.shape(weight)}")
         if running_mean is None and (norm_weight is not None or norm_bias is not None):
             raise ValueError(f"{_OP}: running_mean must be there where norm_weight or norm_bias is, got None")
+        batch_norm.statistics_and_eps(_OP, running_mean, running_var, eps)
         conv2d_checks.vectors(
             _OP, weight, weight.shape[0], bias=bias, norm_weight=norm_weight, norm_bias=norm_bias,
             running_mean=running_mean, running_var=running_var,

@@ -50,6 +50,8 @@ def _backward(row, dz, x, weight, geometry, wants_dx, wants_dweight, saves=True)
     dx = new(x, memory_format=torch.channels_last) if wants_dx else None
     dweight = new(weight) if wants_dweight else None
     if row is not None and dz.numel():
+        if wants_dweight and dweight.stride() != weight.stride():  # of a slice: the copy lies as dweight
+            weight = weight.clone()
         views = [None if dx is None else dx.permute(0, 2, 3, 1), dweight]
         row.backward(checks.pixels(dz), checks.pixels(x), weight, *views, conv2d_checks.grouped(geometry))
     return dz.new_empty(0) if dx is None else dx, dz.new_empty(0) if dweight is None else dweight
@@ -149,6 +151,9 @@ def conv2d(
     op = "conv2d"
     conv2d_checks.image(op, x)
     if x.dim() == 3:
+        if residual is not None and (not isinstance(residual, Tensor) or residual.dim() != 3):
+            rule = "a tensor (K, H', W') beside x of three dimensions"
+            raise ValueError(f"{op}: residual must be {rule}, got {checks.shape(residual)}")
         y = conv2d(
             x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, activation=activation,
             residual=None if residual is None else residual.unsqueeze(0), scale=scale, shift=shift,

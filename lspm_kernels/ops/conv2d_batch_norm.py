@@ -140,7 +140,7 @@ def fold_batch_norm(
         (weight', bias'), of weight's dtype and shape, and (K,).
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, or a statistic is not finite.
+        ValueError: an argument has the wrong shape, dtype, device or value, or a statistic is not finite.
     """
     op = "fold_batch_norm"
     if not isinstance(weight, Tensor) or weight.dim() != 4 or not weight.is_floating_point():
@@ -149,6 +149,9 @@ def fold_batch_norm(
         op, weight, weight.shape[0], bias=bias, norm_weight=norm_weight, norm_bias=norm_bias,
         running_mean=running_mean, running_var=running_var,
     )  # fmt: skip
+    batch_norm.statistics_and_eps(op, running_mean, running_var, eps)
+    if running_mean is None:
+        raise ValueError(f"{op}: running_mean must be a tensor ({weight.shape[0]},), got None")
     batch_norm.running_statistics(op, running_mean, running_var)
     scale = torch.rsqrt(running_var.double() + eps)
     if norm_weight is not None:

@@ -173,10 +173,11 @@ def _without_classes(logits):
 def _check(logits, target, weight, ignore_index, reduction, label_smoothing):
     """Checks all but which classes the target holds; gives the tensors as the kernels take them."""
     op = "cross_entropy"
-    if not isinstance(logits, Tensor) or logits.dim() == 0 or not logits.is_floating_point():
-        rule = "a floating-point tensor (N, C), (C,) or (N, C, ...)"
+    floating = isinstance(logits, Tensor) and logits.dim() > 0 and logits.is_floating_point()
+    classes = _classes(logits) if floating else 0
+    if classes == 0:
+        rule = "a floating-point tensor (N, C), (C,) or (N, C, ...) of one class or more"
         raise ValueError(f"{op}: logits must be {rule}, got {checks.kind(logits)}")
-    classes = _classes(logits)
     shapes = _without_classes(logits), logits.shape
     if not isinstance(target, Tensor) or target.shape not in shapes:
         rule = f"classes of shape {tuple(shapes[0])} or probabilities of shape {tuple(shapes[1])}"
@@ -190,6 +191,8 @@ def _check(logits, target, weight, ignore_index, reduction, label_smoothing):
     if weight is not None:
         dtypes = (logits.dtype, torch.float32)
         checks.parameter(op, "weight", weight, classes, logits.device, dtypes)
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"{op}: ignore_index must be an integer, got {ignore_index!r}")
     if probabilities and ignore_index >= 0:
         raise ValueError(f"{op}: ignore_index must be below 0 beside probabilities, got {ignore_index}")
     if reduction not in _REDUCTIONS:

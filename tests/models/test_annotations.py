@@ -1,6 +1,7 @@
 """Pascal VOC's and COCO's annotations: boxes to the pixel, masks, and what is damaged."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -129,7 +130,79 @@ def test_run_lengths_go_down_the_columns(compressed):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"images": []}', '{"categories": 1, "images": 2, "annotations": 3}']
+    ("code", "message"),
+    [
+        ({"size": [40, 30]}, r"must have a size and counts, got KeyError\('counts'\)"),
+        ({"size": None, "counts": [1200]}, r"must have a size and counts, got TypeError"),
+        ({"size": [40, 30], "counts": [1300, -100]}, r"must fill 40 x 30 pixels, got 1200"),
+        ({"size": [40, 30], "counts": [10**15]}, r"must fill 40 x 30 pixels, got 1000000000000000"),
+    ],
+)
+def test_run_lengths_that_are_none(code, message):
+    image = Annotated("x", (30, 40), np.array([[0, 0, 30, 40, 4]], np.float32), [code], np.zeros(1, bool))
+    with pytest.raises(ValueError, match="^annotations: run lengths " + message):
+        mask_of(image)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bbox": [math.nan] * 4}, "a box must be finite, got (nan, nan, nan, nan)"),
+        ({"bbox": [0, 0, math.inf, 2]}, "a box must be finite, got (0.0, 0.0, inf, 2.0)"),
+        ({"category_id": 9}, "has no or an unknown 9"),
+        (
+            {"iscrowd": [1]},
+            "int() argument must be a string, a bytes-like object or a real number, not 'list'",
+        ),
+        ({"segmentation": [[1, 2]]}, "a polygon must have three points or more, all of them finite"),
+        (
+            {"segmentation": [[math.nan, 1, 2, 1, 2, 2]]},
+            "a polygon must have three points or more, all of them finite",
+        ),
+    ],
+)
+def test_a_damaged_object_of_coco_is_named_and_the_others_kept(tmp_path, options, message):
+    whole = {"id": 1, "image_id": 50, "category_id": 7, "bbox": [0, 0, 2, 2], "iscrowd": "0"}
+    found = coco(tmp_path, [{**whole, "id": 4, **options}, whole])
+    assert found.skipped == {f"{tmp_path}/c.json: annotation 4": message}
+    assert found.images[0].boxes.tolist() == [[0, 0, 2, 2, 1]]
+    assert found.images[0].crowd.tolist() == [False]
+
+
+def test_names_and_encodings_that_are_none_in_voc(tmp_path):
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>4</xmax><ymax>4</ymax></bndbox>"
+    size = "<size><width>6</width><height>4</height></size>"
+    objects = "".join(f"<object>{name}{box}</object>" for name in ("", "<name> </name>", "<name>cat</name>"))
+    (tmp_path / "a.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    (tmp_path / "b.xml").write_text("<?xml version='1.0' encoding='none'?><annotation/>")
+    found = read_voc(tmp_path)
+    assert (found.classes, len(found.images)) == (("cat",), 1)
+    names = [f"{tmp_path}/a.xml: object 1", f"{tmp_path}/a.xml: object 2", f"{tmp_path}/b.xml"]
+    assert found.skipped == dict(zip(names, ["has no name"] * 2 + ["unknown encoding: none"], strict=True))
+
+
+def test_coco_after_a_byte_order_mark(tmp_path):
+    coco(tmp_path, [])
+    path = tmp_path / "c.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_coco(path, tmp_path).classes == ("cat", "owl")
+
+
+WRONG = {
+    "null for a list": '{"categories": [], "images": [], "annotations": null}',
+    "a name that is none": '{"categories": [{"id": 1, "name": 5}], "images": [], "annotations": []}',
+    "one id twice": '{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], "images": [],'
+    ' "annotations": []}',
+    "no file name": '{"categories": [], "images": [{"id": 1, "file_name": 5, "width": 1, "height": 1}],'
+    ' "annotations": []}',
+    "too deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"images": []}', '{"categories": 1, "images": 2, "annotations": 3}', *WRONG.values()],
+    ids=["empty", "list", "part", "numbers", *WRONG],
 )
 def test_a_file_that_is_no_coco(tmp_path, content):
     (tmp_path / "c.json").write_text(content)

@@ -167,7 +167,12 @@ def refused(result, message, code=2):
         ),
         ("--config missing.toml", r"pretrain\.py: config: missing\.toml must be .*, got no such file"),
         ("--resume missing", r"pretrain\.py: run: missing must be a run folder, got no config\.json in it"),
-        ("--resume a --out b", r"pretrain\.py: run: --out must be absent with --resume, got b"),
+        ("--resume missing --size 8", r"pretrain\.py: run: missing must be a run folder, got .*"),
+        (
+            "--config missing.toml --size 8",
+            r"pretrain\.py: config: missing\.toml must be .*, got no such file",
+        ),
+        ("--resume . --out b", r"pretrain\.py: run: --out must be absent with --resume, got b"),
         ("--device cuda:x", r"pretrain\.py: fit: device must be one like cpu, .*, got 'cuda:x'"),
     ],
 )

@@ -158,6 +158,21 @@ def test_frozen_stages_do_not_move():
         freeze_stages(ResNet(TINY), 6)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"momentum": None}, {"track_running_stats": False}, {"affine": False}, {"eps": 0.1}]
+)
+def test_norms_and_convolutions_of_any_kind(options, training):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(4, 6, 3, (2, 1), (1, 2), (1, 2), groups=2)
+    norms = [torch.nn.BatchNorm2d(6, **options).train(training) for _ in range(2)]
+    for x in torch.randn(3, 2, 4, 9, 8):
+        actual = conv_batch_norm(x, conv, norms[0], "relu")
+        torch.testing.assert_close(actual, norms[1](conv(x)).relu(), rtol=1e-5, atol=1e-5)
+    for name, t in norms[1].state_dict().items():
+        torch.testing.assert_close(norms[0].state_dict()[name], t, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lspm_models.jobs import job_of
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "python").glob("*.py"))
 
@@ -36,3 +38,10 @@ def test_kernels_that_are_not_built(tmp_path):
     assert complaint("pretrain.py", tmp_path) == (
         f"pretrain.py: lspm_kernels: no compiled kernels in {package}: if this is the source tree, {how}\n"
     )
+
+
+def test_weights_that_are_not_there_are_told_before_options_of_their_job():
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: missing must be a run folder or a checkpoint, got no"
+    ):
+        job_of(["--init", "missing", "--data", "photos"], fine_tuning=True)

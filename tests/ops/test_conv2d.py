@@ -136,6 +136,24 @@ def test_memory_formats():
 
 
 @pytest.mark.every_backend
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("memory", ["slice", "every second", "expanded"])
+def test_a_weight_that_is_part_of_another(memory, groups):
+    whole = torch.randn(18, 16, 4, 3)
+    weight = {
+        "slice": whole[2:10, : 8 // groups, 1:],
+        "every second": whole[2::2, : 16 // groups : 2, ::2],
+        "expanded": whole[:1, : 8 // groups].expand(8, -1, -1, -1),
+    }[memory]
+    x = torch.randn(2, 8, 9, 10)
+    oracle.check(
+        lambda x, w: lk.conv2d(x, w, padding=1, groups=groups),
+        lambda x, w: F.conv2d(x, w.contiguous(), padding=1, groups=groups),
+        [x, weight],
+    )
+
+
+@pytest.mark.every_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["3x3", "7x7-stem", "3x3-odd-channels", "stride-over-kernel"])

@@ -176,3 +176,9 @@ def test_folding_refuses_what_is_no_statistic():
         lk.fold_batch_norm(W, None, None, None, torch.zeros(16), torch.full((16,), float("inf")))
     with pytest.raises(ValueError, match=r"fold_batch_norm: running_mean must be a tensor of shape \(16,\)"):
         lk.fold_batch_norm(W, None, None, None, torch.zeros(8), torch.ones(16))
+    with pytest.raises(ValueError, match=r"fold_batch_norm: running_mean must be a tensor \(16,\), got None"):
+        lk.fold_batch_norm(W, None, None, None, None, None)
+    with pytest.raises(ValueError, match=r"fold_batch_norm: .* given together, got running_mean alone"):
+        lk.fold_batch_norm(W, None, None, None, torch.zeros(16), None)
+    with pytest.raises(ValueError, match=r"fold_batch_norm: eps must be finite and at least 0, got -0.5"):
+        lk.fold_batch_norm(W, None, None, None, torch.zeros(16), torch.ones(16), -0.5)

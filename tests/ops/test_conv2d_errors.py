@@ -72,6 +72,14 @@ def test_bad_options(message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("residual", [torch.ones(1, 16, 5, 4), 1], ids=["four dimensions", "int"])
+def test_a_residual_of_one_image(residual):
+    got = "int" if isinstance(residual, int) else r"\(1, 16, 5, 4\)"
+    rule = r"a tensor \(K, H', W'\) beside x of three dimensions"
+    with pytest.raises(ValueError, match=f"^conv2d: residual must be {rule}, got {got}$"):
+        lk.conv2d(X[0], W, residual=residual)
+
+
 def test_other_dtypes_and_backends():
     with pytest.warns(
         lk.FallbackWarning, match="conv2d: cpu needs dtype float32, bfloat16, float16, got flo"

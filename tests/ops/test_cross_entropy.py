@@ -213,12 +213,13 @@ def test_a_class_that_is_none(wrong, backend):
 
 
 X, T = torch.ones(4, 5), torch.zeros(4, dtype=torch.int64)
-LOGITS = "logits must be a floating-point tensor (N, C), (C,) or (N, C, ...)"
+LOGITS = "logits must be a floating-point tensor (N, C), (C,) or (N, C, ...) of one class or more"
 SHAPED = "target must be classes of shape (4,) or probabilities of shape (4, 5)"
 BAD = {
     f"{LOGITS}, got list": (([1.0], T), {}),
     f"{LOGITS}, got () torch.float32": ((torch.ones(()), T), {}),
     f"{LOGITS}, got (4, 5) torch.int64": ((X.long(), T), {}),
+    f"{LOGITS}, got (4, 0) torch.float32": ((X[:, :0], T), {}),
     f"{SHAPED}, got (3,)": ((X, T[:3]), {}),
     f"{SHAPED}, got list": ((X, [0]), {}),
     "target must have dtype torch.int64 or torch.int32, got torch.float32": ((X, T.float()), {}),
@@ -227,6 +228,7 @@ BAD = {
     "target must be on logits' device cpu, got meta": ((X, T.to("meta")), {}),
     "weight must be a tensor of shape (5,), got (4,)": ((X, T, torch.ones(4)), {}),
     "weight must have dtype torch.float32, got torch.float16": ((X, T, torch.ones(5).half()), {}),
+    "ignore_index must be an integer, got 1.5": ((X, T), {"ignore_index": 1.5}),
     "ignore_index must be below 0 beside probabilities, got 3": ((X, X), {"ignore_index": 3}),
     "reduction must be one of none, mean, sum, got 'average'": ((X, T), {"reduction": "average"}),
     "label_smoothing must be from 0 to 1, got 1.5": ((X, T), {"label_smoothing": 1.5}),

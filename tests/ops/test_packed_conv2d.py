@@ -137,6 +137,12 @@ WRONG = {
     "activation must be one of None, 'relu', 'relu6', 'silu', 'gelu', got 'tanh'": (
         lambda: lk.PackedConv2d(torch.ones(3, 4, 1, 1), activation="tanh")
     ),
+    "running_mean and running_var must be given together, got running_mean alone": (
+        lambda: lk.PackedConv2d(torch.ones(3, 4, 1, 1), running_mean=torch.zeros(3))
+    ),
+    "eps must be finite and at least 0, got -1.0": (
+        lambda: lk.PackedConv2d(torch.ones(3, 4, 1, 1), eps=-1.0)
+    ),
     "x must have four dimensions, (N, C, H, W), got (64, 9, 9)": lambda: made()[0](torch.ones(64, 9, 9)),
     "x must need no gradient, got one that does: use conv2d_batch_norm": (
         lambda: made()[0](torch.ones(1, 64, 9, 9, requires_grad=True))

@@ -68,7 +68,7 @@ def read_voc(folder: str | Path, classes: tuple[str, ...] | None = None) -> Anno
     for file in files:
         try:
             found.append(_voc_image(file, skipped))
-        except (ElementTree.ParseError, ValueError, OSError) as error:
+        except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
             skipped[str(file)] = str(error)
     names = classes or tuple(sorted({name for *_, objects in found for name, _, _ in objects}))
     images = []
@@ -96,7 +96,10 @@ def _voc_image(file: Path, skipped: dict[str, str]) -> tuple[Path, Path, tuple[i
             # VOC counts pixels from 1, and its last corner is the last pixel within.
             box = _clipped((corners[0] - 1, corners[1] - 1, corners[2], corners[3]), (width, height))
             hard = (item.findtext("difficult") or "0").strip() == "1"
-            objects.append((str(item.findtext("name")).strip(), box, hard))
+            kind = (item.findtext("name") or "").strip()
+            if not kind:
+                raise ValueError("has no name")
+            objects.append((kind, box, hard))
         except ValueError as error:
             skipped[f"{file}: object {index + 1}"] = str(error)
     mask = file.parent.parent / "SegmentationClass" / f"{file.stem}.png"
@@ -115,6 +118,8 @@ def _number(element: ElementTree.Element, path: str) -> float:
 
 def _clipped(box: tuple[float, ...], size: tuple[float, float]) -> tuple[float, ...]:
     x0, y0, x1, y1 = box
+    if not np.isfinite(box).all():
+        raise ValueError(f"a box must be finite, got {box}")
     x0, x1 = max(0.0, x0), min(float(size[0]), x1)
     y0, y1 = max(0.0, y0), min(float(size[1]), y1)
     if not (x0 < x1 and y0 < y1):
@@ -138,15 +143,21 @@ def read_coco(file: str | Path, images: str | Path) -> Annotations:
         ValueError: the file is no such JSON.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-        categories = sorted((item["id"], item["name"]) for item in content["categories"])
+        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        categories = sorted((item["id"], _typed(item, "name", str)) for item in content["categories"])
         described = {
-            item["id"]: (item["file_name"], item["width"], item["height"]) for item in content["images"]
+            item["id"]: (
+                _typed(item, "file_name", str),
+                *(_typed(item, side, (int, float)) for side in ("width", "height")),
+            )
+            for item in content["images"]
         }
-        objects = content["annotations"]
+        objects = _typed(content, "annotations", list)
+        if len(dict(categories)) < len(categories):
+            raise ValueError("two categories of one id")
     except OSError as error:
         raise ValueError(f"annotations: {file} must be readable, got {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"annotations: {file} must be COCO's JSON, got {error!r}") from error
     labels = {number: label for label, (number, _) in enumerate(categories)}
     skipped: dict[str, str] = {}
@@ -159,13 +170,12 @@ def read_coco(file: str | Path, images: str | Path) -> Annotations:
             entry = (
                 (*box, labels[item["category_id"]]),
                 _outline(item.get("segmentation")),
-                item.get("iscrowd", 0),
+                bool(int(item.get("iscrowd") or 0)),
             )
             by_image[item["image_id"]].append(entry)
-        except (ValueError, KeyError, TypeError) as error:
-            skipped[f"{file}: annotation {item.get('id', place) if isinstance(item, dict) else place}"] = str(
-                error
-            )
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            why = f"has no or an unknown {error}" if isinstance(error, KeyError) else str(error)
+            skipped[f"{file}: annotation {item.get('id', place) if isinstance(item, dict) else place}"] = why
     found = []
     for number, (name, width, height) in described.items():
         boxes, outlines, crowd = (
@@ -175,10 +185,19 @@ def read_coco(file: str | Path, images: str | Path) -> Annotations:
     return Annotations(found, tuple(name for _, name in categories), skipped)
 
 
+def _typed(item: dict, name: str, kinds: type | tuple[type, ...]):
+    if not isinstance(item[name], kinds):
+        raise TypeError(f"{name} of {type(item[name]).__name__}")
+    return item[name]
+
+
 def _outline(segmentation: list | dict | None) -> list[np.ndarray] | dict:
     if isinstance(segmentation, dict):
         return segmentation
-    return [np.array(polygon, np.float64).reshape(-1, 2) for polygon in segmentation or []]
+    outline = [np.array(polygon, np.float64).reshape(-1, 2) for polygon in segmentation or []]
+    if any(len(polygon) < 3 or not np.isfinite(polygon).all() for polygon in outline):
+        raise ValueError("a polygon must have three points or more, all of them finite")
+    return outline
 
 
 def mask_of(image: Annotated) -> np.ndarray:
@@ -196,26 +215,29 @@ def mask_of(image: Annotated) -> np.ndarray:
     mask = np.zeros((height, width), np.uint8)
     for box, outline in zip(image.boxes, image.outlines, strict=True):
         if isinstance(outline, dict):
-            inside = _run_lengths(outline)
+            inside = _run_lengths(outline, mask.shape)
         else:
             drawn = Image.new("1", (width, height))
             for polygon in outline:
                 ImageDraw.Draw(drawn).polygon([tuple(point) for point in polygon], fill=1)
             inside = np.asarray(drawn)
-        if inside.shape != mask.shape:
-            raise ValueError(f"annotations: a mask must have the shape {mask.shape}, got {inside.shape}")
         mask[inside] = 1 + int(box[4])
     return mask
 
 
-def _run_lengths(code: dict) -> np.ndarray:
+def _run_lengths(code: dict, shape: tuple[int, int]) -> np.ndarray:
     """Decodes COCO's run lengths: of pixels outside and inside in turn, column after column."""
-    height, width = code["size"]
-    counts = code["counts"]
-    lengths = list(_unpacked(counts)) if isinstance(counts, str) else counts
+    try:
+        height, width = code["size"]
+        counts = code["counts"]
+        lengths = [int(n) for n in (_unpacked(counts) if isinstance(counts, str) else counts)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"annotations: run lengths must have a size and counts, got {error!r}") from error
+    if min(lengths, default=0) < 0 or sum(lengths) != height * width:
+        raise ValueError(f"annotations: run lengths must fill {height} x {width} pixels, got {sum(lengths)}")
+    if (height, width) != shape:
+        raise ValueError(f"annotations: a mask must have the shape {shape}, got {(height, width)}")
     inside = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
-    if len(inside) != height * width:
-        raise ValueError(f"annotations: run lengths must fill {height} x {width} pixels, got {len(inside)}")
     return inside.reshape(width, height).T
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from lspm_models.data.annotations import Annotated, Annotations, mask_of
-from lspm_models.data.image_files import DAMAGED
+from lspm_models.data.image_files import DAMAGED, eight_bits
 
 BROKEN = (*DAMAGED, Image.DecompressionBombError)
 UNCOUNTED = 255  # in a mask: no class; VOC has it at the edges of objects
@@ -138,7 +138,8 @@ def read_photo(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     """Returns an image in colours, upright as the camera was, or as it lies in the file if `size` says so."""
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image)
-        return (image if size not in (None, upright.size) else upright).convert("RGB")
+        chosen = image if size not in (None, upright.size) else upright
+        return eight_bits(chosen, image.format).convert("RGB")
 
 
 def fitted_size(size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -7,10 +7,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lspm_models.data.image_formats import Images, kind_of, read_images
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = tuple(  # in the order of its README
@@ -94,7 +98,10 @@ def _from_folder(folder: Path) -> tuple[list[Images], tuple[str, ...]]:
     names = [
         path for path in (folder / "batches.meta.txt", folder / "fine_label_names.txt") if path.is_file()
     ]
-    classes = tuple(names[0].read_text().split()) if names else ()
+    try:
+        classes = tuple(names[0].read_text(encoding="utf-8").split()) if names else ()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"images: {names[0]} must be text in UTF-8, got {error}") from error
     return [_joined([read_images(path) for path in paths]) for paths in (training, test) if paths], classes
 
 
@@ -163,11 +170,30 @@ def decode(path: Path, channels: int, size: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.draft(mode, (size, size))  # a JPEG decodes near this size, faster
-            upright = ImageOps.exif_transpose(image).convert(mode)
+            upright = eight_bits(ImageOps.exif_transpose(image), image.format).convert(mode)
             pixels = np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise ValueError(str(error).replace(f" {str(path)!r}", "") or type(error).__name__) from error
     return np.atleast_3d(pixels).transpose(2, 0, 1)
+
+
+def eight_bits(image: Image.Image, file_format: str | None) -> Image.Image:
+    """Returns an image of 16 bits, whose bright pixels PIL would all make white, with 8; another as it is.
+
+    Args:
+        image: of any mode.
+        file_format: PIL's name of the format of the file that it comes from.
+
+    Raises:
+        ValueError: pixels have 32 bits, of which nothing says how many are used.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels must have 8 or 16 bits, got 32 (mode {image.mode})")
+    return image
 
 
 def resize(pixels: np.ndarray, channels: int, size: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import csv
 import gzip
 import hashlib
 import io
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import numpy as np
 
 LABEL_COLUMNS = ("label", "class", "target")
 CIFAR_PIXELS = 3 * 32 * 32
+MOST_CLASSES = 2**16  # of a table; a larger number is no label but, say, the image's own
 
 
 @dataclass
@@ -106,6 +108,8 @@ def _read_idx(path: Path) -> Images:
     labels_promised, labels, labels_damage = _idx(labels_path)
     if pixels.ndim not in (3, 4) or labels.ndim != 1:
         raise ValueError(f"images: {path} must hold images, got an array of {pixels.ndim} dimensions")
+    if pixels.ndim == 4 and len(pixels) and pixels.shape[1] not in (1, 3):
+        raise ValueError(f"images: {path} must hold images of 1 or 3 channels, got {pixels.shape[1]}")
     if promised != labels_promised:
         raise ValueError(
             f"images: {labels_path} must have a label for each of the {promised:,} images of {path.name}, "
@@ -132,8 +136,10 @@ def _idx(path: Path) -> tuple[int, np.ndarray, str]:
         got = f"{content[:4].hex(' ') or 'nothing'}" + (f" ({damage})" if damage else "")
         raise ValueError(f"images: {path} must be IDX of unsigned bytes (00 00 08 ..), got {got}")
     count, *shape = (int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4))
-    size = int(np.prod(shape, dtype=np.int64))
+    size = math.prod(shape)
     whole = min(count, (len(content) - start) // size if size else 0)
+    if not whole:  # numbers that a damaged header holds may be more than an array can have
+        return count, np.empty((0,) * dimensions, np.uint8), damage
     items = np.frombuffer(content, np.uint8, whole * size, start).reshape(whole, *shape)
     return count, items, damage
 
@@ -156,12 +162,13 @@ def _read_cifar(path: Path) -> Images:
 def _read_csv(path: Path) -> Images:
     """Reads rows of pixels 0 to 255 and a label, which is last unless a header calls another column so."""
     content, damage = read_whole(path)
-    text = content.decode(errors="replace")
+    text = content.decode("utf-8-sig", errors="replace")
     skipped = {f"{path} (its end)": (damage, 1)} if damage else {}
     if damage:
         text = text[: text.rfind("\n") + 1]
-    first = next(csv.reader(io.StringIO(text)), [])
-    header = any(not _is_number(cell) for cell in first)
+    rows = ((number, row) for number, row in enumerate(csv.reader(io.StringIO(text)), 1) if row)
+    line, first = next(rows, (1, []))
+    header = line if any(not _is_number(cell) for cell in first) else 0  # the line that it is
     names = [cell.strip().lower() for cell in first] if header else []
     label = next((names.index(name) for name in LABEL_COLUMNS if name in names), len(first) - 1)
     shape = _square(len(first) - 1)
@@ -173,10 +180,10 @@ def _read_csv(path: Path) -> Images:
     try:
         if text.count("\n", 0, -1) < header:
             raise ValueError  # loadtxt would warn of a table without rows
-        table = np.loadtxt(io.StringIO(text), delimiter=",", skiprows=int(header), ndmin=2)
+        table = np.loadtxt(io.StringIO(text), delimiter=",", skiprows=header, ndmin=2)
         if table.shape[1] != len(first) or not np.array_equal(table, np.abs(np.floor(table))):
             raise ValueError
-        if np.delete(table, label, axis=1).max() > 255:
+        if np.delete(table, label, axis=1).max() > 255 or table[:, label].max() >= MOST_CLASSES:
             raise ValueError
     except ValueError:  # some row is damaged: look at each
         table = np.array(list(_csv_rows(path, text, header, len(first), label, skipped)), np.float64)
@@ -186,22 +193,29 @@ def _read_csv(path: Path) -> Images:
 
 
 def _csv_rows(
-    path: Path, text: str, header: bool, columns: int, label: int, skipped: dict
+    path: Path, text: str, header: int, columns: int, label: int, skipped: dict
 ) -> Iterator[list[int]]:
     for number, row in enumerate(csv.reader(io.StringIO(text)), 1):
-        if not row or (header and number == 1):
+        if not row or number == header:
             continue
         try:
-            values = [int(float(cell)) for cell in row]
+            values = [_whole(cell) for cell in row]
             if len(values) != columns:
                 raise ValueError(f"{len(values)} columns instead of {columns}")
             pixels = [*values[:label], *values[label + 1 :]]
-            if min(values) < 0 or max(pixels) > 255:
-                raise ValueError("a pixel outside 0 to 255 or a label below 0")
+            if min(values) < 0 or max(pixels) > 255 or values[label] >= MOST_CLASSES:
+                raise ValueError(f"a pixel outside 0 to 255 or a label outside 0 to {MOST_CLASSES - 1}")
         except (ValueError, OverflowError) as error:
             skipped[f"{path}:{number}"] = (str(error), 1)
             continue
         yield values
+
+
+def _whole(cell: str) -> int:
+    number = int(float(cell))
+    if number != float(cell):
+        raise ValueError(f"{cell.strip()} is no whole number")
+    return number
 
 
 def _is_number(cell: str) -> bool:
@@ -213,7 +227,7 @@ def _is_number(cell: str) -> bool:
 
 
 def _square(pixels: int) -> tuple[int, int, int] | None:
-    for channels in (1, 3):
+    for channels in (1, 3) if pixels > 0 else ():
         side = round((pixels / channels) ** 0.5)
         if side and channels * side * side == pixels:
             return channels, side, side

@@ -45,15 +45,18 @@ def conv_batch_norm(
 
     Args:
         x: (N, C, H, W).
-        conv: has no bias and zero padding, equal on all sides.
-        norm: has affine parameters and running statistics.
+        conv: pads with zeros.
+        norm: as torch.nn.BatchNorm2d, of any momentum, with or without parameters and running statistics.
         activation: "relu" or None, after the residual is added.
         residual: of the result's shape.
     """
     if packed := _packed(conv, activation, norm):
         return packed(x, residual)
-    if norm.training:
+    momentum = norm.momentum
+    if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
+        if momentum is None:  # the average of all batches, as torch.optim.swa_utils.update_bn wants it
+            momentum = 1 / int(norm.num_batches_tracked)
     return conv2d_batch_norm(
         x,
         conv.weight,
@@ -61,12 +64,13 @@ def conv_batch_norm(
         norm.bias,
         norm.running_mean,
         norm.running_var,
-        conv.stride[0],
-        conv.padding[0],
-        conv.dilation[0],
+        conv.stride,
+        conv.padding,
+        conv.dilation,
         conv.groups,
+        bias=conv.bias,
         training=norm.training,
-        momentum=norm.momentum,
+        momentum=0.0 if momentum is None else momentum,
         eps=norm.eps,
         activation=activation,
         residual=residual,
