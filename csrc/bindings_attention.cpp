@@ -147,10 +147,11 @@ void AttentionCall::set_sequences(const Sequences& sequences, const TensorView& 
   starts = of(key_starts, "key_starts", shape.batch + (key_counts ? 0 : 1));
   if (!key_counts) shape.key_starts = starts;
   if (page_table) {
-    if (key_starts) TensorView::refuse("key_starts", "be None where there are pages");
     if (!key_counts || page_table->dim() != 2)
       TensorView::refuse("pages", "have key_counts and two dimensions");
     page_columns = page_table->size(1);
+    if (key_starts && page_columns != 1)
+      TensorView::refuse("key_starts", "be None where a sequence has several pages");
     pages = of(page_table, "pages", shape.batch * page_columns);
     key_batches = k.size(0);
   } else if (!key_counts) {

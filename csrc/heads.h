@@ -10,7 +10,8 @@ namespace lspm {
 //
 // starts, or null: (batch), the row at which each batch begins; packed sequences have a batch_stride of 0.
 // pages, or null: (batch, page_columns), of which rows i page_rows to (i + 1) page_rows of a batch lie in
-// page i; the tensor is then (pages, heads, page_rows, dim), and batch_stride leads from page to page.
+// page i; the tensor is then (pages, heads, page_rows, dim), and batch_stride leads from page to page. Beside
+// starts page_columns is 1.
 struct HeadsView {
   void* data;
   int64_t batch_stride, head_stride, row_stride;

@@ -1,11 +1,14 @@
 """Checks of what attention, packed or over a cache, is given; messages as in checks.py."""
 
 import itertools
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from lspm_kernels import checks
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def head_sizes(op: str, given: dict[str, Tensor], max_dim: int, paged: bool = False) -> None:
@@ -50,6 +53,19 @@ def without_gradient(op: str, given: dict[str, Tensor]) -> None:
             raise ValueError(f"{op}: {name} must be without a gradient, got requires_grad=True")
 
 
+def scale(op: str, value: float | Tensor | None, dim: int) -> float:
+    """Checks the scale of scores; gives it as a number, for None what heads of `dim` have."""
+    if value is None:
+        return dim**-0.5
+    known = isinstance(value, Real | torch.SymFloat)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        without_gradient(op, {"scale": value})
+        known = True
+    if not known or not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{op}: scale must be a finite number, got {value!r}")
+    return float(value)
+
+
 def heads(
     op: str, q: Tensor, k: Tensor, v: Tensor, max_dim: int, paged: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,6 +98,8 @@ def options(
     """Checks what the three forms of attention of (B, H) heads share; gives left, right, slopes, sinks."""
     left, right = sides(op, causal, window)
     slopes = per_head(op, "alibi_slopes", alibi_slopes, device, (heads[1:], heads))
+    if slopes is not None:
+        without_gradient(op, {"alibi_slopes": slopes})
     sinks = per_head(op, "sinks", sinks, device, (heads[1:],))
     checks.number(op, "softcap", softcap, 0.0, float("inf"))
     return left, right, slopes, sinks
@@ -174,7 +192,8 @@ def block_table(
         raise ValueError(f"{op}: block_table must have shape ({sequences}, P), got {checks.shape(table)}")
     flat, values = checks.integers(op, "block_table", table.reshape(-1), None, device)
     P = table.shape[1]
-    return flat.view(sequences, P), values and [values[b * P : b * P + P] for b in range(sequences)]
+    rows = None if values is None else [values[b * P : b * P + P] for b in range(sequences)]
+    return flat.view(sequences, P), rows
 
 
 def pages(op: str, rows: list[list[int]] | None, lengths: list[int], k: Tensor) -> None:

@@ -87,7 +87,7 @@ def pick(
         ValueError: no row has the requested name.
         NotImplementedError: the requested row does not take this call.
     """
-    requested = requested or forced()
+    requested = forced() if requested is None else requested
     if requested is not None:
         return _requested(op, backends, requested, *args)
     rows = admitting(op, backends, args[0])
@@ -105,9 +105,10 @@ def pick(
 def admitting(op: str, backends: tuple[Backend, ...], x: torch.Tensor) -> tuple[Backend, ...]:
     """The rows that take tensors of x's device and dtype on this machine, by the other arguments or not."""
     key = (op, x.device, x.dtype)
-    rows = _admitted.get(key)
+    known = {} if torch.compiler.is_compiling() else _admitted  # a graph is guarded by what it reads there
+    rows = known.get(key)
     if rows is None:
-        rows = _admitted[key] = tuple(row for row in backends if row.refusal_of(x) is None)
+        rows = known[key] = tuple(row for row in backends if row.refusal_of(x) is None)
     return rows
 
 

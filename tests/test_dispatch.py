@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from lspm_kernels import __main__, dispatch, layer_norm, use_backend
 from lspm_kernels.dispatch import Backend, FallbackWarning, Limit
@@ -105,10 +106,23 @@ def test_requested_rows_and_the_reference():
     assert name_of(torch.ones(2, 4)) == "small"
 
 
-def test_an_unknown_name():
+def test_the_first_call_of_all_may_be_compiled():
+    """What it finds out of the rows does not have the second one compiled anew."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    f = torch.compile(layer_norm, backend=counter, fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(f(torch.ones(2, 4)), torch.zeros(2, 4))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["cudnn", ""])
+def test_an_unknown_name(name):
     with pytest.raises(ValueError) as error:
-        layer_norm(torch.ones(2, 4), backend="cudnn")
-    assert str(error.value) == "layer_norm: backend must be one of cpu, cuda, triton, reference, got 'cudnn'"
+        layer_norm(torch.ones(2, 4), backend=name)
+    assert (
+        str(error.value) == f"layer_norm: backend must be one of cpu, cuda, triton, reference, got {name!r}"
+    )
 
 
 def test_use_backend_holds_in_its_own_thread_only():

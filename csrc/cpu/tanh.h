@@ -13,7 +13,7 @@ inline F tanh(F x) {
   p = p * square - 3.33332819422e-1f;
   const F near = p * square * x + x;
   const F size = x < 0.0f ? -x : x;
-  const F capped = size > 9.0f ? broadcast(9.0f) : size;  // from where it is 1
+  const F capped = size > 10.0f ? broadcast(10.0f) : size;  // from 9.02 on it is 1, and its slope 0
   const F far = 1.0f - 2.0f / (exp(capped + capped) + 1.0f);
   return size < 0.625f ? near : x < 0.0f ? -far : x != x ? x : far;
 }

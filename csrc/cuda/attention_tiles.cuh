@@ -26,7 +26,9 @@ struct Rows {
   int page_rows, rows, dim;
 
   __device__ Rows(const HeadsView& view, int64_t batch, int64_t head, int rows, int64_t dim)
-      : data(view.pages ? static_cast<T*>(view.data) + head * view.head_stride : view.at<T>(batch, head)),
+      : data(view.pages ? static_cast<T*>(view.data) + head * view.head_stride +
+                              (view.starts ? view.starts[batch] * view.row_stride : 0)
+                        : view.at<T>(batch, head)),
         stride(view.row_stride),
         page_stride(view.batch_stride),
         pages(view.pages ? view.pages + batch * view.page_columns : nullptr),

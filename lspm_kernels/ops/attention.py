@@ -24,9 +24,10 @@ BACKENDS = (
 )
 
 
-def first_for(queries: int) -> str | None:
+def first_for(q: Tensor, queries: int) -> str | None:
     """The row that is faster than those before it where queries are few: only cuda divides their keys."""
-    return "cuda" if queries <= split_kv.MOST_ROWS else None
+    # On a CPU a graph that is traced with any number of queries must not be bound to one side of that many.
+    return "cuda" if q.is_cuda and queries <= split_kv.MOST_ROWS else None
 
 
 def empty_rows(x, dim):
@@ -190,7 +191,8 @@ def attention(
         bias: float32 or q's dtype, broadcast to (B, H, T_q, T_k); it has a gradient.
         mask: broadcast to (B, H, T_q, T_k): bool, True where a query sees, or added as a bias without
             gradient, where -inf hides.
-        alibi_slopes: (H,) or (B, H): what a step between the places of query and key takes from a score.
+        alibi_slopes: (H,) or (B, H), without a gradient: what a step between the places of query and key
+            takes from a score.
         softcap: scores stay within (-softcap, softcap); 0: no cap.
         dropout_p: the share of probabilities that is dropped, from 0 to below 1.
         seed: of dropout: which elements are dropped depends on it and their place alone. None draws one from
@@ -222,8 +224,8 @@ def attention(
     )  # fmt: skip
     checks.number("attention", "dropout_p", dropout_p, 0.0, 1.0)
     seed = checks.seed("attention", seed) if dropout_p else None
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    first = first_for(q.shape[2])
+    scale = attention_checks.scale("attention", scale, q.shape[-1])
+    first = first_for(q, q.shape[2])
     row = dispatch.pick("attention", BACKENDS, backend, q, k, v, heads, bias, first=first)
     if row is None:
         return reference.attention(

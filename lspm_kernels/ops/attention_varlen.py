@@ -95,8 +95,8 @@ def attention_varlen(
     )  # fmt: skip
     checks.number(_OP, "dropout_p", dropout_p, 0.0, 1.0)
     seed = checks.seed(_OP, seed) if dropout_p else None
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    first = dense.first_for(max_q)
+    scale = attention_checks.scale(_OP, scale, q.shape[-1])
+    first = dense.first_for(q, max_q)
     row = dispatch.pick(_OP, BACKENDS, backend, q, k, v, heads, None, first=first)
     if row is None:
         q, k, v = ((x[0] if dim == 3 else x).transpose(-3, -2) for x, dim in ((q, 3), (k, dims), (v, dims)))

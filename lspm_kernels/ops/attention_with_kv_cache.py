@@ -86,8 +86,8 @@ def attention_with_kv_cache(
         _OP, heads, q.device, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
         softcap=softcap,
     )  # fmt: skip
-    scale = D**-0.5 if scale is None else float(scale)
-    first = dense.first_for(q.shape[2])
+    scale = attention_checks.scale(_OP, scale, D)
+    first = dense.first_for(q, q.shape[2])
     row = dispatch.pick(_OP, BACKENDS, backend, q, k_cache, v_cache, heads, None, first=first)
     if (cos is None) != (sin is None) or (cos is not None and k is None):
         raise ValueError(f"{_OP}: cos must come with sin and k, got {checks.shape(cos)}")
@@ -162,6 +162,12 @@ def _check(q, k_cache, v_cache, k, v):
     for name, x in caches.items():
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{_OP}: {name} must have a contiguous last dimension, got strides {x.stride()}")
+        if new and 0 in x.stride() and any(n > 1 and x.stride(i) == 0 for i, n in enumerate(x.shape)):
+            rule = "not be expanded where k is appended"
+            raise ValueError(f"{_OP}: {name} must {rule}, got strides {x.stride()}")
+    for name, x in new.items():
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            raise ValueError(f"{_OP}: {name} must be a tensor (B, H_kv, T, D), got {checks.shape(x)}")
     for (name, x), cache in zip(new.items(), caches.values(), strict=False):
         sizes = (q.shape[0], cache.shape[1], k.shape[-2], cache.shape[-1])
         if tuple(x.shape) != sizes:
@@ -194,11 +200,7 @@ def _places(q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_
     if lengths is None or pads is None:
         return table, counts + new, begins, room
     for length, pad in zip(lengths, pads, strict=True):
-        if not 0 <= length <= room - new:
-            raise ValueError(
-                f"{_OP}: cache_seqlens must be from 0 to the cache's room of {room} less {new} new keys, got"
-                f" {length}"
-            )
+        _check_length(length, room, new)
         if not 0 <= pad <= length + new:
             raise ValueError(f"{_OP}: cache_leftpad must be from 0 to the keys {length + new}, got {pad}")
     attention_checks.pages(_OP, rows, [length + new for length in lengths], k_cache)
@@ -215,4 +217,13 @@ def _counts(q, cache_seqlens, room, new):
     length = room if cache_seqlens is None else cache_seqlens
     if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
         raise ValueError(f"{_OP}: cache_seqlens must be an int or a tensor, got {type(length).__name__}")
+    _check_length(length, room, new)  # first, as what does not fit may be no int32
     return torch.full((B,), length, dtype=torch.int32, device=q.device), [length] * B
+
+
+def _check_length(length, room, new):
+    if not 0 <= length <= room - new:
+        raise ValueError(
+            f"{_OP}: cache_seqlens must be from 0 to the cache's room of {room} less {new} new keys, got"
+            f" {length}"
+        )

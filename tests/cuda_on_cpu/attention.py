@@ -91,7 +91,7 @@ class Device:
         buffer = self.library.copy(flat(x), odd) if fill else self.library.empty(flat(x).shape, x.dtype, odd)
         batch, head, row = x.stride()[:3]
         paged = (x.shape[2], pages.shape[1]) if pages is not None else (0, 0)
-        batch = batch if starts is None else 0
+        batch = batch if starts is None or pages is not None else 0
         places = self.pointer(starts), self.pointer(pages), *paged
         return HeadsView(buffer.pointer, batch, head, row, *places), buffer
 

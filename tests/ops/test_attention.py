@@ -249,6 +249,18 @@ def test_export_fake_and_meta():
     assert lk.attention(*[x.to("meta") for x in given]).is_meta
 
 
+def test_one_export_serves_any_number_of_queries():
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return lk.attention(q, k, v, causal=True)
+
+    given, T = tensors((2, 4, 2, 40, 40, 16, 24)), torch.export.Dim("T", min=2, max=4096)
+    program = torch.export.export(Module(), tuple(given), dynamic_shapes=[{2: T}] * 3)
+    for length in (2, 40, 64, 65, 300):
+        other = tensors((2, 4, 2, length, length, 16, 24))
+        torch.testing.assert_close(program.module()(*other), Module()(*other))
+
+
 @pytest.mark.every_backend
 def test_defaults_are_torchs():
     given = tensors((2, 4, 2, 40, 40, 16, 24))

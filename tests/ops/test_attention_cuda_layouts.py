@@ -61,6 +61,28 @@ def test_pages(library, splits):
     oracle.check(paged, gathered, [x.bfloat16() for x in (q, k, v)], gradients=False)
 
 
+@pytest.mark.parametrize("splits", [0, 2])
+def test_a_chosen_sequence_begins_behind_padding(library, splits):
+    """A page is a whole sequence then; one is empty because all of its page is padding."""
+    begins, counts, page = (torch.tensor(x) for x in ((5, 0, 70), (59, 70, 0), (2, 4, 0)))
+    q, k, v = torch.randn(3, 4, 3, 32), torch.randn(5, 2, 70, 32), torch.randn(5, 2, 70, 32)
+
+    def gathered(q, k, v):
+        found = []
+        for b, (begin, n, at) in enumerate(zip(begins, counts, page, strict=True)):
+            keys, values = (x[at : at + 1, :, begin : begin + n] for x in (k, v))
+            found.append(reference.attention(q[b : b + 1], keys, values, causal=True, return_lse=True))
+        return shown(*map(torch.cat, zip(*found, strict=True)))
+
+    starts, counts = begins.int(), counts.int()
+    layout = Layout(3, 70, key_starts=starts, key_counts=counts, pages=page[:, None].int())
+
+    def chosen(*t):
+        return shown(*on(library, splits=splits)(*t, causal=True, layout=layout, return_lse=True))
+
+    oracle.check(chosen, gathered, [x.bfloat16() for x in (q, k, v)], gradients=False)
+
+
 # (B, H, H_kv, T_q, T_k, D, Dv), splits, dtype, options
 DIVIDED = {
     "one query": ((2, 4, 1, 1, 300, 64, 64), 3, BF16, {}),

@@ -82,10 +82,18 @@ BAD_OPTIONS = {
     "alibi_slopes must not be NaN, got [0.0, nan, 0.0, 0.0]": {
         "alibi_slopes": torch.tensor([0.0, float("nan"), 0.0, 0.0])
     },
+    "alibi_slopes must be without a gradient, got requires_grad=True": {
+        "alibi_slopes": torch.ones(4, requires_grad=True)
+    },
     "sinks must have shape (4,), got (2, 4)": {"sinks": torch.ones(2, 4)},
     "sinks must have a floating-point dtype, got torch.int64": {"sinks": torch.ones(4).long()},
     "softcap must be finite and at least 0, got -1.0": {"softcap": -1.0},
     "softcap must be finite and at least 0, got nan": {"softcap": float("nan")},
+    "scale must be a finite number, got 'half'": {"scale": "half"},
+    "scale must be a finite number, got inf": {"scale": float("inf")},
+    "scale must be a finite number, got nan": {"scale": float("nan")},
+    "scale must be a finite number, got tensor([1., 1.])": {"scale": torch.ones(2)},
+    "scale must be without a gradient, got requires_grad=True": {"scale": torch.ones((), requires_grad=True)},
     "dropout_p must be at least 0 and below 1, got 1.0": {"dropout_p": 1.0},
     "dropout_p must be at least 0 and below 1, got -0.1": {"dropout_p": -0.1},
     "seed must be an integer from 0 to 2 ** 63 - 1, got -3": {"dropout_p": 0.1, "seed": -3},
@@ -97,6 +105,13 @@ def test_bad_options(message):
     with pytest.raises(ValueError) as error:
         lk.attention(Q, Q, Q, **BAD_OPTIONS[message])
     assert str(error.value) == f"attention: {message}"
+
+
+def test_slopes_and_scale_that_train_elsewhere():
+    slopes, scale = torch.ones(4, requires_grad=True), torch.tensor(0.25, requires_grad=True)
+    with torch.no_grad():
+        given = lk.attention(Q, Q, Q, alibi_slopes=slopes, scale=scale)
+    assert torch.equal(given, lk.attention(Q, Q, Q, alibi_slopes=torch.ones(4), scale=0.25))
 
 
 def test_what_cuda_leaves_to_triton(monkeypatch):

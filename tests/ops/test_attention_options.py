@@ -125,6 +125,14 @@ def test_lse_alone_has_a_gradient():
     oracle.check(*forms, given)
 
 
+@pytest.mark.every_backend
+def test_scores_at_their_cap_have_no_gradient():
+    q, k, v = (torch.randn(1, 2, 40, 16).sign().requires_grad_() for _ in range(3))
+    out, lse = lk.attention(q * 8, k * 8, v, softcap=0.5, scale=1.0, return_lse=True, mask=(q @ k.mT) != 0)
+    dq, dk, dv = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+    assert not dq.any() and not dk.any() and dv.any()
+
+
 @pytest.mark.parametrize("name", ["causal window", "bias of a head", "softcap", "dropout", "everything"])
 def test_every_instruction_set(isa, name):
     for dtype in DTYPES:

@@ -165,6 +165,15 @@ print(peak() - before)
 """
 
 
+@pytest.mark.every_backend
+def test_a_table_without_pages():
+    """No sequence has a key then: each query gives 0."""
+    q, pages, none = torch.randn(5, 4, 16), torch.randn(6, 8, 2, 16), torch.zeros(2, 0, dtype=torch.int32)
+    starts, empty = torch.tensor([0, 2, 5]), torch.zeros(3, dtype=torch.int32)
+    out, lse = lk.attention_varlen(q, pages, pages, starts, empty, block_table=none, return_lse=True)
+    assert torch.equal(out, torch.zeros(5, 4, 16)) and (lse == -torch.inf).all()
+
+
 def test_memory_is_linear_in_the_length():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 64  # MiB; one head's scores of the longer sequence alone would be 309

@@ -16,7 +16,7 @@ from lspm_kernels.reference import rotary
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 B, H, H_KV, S, D, DV = 3, 4, 2, 600, 32, 16
 LENGTHS = (0, 300, 555)
-KINDS = ["dense", "pages of 16", "pages of 256", "chosen", "padded"]
+KINDS = ["dense", "pages of 16", "pages of 256", "chosen", "padded", "chosen and padded"]
 OPTIONS = {
     "plain": {},
     "causal": {"causal": True},
@@ -37,14 +37,14 @@ def cache(kind, dtype):
         P = -(-S // rows)
         table = torch.randperm(B * P + 2)[: B * P].view(B, P)
         sizes, options, begins = (B * P + 2, H_KV, rows), {"block_table": table}, [0] * B
-    elif kind == "chosen":
-        table = torch.tensor([4, 0, 2])
-        sizes, options, begins = (5, H_KV, S), {"cache_batch_idx": table}, [0] * B
-        table = table[:, None]
     else:
-        begins = [0, 7, 200] if kind == "padded" else [0] * B
+        begins = [0, 7, 200] if "padded" in kind else [0] * B
         sizes, table = (B, H_KV, S), None
-        options = {"cache_leftpad": torch.tensor(begins)} if kind == "padded" else {}
+        options = {"cache_leftpad": torch.tensor(begins)} if "padded" in kind else {}
+    if "chosen" in kind:
+        table = torch.tensor([4, 0, 2])
+        sizes, options["cache_batch_idx"] = (5, H_KV, S), table
+        table = table[:, None]
     k, v = (torch.randn(*sizes, dim).to(dtype) for dim in (D, DV))
     return k, v, options, begins, table
 
@@ -141,7 +141,7 @@ def test_one_kernel_appends_as_torch_does(kind, dtype):
     for half, table_dtype, interleaved, steps, queries, new in itertools.product(
         (0, 5, D // 2), (F32, dtype), (False, True), (False, True), (1, 6), (1, 3)
     ):
-        at = 300 if kind != "padded" and half == 5 else torch.tensor(LENGTHS)
+        at = 300 if "padded" not in kind and half == 5 else torch.tensor(LENGTHS)
         angles = [f(torch.rand(S, half) * 6).to(table_dtype) for f in (torch.cos, torch.sin)] if half else []
         turned = dict(zip(("cos", "sin"), angles, strict=False), interleaved=interleaved, causal=steps)
         qkv = torch.randn(B, max(queries, new), H + 2 * H_KV, D).to(dtype).transpose(1, 2)

@@ -35,6 +35,11 @@ BAD = {
     },
     "k_cache must be without a gradient, got requires_grad=True": {"k_cache": CACHE.clone().requires_grad_()},
     "v must be there where k is, got NoneType": {"v": None},
+    "k_cache must not be expanded where k is appended, got strides (1600, 0, 16, 1)": {
+        "k_cache": CACHE[:, :1].expand(2, 2, 50, 16)
+    },
+    "k must be a tensor (B, H_kv, T, D), got list": {"k": [1.0]},
+    "v must be a tensor (B, H_kv, T, D), got (2, 3, 16)": {"v": NEW[0]},
     "k must have shape (2, 2, 3, 16), got (2, 4, 3, 16)": {"k": Q},
     "v must have shape (2, 2, 3, 16), got (2, 2, 2, 16)": {"v": NEW[:, :, :2]},
     "v must have q's dtype torch.float32, got torch.float16": {"v": NEW.half()},
@@ -45,6 +50,9 @@ BAD = {
         "cache_seqlens": AT.float()
     },
     "cache_seqlens must be from 0 to the cache's room of 50 less 3 new keys, got 48": {"cache_seqlens": 48},
+    "cache_seqlens must be from 0 to the cache's room of 50 less 3 new keys, got 1099511627776": {
+        "cache_seqlens": 2**40
+    },
     "cache_seqlens must be from 0 to the cache's room of 50 less 3 new keys, got -1": {
         "cache_seqlens": AT - 11
     },
