@@ -31,7 +31,7 @@ def solved(rows: Rows, other: Tensor, other_bias: Tensor, mean: float, config) -
         factors = torch.zeros(count, other.shape[1])
         reg = config.reg if config.method == "implicit-als" else max(1.0, config.reg)
         options = {"reg": reg, "alpha": config.alpha, "weighted_reg": config.weighted_reg, "implicit": True}
-        lspm_kernels.mf_als_(factors, other, *shape, rows.values, **options)
+        lspm_kernels.mf_als_(factors, other, *shape, chosen_values(rows, config), **options)
         return factors, torch.zeros(count)
     # A step of sgd shrinks factors once for every rating.
     weighted = 1.0 if config.method == "sgd" else config.weighted_reg
@@ -42,6 +42,12 @@ def solved(rows: Rows, other: Tensor, other_bias: Tensor, mean: float, config) -
         found, extended, *shape, values, weight=rows.weights, reg=config.reg, weighted_reg=weighted
     )
     return found[:, :-1].contiguous(), found[:, -1].contiguous()
+
+
+def chosen_values(rows: Rows, config) -> Tensor:
+    """Returns how much each item was chosen, as the method was trained with it."""
+    weighted = config.method == "implicit-als" and rows.weights is not None
+    return rows.values * rows.weights if weighted else rows.values
 
 
 def folded_in(tables: Tables, old: Interactions, new: Interactions, config) -> tuple[Tables, Interactions]:
@@ -105,13 +111,14 @@ def contributions(tables: Tables, mine: Rows, item: int, config) -> tuple[Tensor
     y, q = tables.item_factors[items].double(), tables.item_factors[item].double()
     reg = config.reg * (len(items) if config.method == "sgd" else len(items) ** config.weighted_reg)
     if config.method in ("bpr", "implicit-als"):
-        confidence = config.alpha * mine.values.double()
+        confidence = config.alpha * chosen_values(mine, config).double()
         everything = tables.item_factors.double()
         matrix = everything.T @ everything + y.T @ (confidence[:, None] * y)
         values = 1 + confidence
     else:
-        matrix = y.T @ y
-        values = mine.values.double() - tables.mean - tables.item_bias[items].double()
+        counts = torch.ones(len(items)) if mine.weights is None or config.method == "nmf" else mine.weights
+        matrix = y.T @ (counts.double()[:, None] * y)
+        values = counts * (mine.values.double() - tables.mean - tables.item_bias[items].double())
     matrix += max(reg, 1e-6) * torch.eye(len(q), dtype=torch.float64)
     return items, (values * (y @ torch.linalg.solve(matrix, q))).float()
 

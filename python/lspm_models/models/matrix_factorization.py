@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,70 +16,11 @@ import lspm_kernels
 from lspm_models.checkpoint import read_state, read_tensors
 from lspm_models.data.interaction_store import load_interactions, save_interactions
 from lspm_models.data.interactions import Interactions, offsets_of
+from lspm_models.data.interactions_of import interactions_of
 from lspm_models.files import remove, replaced
 from lspm_models.models import fold_in
 from lspm_models.models.factor_methods import IMPLICIT, METHODS, Rows, Tables
-
-# What does well on MovieLens-100k.
-DEFAULTS = {
-    "sgd": {"factors": 128, "epochs": 100, "lr": 0.01, "lr_decay": 0.98, "reg": 0.09},
-    "als": {"factors": 32, "epochs": 15, "reg": 0.2, "weighted_reg": 1.0},
-    "implicit-als": {"factors": 64, "epochs": 15, "reg": 10.0, "alpha": 1.0},
-    "nmf": {"factors": 4, "epochs": 100, "reg": 0.1},
-    "bpr": {"factors": 64, "epochs": 60, "lr": 0.05, "reg": 0.01},
-    "svd": {"factors": 16, "epochs": 4, "reg": 10.0},
-}
-
-
-@dataclass(frozen=True)
-class MatrixFactorizationConfig:
-    """How to factorise.
-
-    Args:
-        method: sgd, als and svd of ratings, nmf of ratings that are not negative, bpr and implicit-als of
-            what users chose.
-        factors: of each user and item.
-        epochs: passes over the ratings, sweeps, or power iterations of svd.
-        lr: learning rate of sgd and bpr.
-        lr_decay: what lr is multiplied by from epoch to epoch.
-        reg: L2; of svd, of who is folded in later.
-        weighted_reg: als multiplies reg by a row's number of ratings to this power.
-        alpha: what implicit-als multiplies ratings by to get a confidence.
-        solver: of als, "cholesky" or "cg".
-        nonnegative: keeps sgd's factors at 0 and above.
-        std: of the random factors in the beginning.
-        seed: of all that is random.
-    """
-
-    method: str = "sgd"
-    factors: int = 128
-    epochs: int = 100
-    lr: float = 0.01
-    lr_decay: float = 1.0
-    reg: float = 0.1
-    weighted_reg: float = 0.0
-    alpha: float = 1.0
-    solver: str = "cholesky"
-    nonnegative: bool = False
-    std: float = 0.03
-    seed: int = 0
-
-    @classmethod
-    def of(cls, method: str = "sgd", **options) -> MatrixFactorizationConfig:
-        """Returns what does well for a method, with other options where they are given."""
-        if method not in METHODS:
-            raise ValueError(f"mf: method must be one of {', '.join(METHODS)}, got {method!r}")
-        return cls(method=method, **(DEFAULTS[method] | options))
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"mf: method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        for name in ("factors", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"mf: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "lr_decay", "std"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"mf: {name} must be positive, got {getattr(self, name)}")
+from lspm_models.models.factorization_config import MatrixFactorizationConfig
 
 
 class Recommendation(NamedTuple):
@@ -109,19 +50,24 @@ class MatrixFactorization:
         return self.config.method in IMPLICIT
 
     def fit(
-        self, interactions: Interactions, callback: Callable[[int, float, float], object] | None = None
+        self, interactions: Any, callback: Callable[[int, float, float], object] | None = None
     ) -> MatrixFactorization:
         """Trains; goes on where a model that was saved between two epochs had come to, with the same bits.
 
         Args:
-            interactions: the ratings.
+            interactions: the ratings: Interactions, or what interactions_of() takes, as a sparse matrix,
+                columns (users, items, ratings[, weights]) or a data frame. Pairs that come twice are kept.
+                Weights are those of errors; implicit-als multiplies ratings by them, so that counts may be
+                either; svd has them in mean and biases alone, nmf and bpr take each rating as one.
             callback: is called after each epoch with its number from 1, its loss and the seconds so far;
                 training stops where it gives False.
 
         Raises:
-            ValueError: nmf is given a negative rating, or implicit-als a negative one.
-            FloatingPointError: the loss is not finite, as where the learning rate is too high.
+            ValueError: the ratings are none, or nmf or implicit-als is given a negative one.
+            FloatingPointError: the loss is not finite, as where the learning rate is too high; the model is
+                then as if it had not been fitted.
         """
+        interactions = interactions_of(interactions)
         if self.config.method in ("nmf", "implicit-als") and interactions.ratings.min() < 0:
             low = interactions.ratings.min().item()
             raise ValueError(f"mf: ratings must be at least 0 for {self.config.method}, got {low:g}")
@@ -141,6 +87,7 @@ class MatrixFactorization:
         for epoch in range(self.epochs_done, self.config.epochs):
             loss = method.epoch(self.tables, epoch)
             if not abs(loss) < float("inf"):
+                self.tables, self.epochs_done = None, 0
                 raise FloatingPointError(f"mf: {method.loss} of epoch {epoch + 1} must be finite, got {loss}")
             self.epochs_done = epoch + 1
             if callback is not None and callback(epoch + 1, loss, time.monotonic() - began) is False:
@@ -179,11 +126,12 @@ class MatrixFactorization:
         """The n best items for each user, by their own id; for one that is not known, the best on average.
 
         Raises:
-            ValueError: n is less than 1.
+            ValueError: n is less than 1, or users are one text.
         """
         data, t = self._fitted().interactions, self.tables
-        if n < 1:
-            raise ValueError(f"recommend: n must be at least 1, got {n}")
+        _check_count("recommend", n)
+        if isinstance(users, str):
+            raise ValueError(f"recommend: users must be a sequence of ids, got {users!r}")
         rows = torch.tensor([data.user_ids.place(user, -1) for user in users], dtype=torch.int64)
         known, row = (rows >= 0), rows.clamp(min=0)
         factors = torch.where(known[:, None], t.user_factors[row], 0.0)
@@ -205,8 +153,9 @@ class MatrixFactorization:
         """The n items whose factors point most nearly the way of an item's, with their cosines.
 
         Raises:
-            ValueError: the item is not known.
+            ValueError: the item is not known, or n is less than 1.
         """
+        _check_count("similar_items", n)
         data = self._fitted().interactions
         row = data.item_ids.internal([item], "item")
         unit = torch.nn.functional.normalize(self.tables.item_factors, dim=1)
@@ -219,22 +168,25 @@ class MatrixFactorization:
         """The n of a user's ratings that speak most for an item, with what each adds to its score.
 
         Raises:
-            ValueError: the user or the item is not known.
+            ValueError: the user or the item is not known, or n is less than 1.
         """
+        _check_count("explain", n)
         data = self._fitted().interactions
         row = data.user_ids.internal([user], "user")[0]
         column = int(data.item_ids.internal([item], "item")[0])
         chosen = data.users == row
         zeros = torch.zeros(int(chosen.sum()), dtype=torch.int64)
-        mine = Rows.of(zeros, data.items[chosen], data.ratings[chosen], None, 1)
+        weights = None if data.weights is None else data.weights[chosen]
+        mine = Rows.of(zeros, data.items[chosen], data.ratings[chosen], weights, 1)
         items, parts = fold_in.contributions(self.tables, mine, column, self.config)
         best = parts.argsort(descending=True, stable=True)[:n]
         return self._named(items[best], parts[best])
 
-    def partial_fit(self, interactions: Interactions) -> MatrixFactorization:
+    def partial_fit(self, interactions: Any) -> MatrixFactorization:
         """Takes in users and items that come new with these ratings; those known already stay as they are."""
         self._fitted()
-        found = fold_in.folded_in(self.tables, self.interactions, interactions, self.config)
+        new = interactions_of(interactions)
+        found = fold_in.folded_in(self.tables, self.interactions, new, self.config)
         self.tables, self.interactions = found
         return self
 
@@ -296,3 +248,8 @@ class MatrixFactorization:
         data = self.interactions
         found = [(i, s) for i, s in zip(items.tolist(), scores.tolist(), strict=True) if i >= 0]
         return [Recommendation(data.item_ids.names[i], data.title(i), s) for i, s in found]
+
+
+def _check_count(what: str, n: int) -> None:
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"{what}: n must be at least 1, got {n}")
