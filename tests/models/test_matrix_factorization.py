@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lspm_models.data.interactions import Interactions
+from lspm_models.models.cold_start import UNBIASED
 from lspm_models.models.factor_methods import METHODS
 from lspm_models.models.factorization_config import DEFAULTS, MatrixFactorizationConfig
 from lspm_models.models.matrix_factorization import MatrixFactorization, Recommendation
@@ -175,14 +176,22 @@ def test_singular_vectors_are_those_of_the_centred_matrix():
 
 
 def test_strangers_get_what_is_known(fitted):
-    model, _ = fitted
-    t = model.tables
-    unknown = torch.tensor([-1])
-    expected = t.mean if model.implicit else min(max(t.mean, model.interactions.scale[0]), 5)
-    assert model.predict(unknown, unknown).item() == pytest.approx(expected)
-    found = model.recommend(["nobody"], 3)[0]
-    best = t.item_bias.topk(3).values + t.mean
-    assert [r.score for r in found] == pytest.approx(best.tolist(), abs=1e-6)
+    """The mean and biases, or, where these are none, what users and items have on average."""
+    model, test = fitted
+    t, unknown = model.tables, torch.tensor([-1])
+    average = [torch.zeros(1, f.shape[1]) for f in (t.user_factors, t.item_factors)]
+    if model.config.method in UNBIASED:
+        # Weights hardly differ here, where everybody has some 25 ratings.
+        average = [f.mean(0, keepdim=True) for f in (t.user_factors, t.item_factors)]
+    lowest, highest = (-math.inf, math.inf) if model.implicit else model.interactions.scale
+    expected = (t.mean + average[0] @ average[1].T).clamp(lowest, highest).item()
+    assert model.predict(unknown, unknown).item() == pytest.approx(expected, abs=0.05)
+    scores = t.mean + t.item_bias + (average[0] @ t.item_factors.T)[0]
+    items = test.items[:9]
+    found = model.predict(unknown.expand(9), items)
+    torch.testing.assert_close(found, scores[items].clamp(lowest, highest), atol=0.05, rtol=0)
+    best = [r.score for r in model.recommend(["nobody"], 3)[0]]
+    assert best == pytest.approx(scores.topk(3).values.tolist(), abs=0.05)
 
 
 def test_weights_count():

@@ -18,7 +18,7 @@ from lspm_models.data.interaction_store import load_interactions, save_interacti
 from lspm_models.data.interactions import Interactions, offsets_of
 from lspm_models.data.interactions_of import interactions_of
 from lspm_models.files import remove, replaced
-from lspm_models.models import fold_in
+from lspm_models.models import cold_start, fold_in
 from lspm_models.models.factor_methods import IMPLICIT, METHODS, Rows, Tables
 from lspm_models.models.factorization_config import MatrixFactorizationConfig
 
@@ -43,6 +43,7 @@ class MatrixFactorization:
         self.interactions: Interactions | None = None
         self.tables: Tables | None = None
         self.epochs_done = 0
+        self._cold: tuple[tuple, Tables] | None = None
 
     @property
     def implicit(self) -> bool:
@@ -97,45 +98,43 @@ class MatrixFactorization:
     def predict(self, users: Tensor, items: Tensor) -> Tensor:
         """Ratings of pairs of internal ids, (N,) int64 each, -1 for one that is not known.
 
-        What is not known of a pair is left out, down to the mean alone. Ratings stay within the scale; of an
-        implicit method these are scores.
+        Whoever has no rating is as those with like features are; of whom nothing is known, only the mean and
+        the other side's bias count, or to nmf and implicit-als the average row. Ratings stay within the
+        scale; of an implicit method these are scores.
         """
-        t = self._fitted().tables
-        known_user, known_item = users >= 0, items >= 0
-        u, i = users.clamp(min=0), items.clamp(min=0)
-        found = torch.full((len(users),), t.mean)
-        found += torch.where(known_user, t.user_bias[u], 0.0)
-        found += torch.where(known_item, t.item_bias[i], 0.0)
-        both = (known_user & known_item).nonzero()[:, 0]
-        found[both] += lspm_kernels.mf(t.user_factors, t.item_factors, u[both], i[both])
+        t = self._with_cold()
+        u, i = users % len(t.user_bias), items % len(t.item_bias)  # -1 is the last row, a stranger's
+        biases = {"user_bias": t.user_bias, "item_bias": t.item_bias, "mean": t.mean}
+        found = lspm_kernels.mf(t.user_factors, t.item_factors, u, i, **biases)
         return found if self.implicit else found.clamp(*self.interactions.scale)
 
     def scores(self, users: Tensor) -> Tensor:
         """Scores of the whole catalogue, (B, I), for internal ids (B,)."""
-        t = self._fitted().tables
-        return t.user_factors[users] @ t.item_factors.T + t.item_bias + t.user_bias[users][:, None] + t.mean
+        factors, of_items, bias = self.products(users)
+        t = self._with_cold()
+        return factors @ of_items.T + bias + t.user_bias[users][:, None] + t.mean
 
     def products(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Factors (B, K) of users and (I, K) of all items, and what an item's scores have beside products."""
-        t = self._fitted().tables
-        return t.user_factors[users], t.item_factors, t.item_bias
+        t = self._with_cold()
+        return t.user_factors[users], t.item_factors[:-1], t.item_bias[:-1]
 
     def recommend(
         self, users: Sequence, n: int = 10, *, filter_seen: bool = True
     ) -> list[list[Recommendation]]:
-        """The n best items for each user, by their own id; for one that is not known, the best on average.
+        """The n best items for each user, by their own id; one without a rating is as predict() has it.
 
         Raises:
             ValueError: n is less than 1, or users are one text.
         """
-        data, t = self._fitted().interactions, self.tables
+        t, data = self._with_cold(), self.interactions
         _check_count("recommend", n)
         if isinstance(users, str):
             raise ValueError(f"recommend: users must be a sequence of ids, got {users!r}")
         rows = torch.tensor([data.user_ids.place(user, -1) for user in users], dtype=torch.int64)
         known, row = (rows >= 0), rows.clamp(min=0)
-        factors = torch.where(known[:, None], t.user_factors[row], 0.0)
-        bases = t.mean + torch.where(known, t.user_bias[row], 0.0)
+        factors, of_items, item_bias = self.products(rows)
+        bases = t.mean + t.user_bias[rows]
         indptr = indices = None
         if filter_seen:
             seen = Rows.of(data.users, data.items, data.ratings, None, len(data.user_ids))
@@ -144,7 +143,7 @@ class MatrixFactorization:
             indptr = offsets_of(torch.tensor([len(part) for part in parts], dtype=torch.int64))
             indices = torch.cat([*parts, seen.indices[:0]]).long()
         scores, items = lspm_kernels.top_k_scores(
-            factors, t.item_factors, min(n, len(data.item_ids)), item_bias=t.item_bias,
+            factors, of_items, min(n, len(data.item_ids)), item_bias=item_bias,
             exclude_indptr=indptr, exclude_indices=indices,
         )  # fmt: skip
         return [self._named(i, s + base) for i, s, base in zip(items, scores, bases, strict=True)]
@@ -158,7 +157,7 @@ class MatrixFactorization:
         _check_count("similar_items", n)
         data = self._fitted().interactions
         row = data.item_ids.internal([item], "item")
-        unit = torch.nn.functional.normalize(self.tables.item_factors, dim=1)
+        unit = torch.nn.functional.normalize(self._with_cold().item_factors[:-1], dim=1)
         scores, items = lspm_kernels.top_k_scores(
             unit[row], unit, min(n, len(unit)), exclude_indptr=torch.tensor([0, 1]), exclude_indices=row
         )
@@ -183,7 +182,10 @@ class MatrixFactorization:
         return self._named(items[best], parts[best])
 
     def partial_fit(self, interactions: Any) -> MatrixFactorization:
-        """Takes in users and items that come new with these ratings; those known already stay as they are."""
+        """Takes in users and items that come new with these ratings; those known already stay as they are.
+
+        Who has no rating of somebody known is placed by features, where the model has such as well.
+        """
         self._fitted()
         new = interactions_of(interactions)
         found = fold_in.folded_in(self.tables, self.interactions, new, self.config)
@@ -238,6 +240,13 @@ class MatrixFactorization:
             raise ValueError(f"mf: {folder} must have a row for every user and item, got {rows}")
         model.interactions = interactions
         return model
+
+    def _with_cold(self) -> Tables:
+        """The tables with rows for who has no rating, and strangers' behind them."""
+        key = self._fitted().tables, self.interactions, self.epochs_done
+        if self._cold is None or any(a is not b for a, b in zip(key, self._cold[0], strict=True)):
+            self._cold = key, cold_start.filled(self.tables, self.interactions, self.config.method)
+        return self._cold[1]
 
     def _fitted(self) -> MatrixFactorization:
         if self.tables is None:
