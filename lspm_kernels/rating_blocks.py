@@ -16,6 +16,8 @@ _PARTS = 8
 # Rows side by side go to one part, where there are many: their biases are one cache line, which two threads
 # would else take from each other at every rating, and their factors lie in fewer pages.
 _SIDE_BY_SIDE, _LEAST_GROUPS = 16, 16
+# Of few items in a part, bpr_ would find none that the user has not seen: of one, it would learn nothing.
+_LEAST_TO_DRAW_FROM = 16
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,11 @@ def rating_blocks(
 def parts_on_gpu(users: int, items: int) -> int:
     """Parts of either side for a GPU, whose blocks all work at once: from 8 for small tables to 64."""
     return min(max((users + items) // 2048, _PARTS), 64)
+
+
+def parts_to_draw_from(items: int, most: int = _PARTS) -> int:
+    """Parts of either side for bpr_, which draws from one: at most so many, of 16 items or more if it can."""
+    return max(1, min(most, items // _LEAST_TO_DRAW_FROM))
 
 
 def _parts(ids: Tensor, size: int, grid: int, generator: torch.Generator | None) -> Tensor:

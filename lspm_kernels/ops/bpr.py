@@ -8,7 +8,7 @@ from torch import Tensor
 from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import InPlaceOperator
-from lspm_kernels.rating_blocks import RatingBlocks, parts_on_gpu, rating_blocks
+from lspm_kernels.rating_blocks import RatingBlocks, parts_on_gpu, parts_to_draw_from, rating_blocks
 from lspm_kernels.reference import bpr as reference
 
 _IN_REGISTERS = Limit("at most 512 factors", lambda p: p.shape[1] <= 512, lambda p: p.shape[1])
@@ -58,7 +58,8 @@ def bpr_(
 
     all from the values before. As mf_sgd_ it goes through the blocks of a Latin square, with the same bits on
     any number of threads. Item j is drawn from those of i's part of the square alone: give other blocks at
-    times, by rating_blocks(seed=...), so that every item meets every other.
+    times, by rating_blocks(seed=...), so that every item meets every other, and of few items fewer parts: of
+    pairs without blocks, a part has 16 items or more if there are as many.
 
     Args:
         user_factors, item_factors: (U, K) and (I, K) float32, contiguous.
@@ -144,7 +145,7 @@ def _blocks(users, items, sizes):
             if not isinstance(t, Tensor):
                 raise ValueError(f"bpr_: {name} must be a tensor, got {type(t).__name__}")
         pairs = users.cpu(), items.cpu(), torch.ones(users.shape, device="cpu")
-        grid = parts_on_gpu(*sizes) if users.is_cuda else None
+        grid = parts_to_draw_from(sizes[1], *([parts_on_gpu(*sizes)] if users.is_cuda else []))
         return rating_blocks(*pairs, num_users=sizes[0], num_items=sizes[1], grid=grid).to(users.device)
     if items is not None:
         raise ValueError("bpr_: items must be None beside RatingBlocks, which hold them")
@@ -165,6 +166,15 @@ def _seen(seen, users):
     if indptr[0] != 0 or indptr[-1] != indices.numel() or (indptr.diff() < 0).any():
         rule = f"ascend from 0 to seen[1]'s {indices.numel()} elements"
         raise ValueError(f"bpr_: seen[0] must {rule}, got {indptr[0]} to {indptr[-1]}")
+    if not checks.readable(indices):
+        return indptr.contiguous(), indices.contiguous()
+    falls = indices.diff() < 0
+    begins = indptr[(indptr > 0) & (indptr < indices.numel())]
+    falls[begins - 1] = False
+    if falls.any():
+        place = int(falls.nonzero()[0])
+        got = f"{indices[place]} before {indices[place + 1]}"
+        raise ValueError(f"bpr_: seen[1] must ascend among the items of a user, got {got}")
     return indptr.contiguous(), indices.contiguous()
 
 

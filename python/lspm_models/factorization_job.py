@@ -14,8 +14,9 @@ from lspm_models.data.interactions import Interactions
 from lspm_models.data.ratings import RatingConfig, prepare_ratings
 from lspm_models.files import remove
 from lspm_models.interruption import Interruption
-from lspm_models.models.factor_methods import IMPLICIT, METHODS
-from lspm_models.models.matrix_factorization import MatrixFactorization, MatrixFactorizationConfig
+from lspm_models.models.factor_methods import IMPLICIT, METHODS, UNWEIGHTED
+from lspm_models.models.factorization_config import MatrixFactorizationConfig
+from lspm_models.models.matrix_factorization import MatrixFactorization
 from lspm_models.options import Parser, errors_in_one_line, fail, option
 from lspm_models.progress import Progress, duration
 from lspm_models.recommender_metrics import mae, rmse
@@ -107,6 +108,8 @@ class FactorizationJob:
             model.config = epochs
         config = model.config
         run.report(f"model      {config.method}, {config.factors} factors, {config.epochs} epochs\n")
+        if training.weights is not None and config.method in UNWEIGHTED:
+            run.report(f"weights    are left out: {config.method} takes each rating as one\n")
         progress, began = Progress(run.report, unit="rating"), time.monotonic()
         every = max(1, config.epochs // REPORTS)
 

@@ -110,6 +110,15 @@ def test_it_recommends_what_is_new_to_the_user(run, trained, method):
     assert torch.allclose(scores, scores.sort(descending=True).values)
 
 
+@pytest.mark.parametrize("method", ["bpr", "implicit-als"])
+def test_it_says_that_counts_are_left_out(run, tmp_path, method):
+    (tmp_path / "plays.csv").write_text("user,item,count\na,x,9\na,y,1\nb,x,2\nb,z,4\nc,y,3\n")
+    options = ("--method", method, "--data", tmp_path / "plays.csv", *EPOCHS, "--out", tmp_path / "run")
+    code, said, err = run(recommend, "train", "--model", "mf", *options)
+    assert (code, err) == (0, "")
+    assert ("weights    are left out: bpr takes each rating as one\n" in said) == (method == "bpr")
+
+
 @pytest.mark.parametrize("method", ["sgd", "bpr"])
 def test_it_says_how_good_it_is(run, trained, method):
     path = trained[method][0]

@@ -29,6 +29,8 @@ EXPECTED = [("7", "x", 4.0), ("8", "y", 2.5), ("7", "y", 1.0), ("7", "x", 5.0)]
         "7 x 4 10\n8 y 2.5 11\n\n7 y 1 12\r\n7 x 5 13\n",
         "userId,movieId,rating,timestamp\n7,x,4,10\n8,y,2.5,11\n7,y,1,12\n7,x,5,13\n",
         "stars;time;user;item\n4;10;7;x\n2.5;11;8;y\n1;12;7;y\n5;13;7;x\n",
+        '"user"\t"item"\t"stars"\t"date"\n"7"\t"x"\t4\t1970-01-01T00:00:10\n8\ty\t2.5\t11\n7\ty\t1\t12\n7\tx\t5\t13\n',
+        "user,item,rating,time\r7,x,4,1970-01-01 01:00:10+01:00\r8,y,2.5,11\r7,y,1,12\r7,x,5,13\r",
         "\ufeffrating:float|item_id:token|user_id:token|timestamp:float\n4|x|7|10\n2.5|y|8|11\n1|y|7|12\n5|x|7|13",
     ],
 )
@@ -52,10 +54,15 @@ def test_columns_by_name_and_quotes(tmp_path):
     with pytest.raises(ValueError) as error:
         read_interactions(path, columns={"user": "hwo"})
     assert str(error.value) == f"ratings: {path} must have a column 'hwo', got who, what, n"
-    with pytest.raises(ValueError) as error:
-        read_interactions(path, columns={"usr": "who"})
     message = "ratings: columns must be of user, item, rating, weight, timestamp, got 'usr'"
-    assert str(error.value) == message
+    for read, source in ((read_interactions, path), (from_frame, {"user": [1], "item": [2]})):
+        with pytest.raises(ValueError) as error:
+            read(source, columns={"usr": "who"})
+        assert str(error.value) == message
+    with pytest.raises(
+        ValueError, match=r"must have columns of their own for user and item, got 'n' for both"
+    ):
+        read_interactions(path, columns={"user": "n", "item": "n"})
 
 
 GOOD = "user\titem\trating\n1\t2\t3\n1\t3\t4\n"
@@ -76,6 +83,14 @@ GOOD = "user\titem\trating\n1\t2\t3\n1\t3\t4\n"
         (GOOD + "1\t2\tgood\n", "r.tsv, line 4: rating must be a finite number, got 'good'"),
         (GOOD + "1\t2\tnan\n", "r.tsv, line 4: rating must be a finite number, got 'nan'"),
         (GOOD + "1\t2\tinf\n", "r.tsv, line 4: rating must be a finite number, got 'inf'"),
+        (GOOD + "1\t2\t1_0\n", "r.tsv, line 4: rating must be a finite number, got '1_0'"),
+        (GOOD + "1\t2\t1e39\n", "r.tsv, line 4: rating must be a number that float32 holds, got 1e39"),
+        (
+            "user\titem\ttime\n1\t2\t2001-02-30\n",
+            "r.tsv, line 2: timestamp must be a finite number, got '2001-02-30'",
+        ),
+        (f"user,item,rating\n{'x' * 150_000},2,3\n", "r.tsv, line 2: columns must be 3, got 1"),
+        ("\0\1\n", "r.tsv must have a column for the user, got ??"),
         (GOOD + "1\t-2\t3\n", "r.tsv, line 4: id must be 0 or greater, got -2"),
         (GOOD + "\n\t2\t3\n", "r.tsv, line 5: id must be a whole number or a text, got ''"),
         ("user\titem\tweight\n1\t2\t-1\n", "r.tsv, line 2: weight must be 0 or greater, got -1"),
@@ -112,6 +127,12 @@ def test_bad_lines_may_be_left_out_and_are_counted(tmp_path):
             lambda p: (p / "r.csv.gz").write_bytes(b"no") and p / "r.csv.gz",
             r"must be a whole gzip file, got ",
         ),
+        (
+            lambda p: (
+                (p / "r.csv.gz").write_bytes(gzip.compress(b"1,2,3\n")[:10] + b"\xff" * 9) and p / "r.csv.gz"
+            ),
+            r"must be a whole gzip file, got Error -3",
+        ),
     ],
 )
 def test_a_source_that_is_none(tmp_path, make, message):
@@ -135,6 +156,9 @@ def test_movielens_without_its_package(monkeypatch):
         (([1, 2], [1, 2], [3]), "ratings must be as many as users, 2, got 1"),
         (([1, -2], [1, 2], [3, 3]), "users[1]: id must be 0 or greater, got -2"),
         (([1, 2], [1, float("nan")], [3, 3]), "items[1]: id must be a whole number or a text, got nan"),
+        (([1, [2]], [1, 2], [3, 3]), "users[1]: id must be a whole number or a text, got [2]"),
+        (([1, 2], [1, 2], [[3], [3]]), "ratings must be of one dimension, got (2, 1)"),
+        (([1, 2], [1, 2], [3, 1e39]), "ratings[1] must be a number that float32 holds, got 1e+39"),
         (([1, 2], [1, 2], [3, float("nan")]), "ratings[1] must be a finite number, got nan"),
         (([1, 2], [1, 2], [3, 3], [1, -1]), "weights[1] must be a finite number of 0 or more, got -1.0"),
         (([1, 2], [1, 2], [3, 3], None, [1, np.inf]), "timestamps[1] must be a finite number, got inf"),
@@ -146,6 +170,11 @@ def test_arrays_are_checked(columns, message):
     assert str(error.value) == f"interactions: {message}"
 
 
+def test_what_is_no_number_is_refused():
+    with pytest.raises(ValueError, match=r"^interactions: ratings must be numbers, got others: .*'good'"):
+        Interactions.from_arrays([1, 2], [1, 2], ["good", 3])
+
+
 def test_ids_go_both_ways():
     found = Interactions.from_arrays(np.array([30, 5, 30]), ["b", "a", "b"], torch.tensor([1.0, 2, 3]))
     assert (found.users.tolist(), found.items.tolist()) == ([0, 1, 0], [0, 1, 0])
@@ -155,7 +184,8 @@ def test_ids_go_both_ways():
     with pytest.raises(ValueError, match=r"^user must be one of the 2 known, got '6'$"):
         found.user_ids.internal([6], "user")
     ids = Ids()
-    assert [ids.add(name) for name in (3.0, 3, "3", "x")] == [0, 0, 0, 1]
+    assert [ids.add(name) for name in (3.0, 3, "3", "x", np.int64(4))] == [0, 0, 0, 1, 2]
+    assert [type(name) for name in ids.names] == [int, str, int]  # which JSON keeps
     offsets, places = found.by_user()
     assert (offsets.tolist(), places.tolist(), found.popularity().tolist()) == ([0, 2, 3], [0, 2, 1], [2, 1])
 
@@ -219,6 +249,15 @@ def test_frames(tmp_path):
     found = from_frame(frame)
     assert triples(found) == triples(from_frame(columns))
     assert found.timestamps[0] == 978307200
+    zoned = frame.assign(timestamp=pandas.Timestamp("2001-01-01 01:00", tz="Europe/Vienna"))
+    assert from_frame(zoned).timestamps[0] == 978307200
+    zoned.loc[1, "timestamp"] = None
+    with pytest.raises(ValueError, match=r"timestamps\[1\] must be a finite number, got nan$"):
+        from_frame(zoned)
+    texts = frame.astype({"user_id": "string"})
+    texts.loc[2, "user_id"] = pandas.NA
+    with pytest.raises(ValueError, match=r"users\[2\]: id must be a whole number or a text, got <NA>$"):
+        from_frame(texts)
     frame.loc[3, "user_id"] = None
     with pytest.raises(
         ValueError, match=r"^ratings: frame: interactions: users\[3\]: id must be .*, got nan$"
@@ -235,10 +274,9 @@ def test_parquet(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     users, items, ratings, _ = tastes()
-    parquet.write_table(
-        pyarrow.table({"user": users, "item": items, "stars": ratings}), tmp_path / "r.parquet"
-    )
-    found = read_interactions(tmp_path / "r.parquet")
-    assert triples(found) == triples(Interactions.from_arrays(users, items, ratings))
+    table = pyarrow.table({"user": users, "item": items, "stars": ratings})
+    parquet.write_table(table, tmp_path / "r.parquet")
+    for found in (read_interactions(tmp_path / "r.parquet"), from_frame(table)):
+        assert triples(found) == triples(Interactions.from_arrays(users, items, ratings))
     with pytest.raises(ValueError, match=r"^ratings: .*no\.parquet must be a parquet file, got "):
         read_interactions(tmp_path / "no.parquet")

@@ -7,13 +7,10 @@ import pytest
 import torch
 
 from lspm_models.data.interactions import Interactions
+from lspm_models.models.cold_start import UNBIASED
 from lspm_models.models.factor_methods import METHODS
-from lspm_models.models.matrix_factorization import (
-    DEFAULTS,
-    MatrixFactorization,
-    MatrixFactorizationConfig,
-    Recommendation,
-)
+from lspm_models.models.factorization_config import DEFAULTS, MatrixFactorizationConfig
+from lspm_models.models.matrix_factorization import MatrixFactorization, Recommendation
 
 EXPLICIT, IMPLICIT = ("sgd", "als", "nmf", "svd"), ("bpr", "implicit-als")
 USERS, ITEMS = 60, 40
@@ -179,14 +176,22 @@ def test_singular_vectors_are_those_of_the_centred_matrix():
 
 
 def test_strangers_get_what_is_known(fitted):
-    model, _ = fitted
-    t = model.tables
-    unknown = torch.tensor([-1])
-    expected = t.mean if model.implicit else min(max(t.mean, model.interactions.scale[0]), 5)
-    assert model.predict(unknown, unknown).item() == pytest.approx(expected)
-    found = model.recommend(["nobody"], 3)[0]
-    best = t.item_bias.topk(3).values + t.mean
-    assert [r.score for r in found] == pytest.approx(best.tolist(), abs=1e-6)
+    """The mean and biases, or, where these are none, what users and items have on average."""
+    model, test = fitted
+    t, unknown = model.tables, torch.tensor([-1])
+    average = [torch.zeros(1, f.shape[1]) for f in (t.user_factors, t.item_factors)]
+    if model.config.method in UNBIASED:
+        # Weights hardly differ here, where everybody has some 25 ratings.
+        average = [f.mean(0, keepdim=True) for f in (t.user_factors, t.item_factors)]
+    lowest, highest = (-math.inf, math.inf) if model.implicit else model.interactions.scale
+    expected = (t.mean + average[0] @ average[1].T).clamp(lowest, highest).item()
+    assert model.predict(unknown, unknown).item() == pytest.approx(expected, abs=0.05)
+    scores = t.mean + t.item_bias + (average[0] @ t.item_factors.T)[0]
+    items = test.items[:9]
+    found = model.predict(unknown.expand(9), items)
+    torch.testing.assert_close(found, scores[items].clamp(lowest, highest), atol=0.05, rtol=0)
+    best = [r.score for r in model.recommend(["nobody"], 3)[0]]
+    assert best == pytest.approx(scores.topk(3).values.tolist(), abs=0.05)
 
 
 def test_weights_count():
@@ -199,13 +204,53 @@ def test_weights_count():
     found = [MatrixFactorization(config).fit(d) for d in (weighted, repeated)]
     pair = torch.tensor([0, 1]), torch.tensor([0, 1])
     torch.testing.assert_close(*(m.predict(*pair) for m in found))
+    parts = [sum(r.score for r in m.explain("a", "x")) for m in found]
+    assert parts[0] == pytest.approx(parts[1], rel=1e-4)
+
+
+def test_weights_are_counts_to_implicit_feedback_and_left_out_by_ranking():
+    users, items = ["a", "a", "b", "b"], ["x", "y", "x", "z"]
+    counts = [9.0, 1.0, 2.0, 4.0]
+    columns = {"ratings": (users, items, counts), "weights": (users, items, None, counts)}
+    found = {}
+    for method, (what, given) in itertools.product(METHODS, columns.items()):
+        found[method, what] = MatrixFactorization(small(method, factors=2, epochs=3)).fit(
+            Interactions.from_arrays(*given)
+        )
+    pair = torch.tensor([0, 1, 0]), torch.tensor([0, 1, 2])
+    predicted = {key: model.predict(*pair) for key, model in found.items()}
+    assert torch.equal(predicted["implicit-als", "ratings"], predicted["implicit-als", "weights"])
+    explained = [found["implicit-als", what].explain("a", "z") for what in columns]
+    assert explained[0] == explained[1]
+    assert torch.equal(predicted["bpr", "ratings"], predicted["bpr", "weights"])
+    weighted = Interactions.from_arrays(users, items, [5.0, 1, 4, 2], counts)
+    model = MatrixFactorization(small("sgd", epochs=1)).fit(weighted)
+    assert model.tables.mean == pytest.approx(
+        sum(c * r for c, r in zip(counts, [5, 1, 4, 2], strict=True)) / 16
+    )
+
+
+def test_a_few_items_are_ranked_too():
+    """As many as a Latin square has parts, so that every item would be alone in its part."""
+    users, items = torch.arange(40).repeat_interleave(3), torch.tensor([0, 2, 4]).repeat(40)
+    losses = []
+    model = MatrixFactorization(small("bpr", factors=2))
+    model.fit((users, items + users % 2), lambda epoch, loss, seconds: losses.append(loss))
+    assert losses[-1] < 0.5 < losses[0]
 
 
 MISUSES = {
     "method must be one of sgd, als, implicit-als, nmf, bpr, svd, got 'magic'": {"method": "magic"},
     "factors must be at least 1, got 0": {"factors": 0},
     "epochs must be at least 1, got -1": {"epochs": -1},
+    "factors must be a whole number, got 1.5": {"factors": 1.5},
+    "seed must be at least 0, got -1": {"seed": -1},
     "lr must be positive, got 0": {"lr": 0},
+    "lr must be a number, got '1'": {"lr": "1"},
+    "alpha must be positive, got nan": {"alpha": math.nan},
+    "reg must be finite and at least 0, got -1": {"reg": -1, "method": "svd"},
+    "weighted_reg must be finite and at least 0, got nan": {"weighted_reg": math.nan},
+    "solver must be one of cholesky, cg, got 'lu'": {"solver": "lu"},
     "std must be positive, got inf": {"std": math.inf},
 }
 
@@ -224,10 +269,17 @@ def test_bad_use():
     with pytest.raises(ValueError, match="mf: ratings must be at least 0 for nmf, got -1"):
         model.fit(Interactions.from_arrays(["a"], ["x"], [-1.0]))
     with pytest.raises(FloatingPointError, match=r"mf: RMSE while training of epoch \d+ must be finite"):
-        MatrixFactorization(small("sgd", lr=50.0)).fit(interactions())
+        (diverged := MatrixFactorization(small("sgd", lr=50.0))).fit(interactions())
+    with pytest.raises(ValueError, match="mf: the model must be fitted before it is used"):
+        diverged.recommend(["user1"])
     model = MatrixFactorization(small("sgd", epochs=1)).fit(interactions())
-    with pytest.raises(ValueError, match="recommend: n must be at least 1, got 0"):
-        model.recommend(["user1"], 0)
+    for ask in (model.recommend, model.similar_items, lambda item, n: model.explain("user1", item, n)):
+        with pytest.raises(
+            ValueError, match=r"^(recommend|similar_items|explain): n must be at least 1, got 0"
+        ):
+            ask("item1", 0)
+    with pytest.raises(ValueError, match="recommend: users must be a sequence of ids, got 'user1'"):
+        model.recommend("user1")
     with pytest.raises(ValueError, match="item must be one of the 40 known, got 'none such'"):
         model.similar_items("none such")
     with pytest.raises(ValueError, match="user must be one of the 60 known, got 'nobody'"):

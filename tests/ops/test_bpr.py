@@ -111,6 +111,16 @@ def test_a_user_who_has_seen_all_is_skipped():
         assert torch.equal(a, b)
 
 
+@pytest.mark.every_backend
+def test_of_few_items_others_are_drawn_too():
+    """No more items than a square has parts otherwise, in each of which an item would be alone."""
+    users, items = torch.arange(6).repeat(50), torch.arange(300) % 6
+    tables, _, _ = problem(users=6, items=6)
+    loss, skipped = lk.bpr_(*tables, users, items, seen=seen_by(users, items, 6), lr=0.01)
+    assert loss > 0
+    assert skipped < 3  # (1 / 6) ** 8 of them
+
+
 def test_other_blocks_bring_other_items_together():
     _, users, items = problem(count=2000)
     together = Counter()
@@ -176,6 +186,10 @@ MISUSES = {
     "seen[1] must be a vector of torch.int32, got (0,) torch.int64": (
         (P, Q, B, *PAIRS),
         {"seen": (EMPTY[0], EMPTY[1].long())},
+    ),
+    "seen[1] must ascend among the items of a user, got 3 before 1": (
+        (P, Q, B, *PAIRS),
+        {"seen": (torch.tensor([0, 2, 2, 4, 4]), torch.tensor([2, 4, 3, 1], dtype=torch.int32))},
     ),
     "seen[0] must ascend from 0 to seen[1]'s 0 elements, got 0 to 2": (
         (P, Q, B, *PAIRS),

@@ -6,10 +6,12 @@ import csv
 import gzip
 import math
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 TYPED = re.compile(r"(.+):(token|token_seq|float|float_seq)")  # RecBole's names of columns
+QUOTED = re.compile(r'^"([^"]*)"$')
 SEPARATORS = ("\t", "::", ";", ",", "|")
 
 
@@ -19,9 +21,9 @@ def plain(name: str) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Tells whether a cell is a finite number."""
+    """Tells whether a cell is a finite number; 1_000 is one in Python alone."""
     try:
-        return math.isfinite(float(text))
+        return math.isfinite(float(text)) and "_" not in text
     except ValueError:
         return False
 
@@ -37,9 +39,14 @@ def read_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     separator = next((mark for mark in SEPARATORS if mark in first), None)
 
     def cells(line: str) -> list[str]:
-        if separator in (None, "::", "\t"):
+        if separator in (None, "::"):
             return line.split(separator)
-        return next(csv.reader([line], delimiter=separator))
+        if separator == "\t":  # a quote within a cell is part of it, as in RecBole's titles
+            return [QUOTED.sub(r"\1", cell) for cell in line.split(separator)]
+        try:
+            return next(csv.reader([line], delimiter=separator))
+        except csv.Error:  # a cell of more than 128 KiB
+            return [line]
 
     header = [cell.strip() for cell in cells(first)]
     return header, ((number, cells(line)) for number, line in lines)
@@ -50,12 +57,15 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     opened = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
     with opened as file:
         try:
-            for number, raw in enumerate(file, 1):
-                try:
-                    line = raw.decode("utf-8-sig")
-                except UnicodeDecodeError:
-                    line = raw.decode("latin-1")
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-        except (gzip.BadGzipFile, EOFError) as error:
+            number = 0
+            for ended in file:
+                for raw in ended.rstrip(b"\r\n").split(b"\r"):  # which alone ends lines of old Macs
+                    number += 1
+                    try:
+                        line = raw.decode("utf-8-sig")
+                    except UnicodeDecodeError:
+                        line = raw.decode("latin-1")
+                    if line.strip():
+                        yield number, line
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"ratings: {path} must be a whole gzip file, got {error}") from error

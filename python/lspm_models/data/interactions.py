@@ -7,6 +7,7 @@ Internal ids count from 0 in the order in which users and items first occur; tab
 from __future__ import annotations
 
 import hashlib
+import numbers
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from torch import Tensor
 NEGATIVE = re.compile(r"-\d+")
 # A feature that tells nearly every row apart, such as a zip code, is another id and teaches nothing.
 MOST_VALUES = 0.5
+MOST = torch.finfo(torch.float32).max
 
 
 class Ids:
@@ -49,13 +51,13 @@ class Ids:
         if place is None:
             self.check(name)
             place = self._places[text] = len(self.names)
-            self.names.append(name)
+            self.names.append(name if isinstance(name, str | int) else int(name))  # NumPy's
         return place
 
     @staticmethod
     def check(name: Any) -> None:
         """Raises ValueError where a name can be no id."""
-        if name is None or isinstance(name, float) or not str(name):
+        if not isinstance(name, str | numbers.Integral) or not str(name):
             raise ValueError(f"id must be a whole number or a text, got {name!r}")
         if NEGATIVE.fullmatch(str(name)):
             raise ValueError(f"id must be 0 or greater, got {name}")
@@ -269,12 +271,17 @@ def _numbered(known: Ids, what: str, names: Sequence) -> list[int]:
 
 def _finite(what: str, values: Any) -> Tensor:
     """Returns numbers as a tensor: float32, or float64 of times, which need all digits."""
-    found = torch.tensor(np.asarray(values, np.float64))
-    wrong = ~found.isfinite() | (
-        found < 0 if what == "weights" else torch.zeros(len(found), dtype=torch.bool)
-    )
+    try:
+        found = torch.tensor(np.asarray(values, np.float64))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"interactions: {what} must be numbers, got others: {error}") from error
+    if found.dim() != 1:
+        raise ValueError(f"interactions: {what} must be of one dimension, got {tuple(found.shape)}")
+    rule = "a finite number of 0 or more" if what == "weights" else "a finite number"
+    wrong = ~found.isfinite() | ((found < 0) & (what == "weights"))
+    if not wrong.any() and what != "timestamps":
+        wrong, rule = found.abs() > MOST, "a number that float32 holds"
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        rule = "a finite number of 0 or more" if what == "weights" else "a finite number"
         raise ValueError(f"interactions: {what}[{row}] must be {rule}, got {found[row].item()}")
     return found if what == "timestamps" else found.float()

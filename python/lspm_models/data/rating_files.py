@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 
 from lspm_models.data.delimited import TYPED, is_number, plain, read_rows
-from lspm_models.data.interactions import Ids, Interactions
+from lspm_models.data.interactions import MOST, Ids, Interactions
 from lspm_models.data.rating_features import with_features
 
 # What the columns are called where nobody says so, compared in small letters without _, - and spaces.
@@ -53,8 +55,6 @@ def read_interactions(
     """
     path, sides = _found(source)
     columns = dict(columns or {})
-    if unknown := sorted(set(columns) - set(KNOWN)):
-        raise ValueError(f"ratings: columns must be of {', '.join(KNOWN)}, got {unknown[0]!r}")
     if path.suffix == ".parquet":
         found = from_frame(_parquet(path), columns, name=str(path))
     else:
@@ -69,7 +69,7 @@ def read_interactions(
 
 
 def from_frame(frame: Any, columns: dict[str, str] | None = None, *, name: str = "frame") -> Interactions:
-    """Takes ratings out of a pandas data frame, or of a dict of arrays.
+    """Takes ratings out of a pandas data frame, a pyarrow table, or a dict of arrays.
 
     Args:
         frame: columns by name; what is neither user, item, rating, weight nor timestamp is left.
@@ -79,16 +79,24 @@ def from_frame(frame: Any, columns: dict[str, str] | None = None, *, name: str =
     Raises:
         ValueError: a column is missing, or as of Interactions.from_arrays.
     """
-    places = _columns(name, [str(column) for column in frame], columns or {})
-    labels = list(frame)
-    taken = {role: np.asarray(frame[labels[place]]) for role, place in places.items()}
-    if "timestamp" in taken and taken["timestamp"].dtype.kind == "M":
-        taken["timestamp"] = taken["timestamp"].astype("datetime64[ns]").astype(np.int64) / 1e9
+    labels = list(frame.column_names if hasattr(frame, "column_names") else frame)  # pyarrow's, or pandas'
+    places = _columns(name, [str(label) for label in labels], columns or {})
+    taken = {role: _column(frame[labels[place]]) for role, place in places.items()}
     try:
         arguments = (taken.get(role) for role in ("user", "item", "rating", "weight", "timestamp"))
         return Interactions.from_arrays(*arguments)
     except (ValueError, TypeError) as error:
         raise ValueError(f"ratings: {name}: {error}") from error
+
+
+def _column(values: Any) -> np.ndarray:
+    """Returns a column as an array, times as seconds, NaN where there is none."""
+    zoned = getattr(getattr(values, "dtype", None), "tz", None) is not None
+    found = np.asarray(values, "datetime64[ns]" if zoned else None)
+    if found.dtype.kind != "M":
+        return found
+    found = found.astype("datetime64[ns]")
+    return np.where(np.isnat(found), np.nan, found.astype(np.int64) / 1e9)
 
 
 def _found(source: str | Path) -> tuple[Path, dict[str, Path]]:
@@ -120,13 +128,13 @@ NAMED: dict[str, Callable[[], Path]] = {"ml-100k": _movielens}
 
 def _columns(name: str, header: Sequence[str], given: dict[str, str]) -> dict[str, int]:
     """Returns the places of the columns that are there."""
+    if unknown := sorted(set(given) - set(KNOWN)):
+        raise ValueError(f"ratings: columns must be of {', '.join(KNOWN)}, got {unknown[0]!r}")
     plain_names, places = [plain(cell) for cell in header], {}
     for role, candidates in KNOWN.items():
         if role in given:
             if given[role] not in header:
-                raise ValueError(
-                    f"ratings: {name} must have a column {given[role]!r}, got {', '.join(header)}"
-                )
+                raise ValueError(f"ratings: {name} must have a column {given[role]!r}, got {_shown(header)}")
             places[role] = header.index(given[role])
         else:
             found = [plain_names.index(candidate) for candidate in candidates if candidate in plain_names]
@@ -135,9 +143,18 @@ def _columns(name: str, header: Sequence[str], given: dict[str, str]) -> dict[st
     for role in ("user", "item"):
         if role not in places:
             raise ValueError(
-                f"ratings: {name} must have a column for the {role}, got {', '.join(header)}; say which it is"
+                f"ratings: {name} must have a column for the {role}, got {_shown(header)}; say which it is"
             )
+    for role, other in itertools.combinations(given, 2):
+        if given[role] == given[other]:
+            rule = f"have columns of their own for {role} and {other}"
+            raise ValueError(f"ratings: {name} must {rule}, got {given[role]!r} for both")
     return places
+
+
+def _shown(header: Sequence[str]) -> str:
+    """Returns the names of columns for a message, of a file that is no text as well."""
+    return "".join(c if c.isprintable() else "?" for c in ", ".join(header)[:200])
 
 
 def _read_text(path: Path, columns: dict[str, str], skip_bad_lines: bool) -> Interactions:
@@ -148,7 +165,7 @@ def _read_text(path: Path, columns: dict[str, str], skip_bad_lines: bool) -> Int
         places = _columns(str(path), names, columns)
     elif len(header) < 2 or any(map(str.isalpha, map(plain, header[2:]))):
         raise ValueError(
-            f"ratings: {path} must have a column for the user, got {', '.join(header).strip() or 'nothing'}"
+            f"ratings: {path} must have a column for the user, got {_shown(header).strip() or 'nothing'}"
             + ("; say which it is" if len(header) > 1 else "")
         )
     else:
@@ -193,8 +210,12 @@ class _Reader:
             self.numbers[role].append(value)
 
     def _number(self, role: str, text: str) -> float:
+        if role == "timestamp" and (moment := seconds_of(text)) is not None:
+            return moment
         if not is_number(text):
             raise ValueError(f"{role} must be a finite number, got {text.strip()!r}")
+        if role != "timestamp" and abs(float(text)) > MOST:
+            raise ValueError(f"{role} must be a number that float32 holds, got {text.strip()}")
         if role == "weight" and float(text) < 0:
             raise ValueError(f"weight must be 0 or greater, got {text.strip()}")
         return float(text)
@@ -209,6 +230,20 @@ class _Reader:
         weights = columns["weight"].float() if "weight" in columns else None
         times = columns.get("timestamp")
         return Interactions(*places, ratings, *self.ids, weights, times, skipped=self.skipped)
+
+
+def seconds_of(text: str) -> float | None:
+    """Returns the time of a date such as 2020-01-31 or 2020-01-31 09:30, UTC unless it says; None of others.
+
+    20200131 is no date here but a number.
+    """
+    if "-" not in text[1:]:
+        return None
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _parquet(path: Path) -> dict[str, np.ndarray]:

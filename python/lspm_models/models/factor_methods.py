@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 import lspm_kernels
+from lspm_kernels.rating_blocks import parts_to_draw_from
 from lspm_models.data.interactions import Interactions, offsets_of
 
 DAMPING = 10.0  # ratings of the mean that stand beside a user's or item's own in its bias
 OVERSAMPLING = 10  # columns of the random projection beyond those that are kept
 IMPLICIT = ("bpr", "implicit-als")
+UNWEIGHTED = ("bpr", "nmf")
 
 
 @dataclass
@@ -71,6 +73,12 @@ def both_ways(interactions: Interactions, values: Tensor) -> tuple[Rows, Rows]:
     return Rows.of(u, i, values, w, sizes[0]), Rows.of(i, u, values, w, sizes[1])
 
 
+def weighted_ratings(interactions: Interactions) -> Tensor:
+    """Returns how much users chose: ratings, which are 1 in a file of counts, times weights (N,)."""
+    ratings, weights = interactions.ratings, interactions.weights
+    return ratings if weights is None else ratings * weights
+
+
 def mean_and_biases(interactions: Interactions) -> tuple[float, Tensor, Tensor]:
     """Returns the mean, the items' biases from it, and the users' from both, each drawn towards 0."""
     weights = torch.ones(len(interactions)) if interactions.weights is None else interactions.weights
@@ -109,15 +117,18 @@ def sgd(interactions: Interactions, config) -> Method:
         num_users=len(interactions.user_ids), num_items=len(interactions.item_ids),
     )  # fmt: skip
 
+    weights = torch.ones(1) if interactions.weights is None else interactions.weights
+    total = weights.double().expand(len(interactions)).sum().clamp(min=1e-12)
+
     def begin(tables: Tables, generator: torch.Generator) -> None:
-        tables.mean = interactions.ratings.double().mean().item()
+        tables.mean = ((weights * interactions.ratings).double().sum() / total).item()
 
     def epoch(tables: Tables, number: int) -> float:
         loss = lspm_kernels.mf_sgd_(
             *tables.tensors().values(), blocks, mean=tables.mean, lr=config.lr * config.lr_decay**number,
             reg=config.reg, nonnegative=config.nonnegative,
         )  # fmt: skip
-        return (loss.item() / len(interactions)) ** 0.5
+        return (loss.item() / total.item()) ** 0.5
 
     return Method(begin, epoch, "RMSE while training")
 
@@ -127,10 +138,13 @@ def bpr(interactions: Interactions, config) -> Method:
     ones = torch.ones(len(interactions))
     sizes = {"num_users": len(interactions.user_ids), "num_items": len(interactions.item_ids)}
     seen = Rows.of(interactions.users, interactions.items, ones, None, sizes["num_users"])
+    grid = parts_to_draw_from(sizes["num_items"])
 
     def epoch(tables: Tables, number: int) -> float:
         seed = config.seed + number
-        blocks = lspm_kernels.rating_blocks(interactions.users, interactions.items, ones, **sizes, seed=seed)
+        blocks = lspm_kernels.rating_blocks(
+            interactions.users, interactions.items, ones, **sizes, grid=grid, seed=seed
+        )
         loss, skipped = lspm_kernels.bpr_(
             tables.user_factors, tables.item_factors, tables.item_bias, blocks,
             seen=(seen.indptr, seen.indices), lr=config.lr * config.lr_decay**number, reg=config.reg,
@@ -156,7 +170,7 @@ def als(interactions: Interactions, config) -> Method:
 
 def implicit_als(interactions: Interactions, config) -> Method:
     """Alternating least squares on what users chose, with a confidence that grows with the rating."""
-    rows = both_ways(interactions, interactions.ratings)
+    rows = both_ways(interactions, weighted_ratings(interactions))
     return Method(lambda tables, generator: None, _sweeps(*rows, config, implicit=True), "objective")
 
 

@@ -31,7 +31,7 @@ def solved(rows: Rows, other: Tensor, other_bias: Tensor, mean: float, config) -
         factors = torch.zeros(count, other.shape[1])
         reg = config.reg if config.method == "implicit-als" else max(1.0, config.reg)
         options = {"reg": reg, "alpha": config.alpha, "weighted_reg": config.weighted_reg, "implicit": True}
-        lspm_kernels.mf_als_(factors, other, *shape, rows.values, **options)
+        lspm_kernels.mf_als_(factors, other, *shape, chosen_values(rows, config), **options)
         return factors, torch.zeros(count)
     # A step of sgd shrinks factors once for every rating.
     weighted = 1.0 if config.method == "sgd" else config.weighted_reg
@@ -42,6 +42,12 @@ def solved(rows: Rows, other: Tensor, other_bias: Tensor, mean: float, config) -
         found, extended, *shape, values, weight=rows.weights, reg=config.reg, weighted_reg=weighted
     )
     return found[:, :-1].contiguous(), found[:, -1].contiguous()
+
+
+def chosen_values(rows: Rows, config) -> Tensor:
+    """Returns how much each item was chosen, as the method was trained with it."""
+    weighted = config.method == "implicit-als" and rows.weights is not None
+    return rows.values * rows.weights if weighted else rows.values
 
 
 def folded_in(tables: Tables, old: Interactions, new: Interactions, config) -> tuple[Tables, Interactions]:
@@ -70,13 +76,16 @@ def folded_in(tables: Tables, old: Interactions, new: Interactions, config) -> t
 
 
 def joined(old: Interactions, new: Interactions) -> Interactions:
-    """Both, by the ids of old and behind them those that new has besides; who comes new has no features."""
-    ids, internal = [], []
+    """Both, by the ids of old and behind them those that new has besides, with features that old knows."""
+    ids, internal, features = [], [], {}
     for side in ("user", "item"):
         known = Ids(getattr(old, f"{side}_ids").names)
         places = torch.tensor([known.add(name) for name in getattr(new, f"{side}_ids").names])
         ids.append(known)
         internal.append(torch.cat((getattr(old, f"{side}s"), places[getattr(new, f"{side}s")])))
+        count, which = len(getattr(old, f"{side}_ids")), f"{side}_features"
+        comers = places.argsort()[places.sort().values >= count]  # where new has them, in their order
+        features[which] = _longer(getattr(old, which), getattr(new, which), comers, count)
     columns = {"ratings": torch.cat((old.ratings, new.ratings))}
     if old.weights is not None or new.weights is not None:
         weights = (torch.ones(len(d)) if d.weights is None else d.weights for d in (old, new))
@@ -89,8 +98,7 @@ def joined(old: Interactions, new: Interactions) -> Interactions:
         titles = (*titles, *(_title(new, name) for name in added))
     return replace(
         old, users=internal[0], items=internal[1], user_ids=ids[0], item_ids=ids[1], titles=titles, **columns,
-        user_features=_longer(old.user_features, len(ids[0]) - len(old.user_ids)),
-        item_features=_longer(old.item_features, len(ids[1]) - len(old.item_ids)),
+        **features,
     )  # fmt: skip
 
 
@@ -105,13 +113,14 @@ def contributions(tables: Tables, mine: Rows, item: int, config) -> tuple[Tensor
     y, q = tables.item_factors[items].double(), tables.item_factors[item].double()
     reg = config.reg * (len(items) if config.method == "sgd" else len(items) ** config.weighted_reg)
     if config.method in ("bpr", "implicit-als"):
-        confidence = config.alpha * mine.values.double()
+        confidence = config.alpha * chosen_values(mine, config).double()
         everything = tables.item_factors.double()
         matrix = everything.T @ everything + y.T @ (confidence[:, None] * y)
         values = 1 + confidence
     else:
-        matrix = y.T @ y
-        values = mine.values.double() - tables.mean - tables.item_bias[items].double()
+        counts = torch.ones(len(items)) if mine.weights is None or config.method == "nmf" else mine.weights
+        matrix = y.T @ (counts.double()[:, None] * y)
+        values = counts * (mine.values.double() - tables.mean - tables.item_bias[items].double())
     matrix += max(reg, 1e-6) * torch.eye(len(q), dtype=torch.float64)
     return items, (values * (y @ torch.linalg.solve(matrix, q))).float()
 
@@ -120,11 +129,20 @@ def _title(data: Interactions, name: object) -> str:
     return data.title(int(data.item_ids.internal([name])[0]))
 
 
-def _longer(features: Features, more: int) -> Features:
-    """The same with rows behind that nothing is known of."""
-    categories = {
-        name: Categories(c.names, c.values, torch.cat((c.offsets, c.offsets[-1:].expand(more))))
-        for name, c in features.categories.items()
-    }
-    nothing = torch.full((more,), torch.nan)
-    return Features(categories, {name: torch.cat((t, nothing)) for name, t in features.numbers.items()})
+def _longer(old: Features, new: Features, comers: Tensor, count: int) -> Features:
+    """The features of `count` rows, and behind them what new knows of its rows `comers` (M,)."""
+    if not len(comers):
+        return old
+    categories = {}
+    for name, known in old.categories.items():
+        if (there := new.categories.get(name)) is None:
+            offsets = torch.cat((known.offsets, known.offsets[-1:].expand(len(comers))))
+            categories[name] = Categories(known.names, known.values, offsets)
+        else:
+            labels = [known.labels(row) for row in range(count)]
+            categories[name] = Categories.of(labels + [there.labels(row) for row in comers.tolist()])
+    nothing = torch.full((int(comers.max()) + 1,), torch.nan)
+    return Features(
+        categories,
+        {name: torch.cat((t, new.numbers.get(name, nothing)[comers])) for name, t in old.numbers.items()},
+    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,70 +16,11 @@ import lspm_kernels
 from lspm_models.checkpoint import read_state, read_tensors
 from lspm_models.data.interaction_store import load_interactions, save_interactions
 from lspm_models.data.interactions import Interactions, offsets_of
+from lspm_models.data.interactions_of import interactions_of
 from lspm_models.files import remove, replaced
-from lspm_models.models import fold_in
+from lspm_models.models import cold_start, fold_in
 from lspm_models.models.factor_methods import IMPLICIT, METHODS, Rows, Tables
-
-# What does well on MovieLens-100k.
-DEFAULTS = {
-    "sgd": {"factors": 128, "epochs": 100, "lr": 0.01, "lr_decay": 0.98, "reg": 0.09},
-    "als": {"factors": 32, "epochs": 15, "reg": 0.2, "weighted_reg": 1.0},
-    "implicit-als": {"factors": 64, "epochs": 15, "reg": 10.0, "alpha": 1.0},
-    "nmf": {"factors": 4, "epochs": 100, "reg": 0.1},
-    "bpr": {"factors": 64, "epochs": 60, "lr": 0.05, "reg": 0.01},
-    "svd": {"factors": 16, "epochs": 4, "reg": 10.0},
-}
-
-
-@dataclass(frozen=True)
-class MatrixFactorizationConfig:
-    """How to factorise.
-
-    Args:
-        method: sgd, als and svd of ratings, nmf of ratings that are not negative, bpr and implicit-als of
-            what users chose.
-        factors: of each user and item.
-        epochs: passes over the ratings, sweeps, or power iterations of svd.
-        lr: learning rate of sgd and bpr.
-        lr_decay: what lr is multiplied by from epoch to epoch.
-        reg: L2; of svd, of who is folded in later.
-        weighted_reg: als multiplies reg by a row's number of ratings to this power.
-        alpha: what implicit-als multiplies ratings by to get a confidence.
-        solver: of als, "cholesky" or "cg".
-        nonnegative: keeps sgd's factors at 0 and above.
-        std: of the random factors in the beginning.
-        seed: of all that is random.
-    """
-
-    method: str = "sgd"
-    factors: int = 128
-    epochs: int = 100
-    lr: float = 0.01
-    lr_decay: float = 1.0
-    reg: float = 0.1
-    weighted_reg: float = 0.0
-    alpha: float = 1.0
-    solver: str = "cholesky"
-    nonnegative: bool = False
-    std: float = 0.03
-    seed: int = 0
-
-    @classmethod
-    def of(cls, method: str = "sgd", **options) -> MatrixFactorizationConfig:
-        """Returns what does well for a method, with other options where they are given."""
-        if method not in METHODS:
-            raise ValueError(f"mf: method must be one of {', '.join(METHODS)}, got {method!r}")
-        return cls(method=method, **(DEFAULTS[method] | options))
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"mf: method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        for name in ("factors", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"mf: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "lr_decay", "std"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"mf: {name} must be positive, got {getattr(self, name)}")
+from lspm_models.models.factorization_config import MatrixFactorizationConfig
 
 
 class Recommendation(NamedTuple):
@@ -102,6 +43,7 @@ class MatrixFactorization:
         self.interactions: Interactions | None = None
         self.tables: Tables | None = None
         self.epochs_done = 0
+        self._cold: tuple[tuple, Tables] | None = None
 
     @property
     def implicit(self) -> bool:
@@ -109,19 +51,24 @@ class MatrixFactorization:
         return self.config.method in IMPLICIT
 
     def fit(
-        self, interactions: Interactions, callback: Callable[[int, float, float], object] | None = None
+        self, interactions: Any, callback: Callable[[int, float, float], object] | None = None
     ) -> MatrixFactorization:
         """Trains; goes on where a model that was saved between two epochs had come to, with the same bits.
 
         Args:
-            interactions: the ratings.
+            interactions: the ratings: Interactions, or what interactions_of() takes, as a sparse matrix,
+                columns (users, items, ratings[, weights]) or a data frame. Pairs that come twice are kept.
+                Weights are those of errors; implicit-als multiplies ratings by them, so that counts may be
+                either; svd has them in mean and biases alone, nmf and bpr take each rating as one.
             callback: is called after each epoch with its number from 1, its loss and the seconds so far;
                 training stops where it gives False.
 
         Raises:
-            ValueError: nmf is given a negative rating, or implicit-als a negative one.
-            FloatingPointError: the loss is not finite, as where the learning rate is too high.
+            ValueError: the ratings are none, or nmf or implicit-als is given a negative one.
+            FloatingPointError: the loss is not finite, as where the learning rate is too high; the model is
+                then as if it had not been fitted.
         """
+        interactions = interactions_of(interactions)
         if self.config.method in ("nmf", "implicit-als") and interactions.ratings.min() < 0:
             low = interactions.ratings.min().item()
             raise ValueError(f"mf: ratings must be at least 0 for {self.config.method}, got {low:g}")
@@ -141,6 +88,7 @@ class MatrixFactorization:
         for epoch in range(self.epochs_done, self.config.epochs):
             loss = method.epoch(self.tables, epoch)
             if not abs(loss) < float("inf"):
+                self.tables, self.epochs_done = None, 0
                 raise FloatingPointError(f"mf: {method.loss} of epoch {epoch + 1} must be finite, got {loss}")
             self.epochs_done = epoch + 1
             if callback is not None and callback(epoch + 1, loss, time.monotonic() - began) is False:
@@ -150,44 +98,43 @@ class MatrixFactorization:
     def predict(self, users: Tensor, items: Tensor) -> Tensor:
         """Ratings of pairs of internal ids, (N,) int64 each, -1 for one that is not known.
 
-        What is not known of a pair is left out, down to the mean alone. Ratings stay within the scale; of an
-        implicit method these are scores.
+        Whoever has no rating is as those with like features are; of whom nothing is known, only the mean and
+        the other side's bias count, or to nmf and implicit-als the average row. Ratings stay within the
+        scale; of an implicit method these are scores.
         """
-        t = self._fitted().tables
-        known_user, known_item = users >= 0, items >= 0
-        u, i = users.clamp(min=0), items.clamp(min=0)
-        found = torch.full((len(users),), t.mean)
-        found += torch.where(known_user, t.user_bias[u], 0.0)
-        found += torch.where(known_item, t.item_bias[i], 0.0)
-        both = (known_user & known_item).nonzero()[:, 0]
-        found[both] += lspm_kernels.mf(t.user_factors, t.item_factors, u[both], i[both])
+        t = self._with_cold()
+        u, i = users % len(t.user_bias), items % len(t.item_bias)  # -1 is the last row, a stranger's
+        biases = {"user_bias": t.user_bias, "item_bias": t.item_bias, "mean": t.mean}
+        found = lspm_kernels.mf(t.user_factors, t.item_factors, u, i, **biases)
         return found if self.implicit else found.clamp(*self.interactions.scale)
 
     def scores(self, users: Tensor) -> Tensor:
         """Scores of the whole catalogue, (B, I), for internal ids (B,)."""
-        t = self._fitted().tables
-        return t.user_factors[users] @ t.item_factors.T + t.item_bias + t.user_bias[users][:, None] + t.mean
+        factors, of_items, bias = self.products(users)
+        t = self._with_cold()
+        return factors @ of_items.T + bias + t.user_bias[users][:, None] + t.mean
 
     def products(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Factors (B, K) of users and (I, K) of all items, and what an item's scores have beside products."""
-        t = self._fitted().tables
-        return t.user_factors[users], t.item_factors, t.item_bias
+        t = self._with_cold()
+        return t.user_factors[users], t.item_factors[:-1], t.item_bias[:-1]
 
     def recommend(
         self, users: Sequence, n: int = 10, *, filter_seen: bool = True
     ) -> list[list[Recommendation]]:
-        """The n best items for each user, by their own id; for one that is not known, the best on average.
+        """The n best items for each user, by their own id; one without a rating is as predict() has it.
 
         Raises:
-            ValueError: n is less than 1.
+            ValueError: n is less than 1, or users are one text.
         """
-        data, t = self._fitted().interactions, self.tables
-        if n < 1:
-            raise ValueError(f"recommend: n must be at least 1, got {n}")
+        t, data = self._with_cold(), self.interactions
+        _check_count("recommend", n)
+        if isinstance(users, str):
+            raise ValueError(f"recommend: users must be a sequence of ids, got {users!r}")
         rows = torch.tensor([data.user_ids.place(user, -1) for user in users], dtype=torch.int64)
         known, row = (rows >= 0), rows.clamp(min=0)
-        factors = torch.where(known[:, None], t.user_factors[row], 0.0)
-        bases = t.mean + torch.where(known, t.user_bias[row], 0.0)
+        factors, of_items, item_bias = self.products(rows)
+        bases = t.mean + t.user_bias[rows]
         indptr = indices = None
         if filter_seen:
             seen = Rows.of(data.users, data.items, data.ratings, None, len(data.user_ids))
@@ -196,7 +143,7 @@ class MatrixFactorization:
             indptr = offsets_of(torch.tensor([len(part) for part in parts], dtype=torch.int64))
             indices = torch.cat([*parts, seen.indices[:0]]).long()
         scores, items = lspm_kernels.top_k_scores(
-            factors, t.item_factors, min(n, len(data.item_ids)), item_bias=t.item_bias,
+            factors, of_items, min(n, len(data.item_ids)), item_bias=item_bias,
             exclude_indptr=indptr, exclude_indices=indices,
         )  # fmt: skip
         return [self._named(i, s + base) for i, s, base in zip(items, scores, bases, strict=True)]
@@ -205,11 +152,12 @@ class MatrixFactorization:
         """The n items whose factors point most nearly the way of an item's, with their cosines.
 
         Raises:
-            ValueError: the item is not known.
+            ValueError: the item is not known, or n is less than 1.
         """
+        _check_count("similar_items", n)
         data = self._fitted().interactions
         row = data.item_ids.internal([item], "item")
-        unit = torch.nn.functional.normalize(self.tables.item_factors, dim=1)
+        unit = torch.nn.functional.normalize(self._with_cold().item_factors[:-1], dim=1)
         scores, items = lspm_kernels.top_k_scores(
             unit[row], unit, min(n, len(unit)), exclude_indptr=torch.tensor([0, 1]), exclude_indices=row
         )
@@ -219,22 +167,28 @@ class MatrixFactorization:
         """The n of a user's ratings that speak most for an item, with what each adds to its score.
 
         Raises:
-            ValueError: the user or the item is not known.
+            ValueError: the user or the item is not known, or n is less than 1.
         """
+        _check_count("explain", n)
         data = self._fitted().interactions
         row = data.user_ids.internal([user], "user")[0]
         column = int(data.item_ids.internal([item], "item")[0])
         chosen = data.users == row
         zeros = torch.zeros(int(chosen.sum()), dtype=torch.int64)
-        mine = Rows.of(zeros, data.items[chosen], data.ratings[chosen], None, 1)
+        weights = None if data.weights is None else data.weights[chosen]
+        mine = Rows.of(zeros, data.items[chosen], data.ratings[chosen], weights, 1)
         items, parts = fold_in.contributions(self.tables, mine, column, self.config)
         best = parts.argsort(descending=True, stable=True)[:n]
         return self._named(items[best], parts[best])
 
-    def partial_fit(self, interactions: Interactions) -> MatrixFactorization:
-        """Takes in users and items that come new with these ratings; those known already stay as they are."""
+    def partial_fit(self, interactions: Any) -> MatrixFactorization:
+        """Takes in users and items that come new with these ratings; those known already stay as they are.
+
+        Who has no rating of somebody known is placed by features, where the model has such as well.
+        """
         self._fitted()
-        found = fold_in.folded_in(self.tables, self.interactions, interactions, self.config)
+        new = interactions_of(interactions)
+        found = fold_in.folded_in(self.tables, self.interactions, new, self.config)
         self.tables, self.interactions = found
         return self
 
@@ -287,6 +241,13 @@ class MatrixFactorization:
         model.interactions = interactions
         return model
 
+    def _with_cold(self) -> Tables:
+        """The tables with rows for who has no rating, and strangers' behind them."""
+        key = self._fitted().tables, self.interactions, self.epochs_done
+        if self._cold is None or any(a is not b for a, b in zip(key, self._cold[0], strict=True)):
+            self._cold = key, cold_start.filled(self.tables, self.interactions, self.config.method)
+        return self._cold[1]
+
     def _fitted(self) -> MatrixFactorization:
         if self.tables is None:
             raise ValueError("mf: the model must be fitted before it is used, got one that is not")
@@ -296,3 +257,8 @@ class MatrixFactorization:
         data = self.interactions
         found = [(i, s) for i, s in zip(items.tolist(), scores.tolist(), strict=True) if i >= 0]
         return [Recommendation(data.item_ids.names[i], data.title(i), s) for i, s in found]
+
+
+def _check_count(what: str, n: int) -> None:
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"{what}: n must be at least 1, got {n}")
