@@ -1,5 +1,7 @@
 """Checks of arguments that several ops make: a message names the op, the argument, the rule and the value."""
 
+import numbers
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -151,6 +153,12 @@ def number(op: str, name: str, value: float, low: float, high: float) -> None:
             else f"be finite and at least {low:g}"
         )
         raise ValueError(f"{op}: {name} must {rule}, got {value!r}")
+
+
+def integer(op: str, name: str, value: int) -> None:
+    """Raises ValueError unless value is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
+        raise ValueError(f"{op}: {name} must be an integer, got {value!r}")
 
 
 def probability(op: str, name: str, value: float) -> None:

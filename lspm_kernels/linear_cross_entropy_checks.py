@@ -17,6 +17,7 @@ def check(
     target: Tensor,
     bias: Tensor | None,
     class_weight: Tensor | None,
+    ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
@@ -50,8 +51,8 @@ def check(
     if class_weight is not None and class_weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{_OP}: class_weight must not require a gradient, got requires_grad=True")
     checks.beside(_OP, "hidden", hidden.device, target=target, **parameters)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{_OP}: label_smoothing must be from 0 to 1, got {label_smoothing!r}")
+    checks.integer(_OP, "ignore_index", ignore_index)
+    checks.probability(_OP, "label_smoothing", label_smoothing)
     checks.number(_OP, "z_loss", z_loss, 0, math.inf)
     if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < math.inf):
         raise ValueError(f"{_OP}: softcap must be positive and finite, or None, got {softcap!r}")

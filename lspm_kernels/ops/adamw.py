@@ -120,7 +120,7 @@ def adamw_(
     lists = [_listed(t) for t in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, master_params)]
     if not lists[0]:
         return params
-    steps = [step] * len(lists[0]) if isinstance(step, int) else list(step)
+    steps = list(step) if isinstance(step, tuple | list) else [step] * len(lists[0])
     _check(*lists)
     _check_numbers(len(lists[0]), lists[0][0].device, steps, lr, betas, eps, weight_decay, scale)
     if lists[5] and stochastic_rounding:

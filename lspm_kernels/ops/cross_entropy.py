@@ -191,14 +191,12 @@ def _check(logits, target, weight, ignore_index, reduction, label_smoothing):
     if weight is not None:
         dtypes = (logits.dtype, torch.float32)
         checks.parameter(op, "weight", weight, classes, logits.device, dtypes)
-    if not isinstance(ignore_index, int):
-        raise ValueError(f"{op}: ignore_index must be an integer, got {ignore_index!r}")
+    checks.integer(op, "ignore_index", ignore_index)
     if probabilities and ignore_index >= 0:
         raise ValueError(f"{op}: ignore_index must be below 0 beside probabilities, got {ignore_index}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing must be from 0 to 1, got {label_smoothing!r}")
+    checks.probability(op, "label_smoothing", label_smoothing)
     if torch.is_autocast_enabled(logits.device.type) and logits.dtype in _FLOATS:  # as torch's own
         logits = logits.float()
         target = target.float() if probabilities else target

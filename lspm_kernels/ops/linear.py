@@ -19,13 +19,13 @@ _LEAST_GROUP = 32  # columns: two vectors of the widest instruction set
 
 _FEW = Limit(
     f"at most {MOST_ROWS} rows, on a CPU {MOST_ROWS_OF_OTHERS} where weight's dtype is not x's",
-    lambda x, weight, scales: _rows(x) <= _most_rows(x, weight),
-    lambda x, weight, scales: _rows(x),
+    lambda x, weight, bias: _rows(x) <= _most_rows(x, weight),
+    lambda x, weight, bias: _rows(x),
 )
 _CONSTANTS = Limit(
     "tensors without a gradient",
-    lambda x, weight, scales: not _differentiates(x, weight),
-    lambda x, weight, scales: "requires_grad=True",
+    lambda x, weight, bias: not _differentiates(x, weight, bias),
+    lambda x, weight, bias: "requires_grad=True",
 )
 # There is no CUDA C++: a product of few rows is bound by reading the weight, which Triton's loads of 16 bytes
 # do as well as any; compiled and emulated, not timed.
@@ -47,7 +47,7 @@ def _most_rows(x, weight):
 
 
 def _differentiates(*tensors):
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _forward(row, x, weight, bias, scales, saves=True):
@@ -79,7 +79,8 @@ def linear(
     Of up to 8 rows without a gradient a kernel reads the weight once, as it is stored, and adds up in
     float32; on a CPU of up to 512 where the weight has another dtype than x. With more rows, or gradients,
     such a weight is written out in x's dtype first; products in float32 are then ours on CPUs where those
-    are faster than torch's, see lspm_kernels/products.py.
+    are faster than torch's, see lspm_kernels/products.py. Ours have the same bits for any number of
+    threads; torch's may differ.
 
     Args:
         x: (..., K), float32, bfloat16 or float16.
@@ -106,14 +107,14 @@ def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, backend: str | None = None
 ) -> Tensor:
     """linear of arguments that were checked, as by a module that keeps them; x in linear's dtype."""
-    if backend is None and (_rows(x) > _most_rows(x, weight) or _differentiates(x, weight)):
+    if backend is None and (_rows(x) > _most_rows(x, weight) or _differentiates(x, weight, bias)):
         weight = reference.dequantized(weight, scales, x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         if dispatch.forced() == dispatch.REFERENCE:
             return torch.nn.functional.linear(x, weight, bias)
         y = products.linear(products.flat(x), weight, bias)
         return y.view(*x.shape[:-1], len(weight))
-    row = dispatch.pick("linear", BACKENDS, backend, x, weight, scales)
+    row = dispatch.pick("linear", BACKENDS, backend, x, weight, bias)
     if row is None:
         return reference.linear(x, weight, bias, scales)
     return _linear(row, x, weight, bias, scales)

@@ -205,8 +205,9 @@ def linear_cross_entropy(
     Your Losses in Large-Vocabulary Language Models" (2024); Chowdhery et al., "PaLM" (2022), for z_loss.
     """
     hidden, weight, bias = linear_cross_entropy_checks.check(
-        hidden, weight, target, bias, class_weight, label_smoothing, z_loss, softcap, reduction, _REDUCTIONS
-    )
+        hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
+        _REDUCTIONS,
+    )  # fmt: skip
     row = dispatch.pick(_OP, BACKENDS, backend, hidden)
     if row is None:
         checks.classes(_OP, target, len(weight), ignore_index)

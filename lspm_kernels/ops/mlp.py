@@ -108,7 +108,8 @@ def mlp(
         y = activation(x weight_in^T + bias_in) weight_out^T + bias_out
 
     For the backward x and the first product are kept; what the second layer read is computed again in the
-    pass that gives the gradient before the activation and dbias_in.
+    pass that gives the gradient before the activation and dbias_in. Of the products torch's may differ with
+    the number of threads, see linear.
 
     Args:
         x: (..., C), float32, bfloat16 or float16; autocast's dtype where that is on, as in torch's linear.

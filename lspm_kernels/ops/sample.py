@@ -153,12 +153,13 @@ def _check(logits, temperature, top_k, top_p, min_p, repetition_penalty, previou
         checks.number(op, "temperature", temperature, 0, float("inf"))
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"{op}: top_k must be an integer of at least 1, got {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not (isinstance(top_p, int | float) and 0 < top_p <= 1):
         raise ValueError(f"{op}: top_p must be in (0, 1], got {top_p!r}")
-    if min_p is not None and not 0 <= min_p <= 1:
+    if min_p is not None and not (isinstance(min_p, int | float) and 0 <= min_p <= 1):
         raise ValueError(f"{op}: min_p must be in [0, 1], got {min_p!r}")
-    if not 0 < repetition_penalty < float("inf"):
-        raise ValueError(f"{op}: repetition_penalty must be above 0 and finite, got {repetition_penalty!r}")
+    penalty = repetition_penalty
+    if not (isinstance(penalty, int | float) and 0 < penalty < float("inf")):
+        raise ValueError(f"{op}: repetition_penalty must be above 0 and finite, got {penalty!r}")
     if method not in _METHODS:
         raise ValueError(f"{op}: method must be one of {', '.join(_METHODS)}, got {method!r}")
     if previous is not None:

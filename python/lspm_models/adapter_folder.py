@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lspm_models.checkpoint import read_tensors
+from lspm_models.checkpoint import header, read_tensors, refuse_other_base
 from lspm_models.files import remove, replaced
 from lspm_models.hugging_face import HEAD
 from lspm_models.hugging_face_config import FORMATS, Format
@@ -72,23 +72,26 @@ def save_adapter(task: LanguageModelling, folder: str | Path, base: str | Path |
     remove(Path(folder))
     with replaced(Path(folder)) as partial:
         partial.mkdir(parents=True)
-        save_file(tensors, partial / MODEL, metadata={"format": "pt"})
+        save_file(tensors, partial / MODEL, metadata=header(task))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_adapter(task: LanguageModelling, folder: str | Path) -> LanguageModelling:
+def load_adapter(task: LanguageModelling, folder: str | Path, *, strict: bool = True) -> LanguageModelling:
     """Gives a model the adapters that save_adapter wrote, or peft's save_pretrained; all else is frozen.
 
     Args:
         task: without adapters, with the weights that they belong to.
         folder: with the two files.
+        strict: refuse weights other than those that the adapters learned beside, where save_adapter wrote
+            which; peft does not.
 
     Returns:
         task.
 
     Raises:
         ValueError: a file is missing or damaged, the config asks for what we do not compute, or tensors are
-            of layers that the model does not have, or of another shape; the message names them.
+            of layers that the model does not have, or of another shape, or the weights are others; the
+            message names them.
     """
     folder = Path(folder)
     config, tensors = read_object(folder / CONFIG), read_tensors(folder / MODEL)
@@ -108,6 +111,9 @@ def load_adapter(task: LanguageModelling, folder: str | Path) -> LanguageModelli
         if layer not in linears or matrix not in MATRICES:
             _refuse(f"tensors of {folder / MODEL}", "of linear layers of the model", key)
         found.setdefault(linears[layer], {})[matrix] = tensor
+    if strict:
+        hint = "; strict=False takes them all the same"
+        refuse_other_base(folder / MODEL, task, "load_adapter: weights of task", hint)
     rank = config.get("r")
     add_lora(task, rank, config.get("lora_alpha"), config.get("lora_dropout", 0.0), targets=list(found))
     for name, layer in lora_layers(task).items():

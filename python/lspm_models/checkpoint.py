@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lspm_models.files import remove, replaced
-from lspm_models.models.lora import adapter_tensors
+from lspm_models.models.lora import adapter_tensors, base_sample, differing, lora_layers
 
 NAME = re.compile(r"step-(\d{8,})")
+BASE = "base_sample"  # in the header of a file of adapters
 
 
 def save_checkpoint(
@@ -53,7 +54,7 @@ def save_checkpoint(
         generators.append({name: value for name, value in generator.items() if not isinstance(value, Tensor)})
     with replaced(path) as partial:
         partial.mkdir()
-        save_file(_plain(model_tensors(model)), partial / "model.safetensors", metadata={"format": "pt"})
+        save_file(_plain(model_tensors(model)), partial / "model.safetensors", metadata=header(model))
         save_file(_plain(tensors), partial / "training.safetensors")
         content = {**state, "step": step, "optimizer": optimizer_numbers, "random": generators}
         (partial / "state.json").write_text(json.dumps(content, indent=1))
@@ -90,9 +91,14 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """Copies the weights of a checkpoint into a model.
 
     Raises:
-        ValueError: a tensor is missing, unknown, or of another shape; the message names it.
+        ValueError: a tensor is missing, unknown, or of another shape, or the weights beside adapters are not
+            those that they learned beside; the message names it.
     """
-    copy_weights(read_tensors(Path(path) / "model.safetensors"), model, path)
+    file = Path(path) / "model.safetensors"
+    stored = read_tensors(file)
+    if lora_layers(model):
+        refuse_other_base(file, model, "checkpoint: weights of the model")
+    copy_weights(stored, model, path)
 
 
 def copy_weights(stored: dict[str, Tensor], model: nn.Module, path: Path) -> None:
@@ -210,6 +216,38 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def header(model: nn.Module) -> dict[str, str]:
+    """Returns the header of a model's file: of adapters it says which weights they belong to."""
+    return {"format": "pt", **({BASE: base_sample(model)} if lora_layers(model) else {})}
+
+
+def refuse_other_base(path: Path, model: nn.Module, what: str, hint: str = "") -> None:
+    """Raises for a model whose weights are not those that the adapters in a file learned beside.
+
+    Args:
+        path: a whole safetensors file. Where its header does not say what they were, as peft's, all will do.
+        model: with or without adapters.
+        what, hint: how the message begins and ends.
+
+    Raises:
+        ValueError: names the first tensor that differs.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        sample = (file.metadata() or {}).get(BASE)
+    try:
+        others = [] if sample is None else differing(sample, base_sample(model))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint: {BASE} of {path} must be as it was written, got {sample[:60]}"
+        ) from error
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        rule = f"be those that the adapters in {path} learned beside"
+        raise ValueError(f"{what} must {rule}, got others in {others[0]}{more}{hint}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

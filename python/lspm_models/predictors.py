@@ -11,6 +11,7 @@ import torch
 from lspm_models.data.image_files import decode
 from lspm_models.image_job import load_image_model
 from lspm_models.image_outputs import most_probable
+from lspm_models.progress import counted
 from lspm_models.run_folder import find_checkpoint
 from lspm_models.scene_job import JOBS, load_scene_model, model_of
 from lspm_models.sequence_models import load_sequence_model, task_of
@@ -102,7 +103,12 @@ def _of_texts(path: Path, device: str | torch.device, output: Output) -> Callabl
     if "labels" in head:
         if output.question is not None:
             raise ValueError(f"output: question must be absent of a classifier, got {output.question!r}")
-        return lambda text: _probable(classify(task, tokenizer, head["labels"], text, output.top))
+
+        def classified(text: str) -> str:
+            found, cut = classify(task, tokenizer, head["labels"], text, output.top)
+            return _probable(found) + (f"   (without its last {counted(cut, 'token')})" if cut else "")
+
+        return classified
     if output.question is None:
         raise ValueError("output: question must be given, since the model answers questions, got none")
 

@@ -147,8 +147,8 @@ class ClassificationJob(SequenceJob):
         for part in (texts.training, texts.held_out):
             ids, cut = encode_texts([item.text for item in part], tokenizer, length)
             rows.append(Sequences(ids, np.array([labels.index(item.label) for item in part], np.int64)))
-            if cut:
-                run.report(f"cut        {cut:,} of {len(part):,} texts to {length} tokens")
+            if any(cut):
+                run.report(f"cut        {sum(map(bool, cut)):,} of {len(part):,} texts to {length} tokens")
         return rows[0], rows[1]
 
     def task(self, run: Run, config: Config) -> nn.Module:

@@ -88,16 +88,17 @@ def _share(part: int, whole: int) -> str:
 @torch.no_grad()
 def classify(
     task: SequenceClassification, tokenizer: Tokenizer, labels: Sequence[str], text: str, top: int
-) -> list[tuple[str, float]]:
-    """Returns the most probable labels of a text with their probabilities, the best first.
+) -> tuple[list[tuple[str, float]], int]:
+    """Returns the most probable labels of a text with their probabilities, the best first, and how many of
+    its last tokens the model's context had no room for.
 
     Raises:
         ValueError: the text is empty.
     """
     if not text.strip():
         raise ValueError("text must not be empty, got nothing")
-    rows, _ = encode_texts([text.strip()], tokenizer, task.config.context)
-    return most_probable(task(padded(rows).to(device_of(task))), labels, top)[0]
+    rows, (cut,) = encode_texts([text.strip()], tokenizer, task.config.context)
+    return most_probable(task(padded(rows).to(device_of(task))), labels, top)[0], cut
 
 
 @torch.no_grad()

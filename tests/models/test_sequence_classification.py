@@ -183,6 +183,14 @@ def test_the_scripts_from_a_run_to_labels_of_new_texts(run, folder, tmp_path, mo
     code, out, err = run(predict, path, "--top", 1, "--text", "abc fine", " ")
     assert re.fullmatch(r"abc fine   (good|bad) \d+\.\d%\n", out)
     assert (code, err) == (1, "predict.py:  : text must not be empty, got nothing\n")
+    for letters, end in (
+        (22, ""),
+        (23, r"   \(without its last 1 token\)"),
+        (1024, r".* last 1,002 tokens\)"),
+    ):
+        code, out, err = run(predict, path, "--text", "a" * letters)  # 24 with what begins and ends a text
+        assert re.fullmatch(rf"a{{{letters}}}   (good|bad) \d+\.\d%  (good|bad) \d+\.\d%{end}\n", out)
+        assert (code, err) == (0, "")
     monkeypatch.setattr(sys, "stdin", StringIO("abc fine\ndull\n"))
     assert len(run(predict, path, "--text", "-")[1].splitlines()) == 2
     message = r"predict\.py: output: question must be absent of a classifier, got 'why'"

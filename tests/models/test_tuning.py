@@ -12,6 +12,7 @@ import generate as script
 import pretrain
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_gpt import CONFIG, LLAMA, make_task
 from tiny_task import configuration, counting
 
@@ -174,6 +175,23 @@ def test_adapters_without_their_weights_say_so(tune, run, base, tmp_path):
     assert code == 2 and re.fullmatch(rf"generate\.py: {message}", err)
     code, _, err = run(finetune, "--resume", tmp_path / "a")
     message = r"checkpoint: .*/moved/.* must be a run folder or a checkpoint, got no such folder\n"
+    assert code == 2 and re.fullmatch(rf"finetune\.py: {message}", err)
+
+
+def test_adapters_are_refused_beside_other_weights(tune, run, base, tmp_path):
+    shutil.copytree(base / "run", tmp_path / "base")
+    assert tune("a", "--lora-rank", 2, init=tmp_path / "base")[0] == 0
+    path = checkpoints(tmp_path / "base" / "checkpoints")[-1] / "model.safetensors"
+    stored = read_tensors(path)
+    stored["model.wpe.weight"] = stored["model.wpe.weight"] + 1
+    save_file(stored, path)
+    message = (
+        r"checkpoint: weights of the model must be those that the adapters in .*/a/checkpoints/.* "
+        r"learned beside, got others in model\.wpe\.weight\n"
+    )
+    code, _, err = run(script, tmp_path / "a")
+    assert code == 2 and re.fullmatch(rf"generate\.py: {message}", err)
+    code, _, err = run(finetune, "--resume", tmp_path / "a", "--steps", 8)
     assert code == 2 and re.fullmatch(rf"finetune\.py: {message}", err)
 
 

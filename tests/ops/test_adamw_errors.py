@@ -36,6 +36,7 @@ BAD = {
         "master_params": [ONES] * 2, "stochastic_rounding": True, **HALF
     },
     "step must be an integer from 1 on, got 0": {"step": 0},
+    "step must be an integer from 1 on, got 1.5": {"step": 1.5},
     "step must be one or 2, as params are, got 3": {"step": [1, 2, 3]},
     "scale must be one torch.float32, got (2,) torch.float32": {"scale": torch.ones(2)},
     "scale must be on device cpu, got meta": {"scale": torch.ones((), device="meta")},

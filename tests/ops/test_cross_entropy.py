@@ -232,6 +232,7 @@ BAD = {
     "ignore_index must be below 0 beside probabilities, got 3": ((X, X), {"ignore_index": 3}),
     "reduction must be one of none, mean, sum, got 'average'": ((X, T), {"reduction": "average"}),
     "label_smoothing must be from 0 to 1, got 1.5": ((X, T), {"label_smoothing": 1.5}),
+    "label_smoothing must be from 0 to 1, got '0.1'": ((X, T), {"label_smoothing": "0.1"}),
     "label_smoothing must be from 0 to 1, got nan": ((X, T), {"label_smoothing": float("nan")}),
 }
 

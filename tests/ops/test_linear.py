@@ -127,6 +127,9 @@ def test_more_rows_and_gradients_are_torchs():
     F.linear(*expected).square().sum().backward()
     for ours, theirs in zip(leaves, expected, strict=True):
         assert torch.equal(ours.grad, theirs.grad)
+    alone = bias.clone().requires_grad_()  # as where biases alone are tuned
+    lk.linear(x[:2], weight, alone).sum().backward()
+    assert torch.equal(alone.grad, torch.full((20,), 2.0))
     one = x[:1].clone().requires_grad_()
     lk.linear(one, small, scales=scales).sum().backward()
     assert torch.allclose(one.grad[0], reference.dequantized(small, scales, F32).sum(0))

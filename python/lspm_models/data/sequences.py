@@ -65,8 +65,10 @@ def begin_and_end(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return begin, [tokenizer.end_of_text]
 
 
-def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[list[np.ndarray], int]:
-    """Returns the rows of whole texts, and how many were cut.
+def encode_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int
+) -> tuple[list[np.ndarray], list[int]]:
+    """Returns the rows of whole texts, and of how many tokens each was cut.
 
     Args:
         texts: as they are.
@@ -82,7 +84,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> tup
         raise ValueError(f"data: length must be at least {len(begin) + len(end) + 1}, got {length}")
     encoded = tokenizer.encode_batch(texts)
     rows = [np.concatenate([begin, ids[:room], end]).astype(np.int32) for ids in encoded]
-    return rows, sum(len(ids) > room for ids in encoded)
+    return rows, [max(len(ids) - room, 0) for ids in encoded]
 
 
 class SequenceBatches:

@@ -3,6 +3,7 @@
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2022. lora_A and lora_B are peft's.
 """
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from lspm_models.models.freezing import matching
 
 TARGETS = ("*attn.*",)  # of GPT's attn and of Llama's self_attn
+SAMPLE = 4  # weights of each tensor
+# A sum that another machine merged differs in its last bits, and a model in bfloat16 from its float32.
+ROUNDINGS = 8
 
 
 class LoraLinear(nn.Linear):
@@ -180,6 +184,35 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, layer in lora_layers(model).items()
         for matrix in ("lora_A", "lora_B")
     }
+
+
+def base_sample(model: nn.Module) -> str:
+    """Returns a few weights of each tensor but adapters, as JSON: enough to tell a base from another."""
+    adapters, layers = adapter_tensors(model), lora_layers(model)
+    tensors = {name: t for name, t in model.state_dict().items() if name not in adapters}
+    tensors |= {f"{name}.weight": layer.unmerged for name, layer in layers.items() if layer.is_merged}
+    sample, eps = {}, 0.0
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.is_floating_point():
+            eps = max(eps, torch.finfo(tensor.dtype).eps)
+            places = torch.arange(SAMPLE, device=tensor.device) * (tensor.numel() - 1) // (SAMPLE - 1)
+            sample[name] = tensor.detach().reshape(-1)[places].tolist()
+    return json.dumps({"eps": eps, "weights": sample})
+
+
+def differing(sample: str, other: str) -> list[str]:
+    """Returns the names of tensors in which two samples differ by more than they are rounded."""
+    one, two = json.loads(sample), json.loads(other)
+    near = ROUNDINGS * max(one["eps"], two["eps"])
+    ours, theirs = one["weights"], two["weights"]
+
+    def differ(name: str) -> bool:
+        if name not in ours or name not in theirs:
+            return True
+        most = near * max(map(abs, ours[name]))
+        return not all(abs(a - b) <= most for a, b in zip(ours[name], theirs[name], strict=True))
+
+    return [name for name in dict.fromkeys((*ours, *theirs)) if differ(name)]
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
