@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import machine
 import torch
+import zoo
 from torch import Tensor, nn
 
 import lspm_kernels
 
 VARIANTS = "lspm", "torch", "compile"
+ZOO = "zoo/"  # before the names of zoo's models: of one row in evaluation, of four in training
 LENGTHS = (128, 96, 77, 64, 50, 33, 20, 12)  # of a padded batch of sentences
 LABELS = 2
 
@@ -56,8 +58,8 @@ def resnet50(smoke: bool) -> tuple[nn.Module, dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class DropIn:
-    """Logits of a model in evaluation; in training its loss, or for images the mean square of the features,
-    and the gradients, without an optimizer and without dropout, which draws other numbers on each side.
+    """Logits of a model in evaluation; in training its loss, or of features a weighted mean, and the
+    gradients, without an optimizer and without dropout, which draws other numbers on each side.
     bfloat16 is the model's own dtype in evaluation, and autocast over float32 weights in training."""
 
     name: str
@@ -72,11 +74,15 @@ class DropIn:
         """variant: lspm, torch or compile; "exact" is torch in float64. The step gives its loss, or where
         it is asked the logits, of which one rounding more or less says nothing."""
         torch.manual_seed(0)
-        model, given = globals()[self.name](self.smoke)
+        trains = self.mode != "inference"
+        if self.name.startswith(ZOO):
+            name, batch = self.name.removeprefix(ZOO), 4 if trains else 1
+            model, given = zoo.built(name, tiny=self.smoke, batch=batch, trains=trains)
+        else:
+            model, given = globals()[self.name](self.smoke)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        trains = self.mode != "inference"
         own = torch.float64 if variant == "exact" else torch.float32 if trains else self.dtype
         if own == torch.float64 and not trains:
             model = model.to(self.dtype)  # what is rounded in the weights is nobody's error
@@ -91,12 +97,11 @@ class DropIn:
         def run(logits: bool = False) -> list[Tensor]:
             with torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16, autocast):
                 out = call(**given)
-                made = out if isinstance(out, Tensor) else out["logits"] if logits or not trains else None
             if not trains:
-                return [made]
-            loss = out.float().square().mean() if isinstance(out, Tensor) else out["loss"]
-            gradients = torch.autograd.grad(loss, parameters)
-            return [made.detach() + 0 if logits else loss.detach(), *gradients]
+                return [zoo.logits_of(out)]
+            loss = zoo.loss_of(out)
+            made = zoo.logits_of(out).detach() + 0 if logits else loss.detach()
+            return [made, *torch.autograd.grad(loss, parameters)]
 
         return run
 

@@ -4,9 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from lspm_kernels import checks
+from lspm_kernels.acceleration.swap import original
+from lspm_kernels.nn import linears
 from lspm_kernels.ops.linear import FLOATS, linear, product, quantize_int8
 
 _DTYPES = (*FLOATS, torch.int8)
+_LINEARS = nn.Linear, linears.Linear
 
 
 class WeightOnlyLinear(nn.Module):
@@ -78,9 +81,11 @@ class WeightOnlyLinear(nn.Module):
 def weight_only_(
     model: nn.Module, dtype: torch.dtype = torch.int8, *, group_size: int | None = None
 ) -> nn.Module:
-    """Puts a WeightOnlyLinear in place of each torch.nn.Linear of a model, for inference.
+    """Puts a WeightOnlyLinear in place of each Linear of a model, for inference.
 
-    Where one weight stands in several layers each gets its own; embeddings stay as they are.
+    They are torch.nn's, replaced by accelerate or not, and lspm_kernels.nn's without an activation. Where one
+    weight stands in several layers each gets its own; embeddings stay as they are. restore leaves what stands
+    in their places.
 
     Args:
         model: it is changed; a Linear itself is not, but given back as another module.
@@ -90,7 +95,7 @@ def weight_only_(
     Returns:
         model.
     """
-    if type(model) is nn.Linear:
+    if original(model) in _LINEARS and getattr(model, "activation", None) is None:
         fits = group_size is not None and model.in_features % group_size == 0
         size = group_size if fits else None
         return WeightOnlyLinear(model.weight, model.bias, dtype=dtype, group_size=size)
@@ -98,4 +103,6 @@ def weight_only_(
         replaced = weight_only_(child, dtype, group_size=group_size)
         if replaced is not child:
             setattr(model, name, replaced)
+            if isinstance(model, nn.TransformerEncoderLayer):
+                model.activation_relu_or_gelu = 0  # else torch's fast path reads the weights by itself
     return model

@@ -119,7 +119,7 @@ def test_activation_in_place_is_torchs():
 
 def test_dropout():
     ours, theirs = pair("Dropout", 0.3)
-    x = drawn(40, 50)
+    x = drawn(100, 100)
     torch.manual_seed(3)
     y = ours(x)
     torch.manual_seed(3)
@@ -129,6 +129,7 @@ def test_dropout():
         assert torch.equal(module.eval()(x), x)
     same(*pair("Dropout", 0.3), x.double())
     same(*pair("Dropout", 0.0), x)
+    same(*pair("Dropout", 0.3), x[:40])  # torch's is the faster one
     ours, _ = pair("Dropout", 0.3, inplace=True)
     assert ours(x) is x and (x == 0).any()
 

@@ -32,7 +32,7 @@ MODULES = {
     "MaxPool2d": ((3, 2), lambda: (torch.rand(4, 32, 40, 40).contiguous(memory_format=LAST),)),
     "GELU": ((), lambda: (torch.randn(30, 40),)),
     "SiLU": ((), lambda: (torch.randn(400, 400),)),
-    "Dropout": ((0.5,), lambda: (torch.randn(30, 40),)),
+    "Dropout": ((0.5,), lambda: (torch.randn(90, 100),)),
     "Embedding": ((2**15, 128, 3), lambda: (torch.randint(0, 9, (3, 4)),)),
     "EmbeddingBag": ((2**15, 32), lambda: (torch.randint(0, 9, (3, 4)),)),
     "CrossEntropyLoss": ((torch.ones(1100),), lambda: (torch.randn(120, 1100), torch.arange(120))),

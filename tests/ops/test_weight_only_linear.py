@@ -1,5 +1,7 @@
 """WeightOnlyLinear, and models whose layers it takes the place of."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -45,6 +47,47 @@ def test_moves_and_is_saved_with_the_model():
     x = torch.randn(1, 64)
     assert torch.equal(other(x), ours(x)) and set(ours.state_dict()) == {"weight", "scales"}
     assert ours.to("meta").weight.device.type == "meta"
+
+
+def layers():
+    return nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)), torch.randn(96, 128)
+
+
+def transformer():
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 64, 64)
+
+
+@pytest.mark.parametrize("options", [{}, {"inference": True}, {"inference": True, "dtype": torch.bfloat16}])
+@pytest.mark.parametrize("build", [layers, transformer])
+def test_what_accelerate_replaced_is_converted_and_the_rest_restored(build, options):
+    model, x = build()
+    model.eval()
+    plain = weight_only_(copy.deepcopy(model))
+    lk.accelerate(model, **options)
+    with torch.no_grad():
+        model(x)  # chains and copies of weights are made
+        weight_only_(model)
+        kinds = [type(module) for module in plain.modules()]
+        assert kinds.count(WeightOnlyLinear) >= 2
+        converted = [isinstance(module, WeightOnlyLinear) for module in model.modules()]
+        assert converted == [kind is WeightOnlyLinear for kind in kinds]
+        torch.testing.assert_close(model(x), plain(x))
+        lk.restore(model)
+        assert [type(module) for module in model.modules()] == kinds
+        assert torch.equal(model(x), plain(x))
+
+
+def test_drop_in_layers_are_converted_if_they_are_but_linear():
+    model = nn.Sequential(lk.nn.Linear(8, 8), lk.nn.Linear(8, 8, activation="gelu"))
+    assert [type(module) for module in weight_only_(model)] == [WeightOnlyLinear, lk.nn.Linear]
+
+
+def test_torchs_fast_path_does_not_read_the_weights():
+    model, x = transformer()
+    expected = weight_only_(model.eval())(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
 
 
 W = torch.randn(4, 64)
