@@ -19,7 +19,7 @@ CASES = {
     "windows that overlap": ((1, 70, 7, 9), (3, 2), 1, (1, 0), 1, False),
     "dilated": ((2, 5, 11, 12), (3, 2), (2, 1), (1, 1), (2, 3), False),
     "a last window past the padding": ((2, 33, 8, 7), 3, 2, 1, 1, True),
-    "a last window left out": ((1, 3, 5, 4), (2, 1), 3, 0, 1, True),
+    "a last window left out": ((1, 3, 5, 6), (3, 2), 3, (1, 0), 1, True),
     "more taps than a byte counts": ((1, 18, 20, 19), (17, 16), 2, (8, 0), 1, False),
     "three dimensions": ((9, 8, 7), 3, 2, 1, 1, False),
     "no images": ((0, 3, 8, 8), 2, None, 0, 1, False),
