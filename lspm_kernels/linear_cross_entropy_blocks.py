@@ -25,8 +25,9 @@ F32 = torch.float32
 _LEAST, _MOST = 1 << 20, 256 << 20  # bytes of a block
 _BY_ROWS, _BY_CLASSES = 9, 16  # a block is at most such a part of the logits, or _LEAST
 # Each block of rows reads the weight and writes its gradient: on a Zen 4 256 rows of 768 features to 50257
-# classes take 2.7 times as long by 16 rows as by 128.
-_LEAST_ROWS = 112
+# classes take 2.7 times as long by 16 rows as by 128. Of fewer rows than these a fourth product costs less.
+_LEAST_ROWS = 64
+_WHOLE = 13 << 20  # bytes of logits that are one block: 64 rows of GPT-2's
 _RUN = 4096  # losses of a sum, which one thread adds up
 _UNIT = 16  # of rows or classes a block has a multiple: what products take at once
 
@@ -103,7 +104,7 @@ def losses_and_gradients(
     dhidden = (hidden.new_empty if whole else hidden.new_zeros)(hidden.shape if wanted[0] else 0)
     dweight = (weight.new_empty if rows else weight.new_zeros)(weight.shape if wanted[1] else 0)
     dbias = hidden.new_zeros(len(weight) if wanted[2] else 0)
-    for part, memory in _blocks(rows, len(weight), hidden, _BY_ROWS, _LEAST_ROWS):
+    for part, memory in _blocks(rows, len(weight), hidden, _BY_ROWS):
         logits = memory.view(-1, len(weight))
         inputs = hidden[part] if whole else hidden.index_select(0, places[part])
         products.put(logits, inputs, weight.t(), bias)
@@ -160,11 +161,16 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype if here else F32
 
 
-def _blocks(count, others, hidden, part, least=1):
+def rows_pay(rows: int, classes: int) -> bool:
+    """Whether blocks of rows are large enough for float32."""
+    return rows // _BY_ROWS >= _LEAST_ROWS or rows * classes * F32.itemsize <= _WHOLE
+
+
+def _blocks(count, others, hidden, part):
     """Slices of [0, count), and memory for the products of each with all `others`, in hidden's dtype."""
     each = max(others, 1) * hidden.dtype.itemsize
-    most = min(max(count * each // part, least * each, _LEAST), _MOST)
-    size = max(most // each // _UNIT, 1) * _UNIT
+    most = min(max(count * each // part, _LEAST), _MOST)
+    size = max(count, 1) if count * each <= _WHOLE else max(most // each // _UNIT, 1) * _UNIT
     memory = hidden.new_empty(min(size, count) * others)
     for begin in range(0, count if others else 0, size):
         end = min(begin + size, count)

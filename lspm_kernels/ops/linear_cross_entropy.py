@@ -168,12 +168,13 @@ def linear_cross_entropy(
     lse = log(sum over c of exp(logits)_c)
 
     That of torch.nn.functional.linear_cross_entropy, for classes. Logits are there a block at a time, at most
-    1/8 of them (16 rows or 1 MiB, where they are few); half types take hidden's gradient in float32 besides.
+    1/8 of them (but all up to 13 MiB, and 16 rows); half types take hidden's gradient in float32 besides.
 
     Where all is float32 and the loss is one number, its gradients are made in the forward, by three products
-    in all, and the backward scales them, unless the gradient of the loss is 1. Else the backward makes the
-    logits again, which is a fourth product. Without a gradient there is one. What our kernels add up has the
-    same bits for any number of threads; torch's products may differ.
+    in all, and the backward scales them, unless the gradient of the loss is 1. Else, and from 13 MiB of
+    logits on for fewer than 576 rows, the backward makes the logits again, which is a fourth product. Without
+    a gradient there is one. What our kernels add up has the same bits for any number of threads; torch's
+    products may differ.
 
     Args:
         hidden: (..., D), float32, bfloat16 or float16; under autocast it is taken in autocast's dtype. Logits
@@ -221,6 +222,7 @@ def linear_cross_entropy(
     if class_weight is not None:
         class_weight = class_weight.to(_F32).contiguous()
     once = reduction != "none" and not return_lse and _in_one_pass(hidden, weight, bias)
+    once = once and blocks.rows_pay(len(rows), len(weight))
     now = [once and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     options = float(label_smoothing), float(z_loss), float(softcap or 0), now
     given = rows, weight, bias, classes, class_weight, int(ignore_index), _REDUCTIONS[reduction]

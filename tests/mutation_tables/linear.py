@@ -44,7 +44,7 @@ MUTATIONS = [
     ),
     in_op(
         name="linear: gradients are lost",
-        old="or _differentiates(x, weight)):",
+        old="or _differentiates(x, weight, bias)):",
         new="):",
     ),
     in_op(

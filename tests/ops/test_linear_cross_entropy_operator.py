@@ -218,8 +218,9 @@ def test_only_the_rows_of_the_table_run():
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_memory_beside_the_gradients_is_an_eighth_of_the_logits(dtype, reduction, most_allocated):
-    rows, dim, classes = 1024, 64, 50257
+@pytest.mark.parametrize("rows", [288, 1024])  # fewer go by classes in float32, too
+def test_memory_beside_the_gradients_is_an_eighth_of_the_logits(dtype, reduction, rows, most_allocated):
+    dim, classes = 64, 50257
     hidden, weight = (torch.randn(n, dim).to(dtype).requires_grad_() for n in (rows, classes))
     target = torch.randint(classes, (rows,))
 
