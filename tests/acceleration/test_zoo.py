@@ -14,7 +14,7 @@ import oracle
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread", "wide_softmax")]
 # Evaluation without and with gradients, training, and that with gradient checkpointing.
 MODES = "inference", "frozen", "training", "checkpointed"
-DRAWS = 5  # whose errors are held to the rule as one: of a single draw they are a matter of luck
+DRAWS = 3  # whose errors are held to the rule as one: of a single draw they are a matter of luck
 GENERATING = "gpt2", "llama", "qwen2", "qwen3", "t5", "whisper"
 
 
