@@ -206,3 +206,17 @@ def test_compile_and_export_take_the_forward_as_it_was():
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), plain(x))
     torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), plain(x))
+
+
+def test_under_autocast_no_kernel_takes_it_so_its_memory_is_left_alone():
+    block = nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU6())
+    plain, x = copy.deepcopy(block), torch.randn(2, 16, 128, 128)
+    lk.accelerate(block)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [module(x) for module in (block, plain)]
+    gradients = [
+        torch.autograd.grad(y.float().square().sum(), module.parameters())
+        for y, module in zip(outputs, (block, plain), strict=True)
+    ]
+    assert torch.equal(*outputs)
+    assert all(map(torch.equal, *gradients))
