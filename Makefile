@@ -26,7 +26,7 @@ help:
 demo: .venv/installed
 	rm -rf runs/demo
 	$(BIN)/python python/pretrain.py --config python/configs/llama_demo.toml $(DEMO_PRECISION) --out runs/demo
-	$(BIN)/python python/generate.py runs/demo --prompt 'def ' --tokens 150 --sequences 2 --seed 1 --temperature 0.8
+	$(BIN)/python python/generate.py runs/demo --prompt 'def ' --tokens 150 --sequences 2 --seed 1 --temperature 0.7
 	$(BIN)/python benchmarks/bench_gpt.py --cases '*llama_demo*'
 
 test: .venv/installed
