@@ -80,9 +80,7 @@ class DropIn:
             model, given = zoo.built(name, tiny=self.smoke, batch=batch, trains=trains)
         else:
             model, given = globals()[self.name](self.smoke)
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+            zoo.drop_nothing(model)
         own = torch.float64 if variant == "exact" else torch.float32 if trains else self.dtype
         if own == torch.float64 and not trains:
             model = model.to(self.dtype)  # what is rounded in the weights is nobody's error

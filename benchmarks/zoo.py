@@ -32,15 +32,20 @@ def names() -> list[str]:
 def built(name: str, *, tiny: bool, batch: int, trains: bool) -> Built:
     """A model without dropout, and what it is called with: labels where it trains."""
     made, given = MODELS[name](tiny, batch)
+    drop_nothing(made)
+    if not trains:
+        given.pop("labels", None)
+    _keep_from_kinks(made, given)
+    return made.train(trains), given
+
+
+def drop_nothing(made: nn.Module) -> None:
+    """Sets the share that a model's layers drop to 0."""
     for module in made.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
-    if not trains:
-        given.pop("labels", None)
-    _keep_from_kinks(made, given)
-    return made.train(trains), given
 
 
 def _keep_from_kinks(made: nn.Module, given: dict) -> None:
@@ -155,11 +160,7 @@ def t5(tiny: bool, batch: int) -> Built:
 @model("transformers")
 def vit(tiny: bool, batch: int) -> Built:
     size = 64 if tiny else 224
-    sizes = (
-        {"hidden_size": 128, "intermediate_size": 256}
-        if tiny
-        else {"hidden_size": 384, "intermediate_size": 1536}
-    )
+    sizes = {"hidden_size": 128 if tiny else 384, "intermediate_size": 256 if tiny else 1536}
     sizes |= {"num_hidden_layers": 2 if tiny else 4, "num_attention_heads": 4 if tiny else 6}
     sizes |= {"image_size": size, "patch_size": 8 if tiny else 16, "num_labels": CLASSES}
     given = {"pixel_values": torch.randn(batch, 3, size, size), "labels": torch.arange(batch) % CLASSES}

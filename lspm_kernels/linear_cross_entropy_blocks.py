@@ -22,10 +22,11 @@ from lspm_kernels import checks, products
 from lspm_kernels.dispatch import Backend
 
 F32 = torch.float32
-_LEAST, _MOST = 1 << 20, 256 << 20  # bytes of a block
-_BY_ROWS, _BY_CLASSES = 9, 16  # a block is at most such a part of the logits, or _LEAST
+_MOST = 256 << 20  # bytes of a block
+_BY_ROWS, _BY_CLASSES = 9, 16  # a block is at most such a part of the logits
 # Each block of rows reads the weight and writes its gradient: on a Zen 4 256 rows of 768 features to 50257
-# classes take 2.7 times as long by 16 rows as by 128. Of fewer rows than these a fourth product costs less.
+# classes take 2.7 times as long by 16 rows as by 128. By bytes and FLOPs a fourth product costs less where a
+# block has fewer than these; that was not timed.
 _LEAST_ROWS = 64
 _WHOLE = 13 << 20  # bytes of logits that are one block: 64 rows of GPT-2's
 _RUN = 4096  # losses of a sum, which one thread adds up
@@ -169,7 +170,7 @@ def rows_pay(rows: int, classes: int) -> bool:
 def _blocks(count, others, hidden, part):
     """Slices of [0, count), and memory for the products of each with all `others`, in hidden's dtype."""
     each = max(others, 1) * hidden.dtype.itemsize
-    most = min(max(count * each // part, _LEAST), _MOST)
+    most = min(count * each // part, _MOST)
     size = max(count, 1) if count * each <= _WHOLE else max(most // each // _UNIT, 1) * _UNIT
     memory = hidden.new_empty(min(size, count) * others)
     for begin in range(0, count if others else 0, size):

@@ -46,10 +46,7 @@ class Remade:
 def _remade(forward: Callable, norms: frozenset[tuple[str, ...]]) -> Callable | None:
     """None where the forward that the class has now cannot be remade."""
     try:
-        inner = source.unwrapped(forward)
-        tree = source.tree_of(inner)
-        Places(inner, tree, norms).change()
-        return source.remade(forward, tree, _GIVEN)
+        return _changed(forward, norms)[1]
     except Unproven:
         return None
 
@@ -58,14 +55,18 @@ def _remade(forward: Callable, norms: frozenset[tuple[str, ...]]) -> Callable | 
 def _places(forward: Callable) -> Places | str:
     """Where a forward may be changed, or why it cannot."""
     try:
-        inner = source.unwrapped(forward)
-        tree = source.tree_of(inner)
-        places = Places(inner, tree)
-        places.change()
-        source.remade(forward, tree, _GIVEN)
-        return places
+        return _changed(forward, None)[0]
     except Unproven as reason:
         return str(reason)
+
+
+def _changed(forward: Callable, norms: frozenset[tuple[str, ...]] | None) -> tuple[Places, Callable]:
+    """Where a forward was changed, and the forward that this gives."""
+    inner = source.unwrapped(forward)
+    tree = source.tree_of(inner)
+    places = Places(inner, tree, norms)
+    places.change()
+    return places, source.remade(forward, tree, _GIVEN)
 
 
 def rule(model: nn.Module, path: str, module: nn.Module, options: Options) -> Swap | str | None:

@@ -54,9 +54,7 @@ class MatrixFactorizationConfig:
     @classmethod
     def of(cls, method: str = "sgd", **options) -> MatrixFactorizationConfig:
         """Returns what does well for a method, with other options where they are given."""
-        if method not in METHODS:
-            raise ValueError(f"mf: method must be one of {', '.join(METHODS)}, got {method!r}")
-        return cls(method=method, **(DEFAULTS[method] | options))
+        return cls(method=method, **(DEFAULTS.get(method, {}) | options))
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
