@@ -39,11 +39,10 @@ COMMON = ["-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", *SANITIZE]
 KERNEL = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
-def chosen_isas():
-    known = list(ISAS) if platform.machine() == "x86_64" else ["base"]
-    names = os.environ.get("LSPM_ISAS", ",".join(known)).split(",")
+def chosen(variable, known, usual, separator):
+    names = (os.environ.get(variable) or separator.join(usual)).split(separator)
     if unknown := [name for name in names if name not in known]:
-        raise SystemExit(f"setup: LSPM_ISAS must name some of {', '.join(known)}, got {unknown[0]!r}")
+        raise SystemExit(f"setup: {variable} must name some of {separator.join(known)}, got {unknown[0]!r}")
     return names
 
 
@@ -60,8 +59,7 @@ def find_nvcc():
         raise SystemExit(f"setup: LSPM_CUDA must be 0, 1 or auto, got {wish!r}")
     if wish == "0":
         return None
-    name = os.environ.get("NVCC", "nvcc")
-    nvcc = shutil.which(name)
+    nvcc = shutil.which(name := os.environ.get("NVCC", "nvcc"))
     reason = None if nvcc else f"{name} is not on PATH"
     if nvcc:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
@@ -78,12 +76,11 @@ def find_nvcc():
 def gencode():
     text = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
     known = [arch.removeprefix("compute_") for arch in text.split()]
-    wish = os.environ.get("LSPM_CUDA_ARCHS")
-    archs = wish.split(";") if wish else [arch for arch in ("80", "90", "100") if arch in known]
-    if unknown := [arch for arch in archs if arch not in known]:
-        raise SystemExit(f"setup: LSPM_CUDA_ARCHS must name some of {';'.join(known)}, got {unknown[0]!r}")
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX, for later GPUs
+    archs = chosen("LSPM_CUDA_ARCHS", known, [arch for arch in ("80", "90", "100") if arch in known], ";")
+    # Before sm_100 the oldest one's PTX serves all: SASS differs by a few moves, time by a fifth.
+    of = {arch: arch if int(arch) >= 100 else min(archs, key=int) for arch in archs}
+    flags = [f"-gencode=arch=compute_{of[arch]},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{of[archs[-1]]},code=compute_{of[archs[-1]]}"]  # for later GPUs
 
 
 class NinjaBuildExt(build_ext):
@@ -97,11 +94,10 @@ class NinjaBuildExt(build_ext):
         self.edges = {}
         for module in self.extensions:
             self.add_module(module, file.parent)
-        rules = [f"rule {name}\n  command = {command}" for name, command in RULES.items()]
+        rules = (f"rule {name}\n  command = {command}" for name, command in RULES.items())
         file.write_text("\n".join([f"builddir = {file.parent}", *rules, *self.edges.values(), ""]))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        command = [sys.executable, "-m", "ninja", "-f", str(file), *jobs]
-        if subprocess.run(command, check=False).returncode:
+        if subprocess.run([sys.executable, "-m", "ninja", "-f", file, *jobs], check=False).returncode:
             raise SystemExit("setup: compiling csrc/ failed; the compiler's message stands above")
 
     def copy_extensions_to_source(self):  # what pip install -e ends with
@@ -117,12 +113,14 @@ class NinjaBuildExt(build_ext):
             if isa == "amx" and not asks_for("__AMX_", source):
                 isa = "avx512_bf16"  # where the object is the same
             objects.append(self.add_object(source, temp / isa))
-        out = Path(os.path.relpath(self.get_ext_fullpath(module.name)))
-        out.parent.mkdir(parents=True, exist_ok=True)
+        out = os.path.relpath(self.get_ext_fullpath(module.name))
         self.add_edge(out, "nvlink" if cuda else "link", objects)
 
     def add_object(self, source, folder):  # which has the name of its rule
-        return self.add_edge(folder / (Path(source).name + ".o"), folder.name, [source])
+        inputs = [source]
+        if folder.name in ISAS:
+            inputs += ["|", self.add_edge(folder / f"{HEADER}.gch", f"{folder.name}.h", [f"csrc/{HEADER}"])]
+        return self.add_edge(folder / (Path(source).name + ".o"), folder.name, inputs)
 
     def add_edge(self, out, rule, inputs):
         escaped = [str(path).replace(" ", "$ ") for path in (out, *inputs)]
@@ -138,12 +136,18 @@ def compiling(compiler, *flags):
 NVCC = find_nvcc()
 # All in one with bindings.cpp: what each takes to compile is mostly pybind11, the same for all.
 BINDINGS = [*COMMON, "-O2", *INCLUDES, *(f"-include{path}" for path in sorted(glob("csrc/bindings_*.cpp")))]
-RULES = {isa: compiling(CXX, *COMMON, *KERNEL, *flags) for isa, flags in ISAS.items()}
+HEADER = "cpu/precompiled.h"
+RULES = {}
+for isa, flags in ISAS.items():  # a compiler that cannot use the compiled header takes the one in csrc
+    RULES[f"{isa}.h"] = compiling(CXX, *COMMON, *KERNEL, *flags)
+    RULES[isa] = compiling(f"{CXX} -I'$builddir/{isa}' -include {HEADER}", *COMMON, *KERNEL, *flags)
 RULES["bindings"] = compiling(CXX, *BINDINGS)
 RULES["link"] = f"{CXX} -shared $in -o $out -fopenmp {shlex.join(SANITIZE) or '-Wl,-s'}"
-modules = [Extension(f"lspm_kernels._cpu.{isa}._C", sorted(glob("csrc/cpu/*.cpp"))) for isa in chosen_isas()]
+known = list(ISAS) if platform.machine() == "x86_64" else ["base"]
+isas = chosen("LSPM_ISAS", known, known, ",")
+modules = [Extension(f"lspm_kernels._cpu.{isa}._C", sorted(glob("csrc/cpu/*.cpp"))) for isa in isas]
 if NVCC:
-    RULES["cuda"] = compiling(NVCC, "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode())
+    RULES["cuda"] = compiling(NVCC, "-Xcompiler=-fPIC,-fvisibility=hidden,-O1", *gencode())  # for the host
     RULES["bindings_cuda"] = compiling(CXX, *BINDINGS, "-DLSPM_CUDA")
     RULES["nvlink"] = f"{NVCC} -shared -cudart static $in -o $out -Xlinker -s"
     modules.append(Extension("lspm_kernels._C_cuda", sorted(glob("csrc/cuda/*.cu"))))

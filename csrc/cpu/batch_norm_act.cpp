@@ -27,6 +27,8 @@ constexpr int kTogether = 4;           // rows that are computed side by side
 // T come apart, then, for a last line that is shorter, in that of memory.
 struct Lines {
   static constexpr int64_t kFew = 512;
+  static constexpr std::integral_constant<int, kTogether> kMany{};
+  static constexpr std::integral_constant<int, 1> kOne{};
 
   int64_t channels, rows = 1;
   explicit Lines(int64_t channels) : channels(channels) {
@@ -38,14 +40,14 @@ struct Lines {
 
   // Puts values of channels, the first of these columns, under all columns.
   template <class T>
-  void spread(float* values) const {
+  __attribute__((noinline)) void spread(float* values) const {
     for (int64_t i = channels; i < size(); ++i) values[i] = values[i - channels];
     for_each_pair<T>(0, columns(),
                      [&](int64_t i, auto lanes) { lanes.store(values + i, lanes.load_ordered(values + i)); });
   }
   // The way back: the first columns become the sums over each channel's columns.
   template <class T>
-  void fold(float* values) const {
+  __attribute__((noinline)) void fold(float* values) const {
     for_each_pair<T>(0, columns(),
                      [&](int64_t i, auto lanes) { lanes.store_ordered(values + i, lanes.load(values + i)); });
     for (int64_t c = 0; c < channels; ++c) {
@@ -59,17 +61,26 @@ struct Lines {
   // apart with the elements of `lanes` at `at`; what stands of their columns is at i.
   template <class T, class Body>
   void walk(int64_t from, int64_t to, Body body) const {
-    constexpr std::integral_constant<int, kTogether> together;
-    constexpr std::integral_constant<int, 1> alone;
     const int64_t all = columns(), end = to * channels;
     int64_t at = from * channels;
-    for (; at + together * all <= end; at += together * all)
-      for_each_pair<T>(0, all, [&](int64_t i, auto lanes) { body(together, at + i, i, lanes); });
+    for (; at + kTogether * all <= end; at += kTogether * all)
+      for_each_pair<T>(0, all, [&](int64_t i, auto lanes) { body(kMany, at + i, i, lanes); });
     for (; at + all <= end; at += all)
-      for_each_pair<T>(0, all, [&](int64_t i, auto lanes) { body(alone, at + i, i, lanes); });
+      for_each_pair<T>(0, all, [&](int64_t i, auto lanes) { body(kOne, at + i, i, lanes); });
     for_each_vector(end - at, [&](int64_t i, auto lanes) {
-      body(alone, at + i, all + i, Single<T, decltype(lanes)>(lanes));
+      body(kOne, at + i, all + i, Single<T, decltype(lanes)>(lanes));
     });
+  }
+  // The same of whole lines of whole pairs alone, as streamed ones are; returns the row that follows them.
+  template <class T, class Body>
+  int64_t walk_whole(int64_t from, int64_t to, Body body) const {
+    const int64_t all = columns(), end = to * channels;
+    int64_t at = from * channels;
+    for (; at + kTogether * all <= end; at += kTogether * all)
+      for_each_whole_pair<T>(0, all, [&](int64_t i, auto lanes) { body(kMany, at + i, i, lanes); });
+    for (; at + all <= end; at += all)
+      for_each_whole_pair<T>(0, all, [&](int64_t i, auto lanes) { body(kOne, at + i, i, lanes); });
+    return at / channels;
   }
 };
 
@@ -184,7 +195,8 @@ double rstd_of(const BatchNormActChannels& channels, int64_t c, float eps) {
 template <class T>
 class Columns {
  public:
-  Columns(const BatchNormActChannels& channels, const float* sums, const Shape& s, const Lines& lines)
+  __attribute__((noinline)) Columns(const BatchNormActChannels& channels, const float* sums, const Shape& s,
+                                    const Lines& lines)
       : size_(lines.size()), room_(new float[5 * size_]) {
     float* const at[5] = {&room_[0], &room_[size_], &room_[2 * size_], &room_[3 * size_], &room_[4 * size_]};
     for (int64_t c = 0; c < s.channels; ++c) {
@@ -222,7 +234,7 @@ struct Forward {
     T* const y = this->y;
     const float *const mean = known.mean(), *const scale = known.scale(), *const shift = known.shift();
     const int64_t columns = lines.columns();
-    lines.walk<T>(from, to, [=](auto rows, int64_t at, int64_t i, auto lanes) {
+    const auto body = [=](auto rows, int64_t at, int64_t i, auto lanes) {
       const auto m = lanes.load(mean + i), a = lanes.load(scale + i), b = lanes.load(shift + i);
       for (int r = 0; r < rows; ++r, at += columns) {
         auto z = (lanes.load(x + at) - m) * a + b;
@@ -233,8 +245,14 @@ struct Forward {
         }
         write<kStream>(y + at, activated<kActivation>(z), lanes);
       }
-    });
-    if (kStream) stream_fence();
+    };
+    if constexpr (kStream) {
+      from = lines.walk_whole<T>(from, to, body);
+      stream_fence();
+      if (from < to) rows<false>(from, to);
+    } else {
+      lines.walk<T>(from, to, body);
+    }
   }
 };
 
@@ -305,7 +323,7 @@ struct Backward {
     const int64_t columns = lines.columns();
     constexpr bool kByOutput = kActivation == Activation::relu;
     const bool reads_x = !constant || (kActivation != Activation::none && !(kByOutput && beside));
-    lines.walk<T>(from, to, [=](auto rows, int64_t at, int64_t i, auto lanes) {
+    const auto body = [=](auto rows, int64_t at, int64_t i, auto lanes) {
       const auto m = lanes.load(mean + i), a = lanes.load(scale + i), b = lanes.load(shift + i);
       const auto g = lanes.load(gradient + i), p = lanes.load(projection + i);
       for (int r = 0; r < rows; ++r, at += columns) {
@@ -313,8 +331,14 @@ struct Backward {
         const auto v = self.constant ? taken.gradient : taken.gradient - g - taken.deviation * p;
         write<kStream>(self.out + at, v * a, lanes);
       }
-    });
-    if (kStream) stream_fence();
+    };
+    if constexpr (kStream) {
+      from = lines.walk_whole<T>(from, to, body);
+      stream_fence();
+      if (from < to) rows<false>(from, to);
+    } else {
+      lines.walk<T>(from, to, body);
+    }
   }
 };
 

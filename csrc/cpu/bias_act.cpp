@@ -32,12 +32,18 @@ struct Job {
   void forward(int64_t at, int64_t n, const float* bias) const {
     const T* const x = this->x + at;
     T* const y = this->y + at;
-    for_each_pair<T>(0, n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    const auto body = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       auto z = lanes.load(x + i);
       if (bias) z += lanes.load(bias + i);
       fetch(x + i, kAhead);
       write<kStream>(y + i, activated<kActivation, P>(z), lanes);
-    });
+    };
+    if constexpr (kStream) {
+      const int64_t left = for_each_whole_pair<T>(0, n, body);
+      if (left < n) forward<false>(at + left, n - left, nullptr);
+    } else {
+      for_each_pair<T>(0, n, body);
+    }
   }
 
   // The same of kRows rows of n elements, one after the other. What is fetched lies as far behind these rows.
@@ -47,7 +53,7 @@ struct Job {
     const T *const dy = this->dy + at, *const x = this->x + at;
     T *const dx = this->dx + at, *const y = this->y ? this->y + at : nullptr;
     const int64_t ahead = kRows == 1 ? kAhead : std::max(kAhead, kRows * n);
-    for_each_pair<T>(0, n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    const auto body = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       decltype(lanes.load(x)) b{}, total{};
       if (bias) b = lanes.load(bias + i);
 #pragma GCC unroll 2
@@ -62,7 +68,13 @@ struct Job {
         total = k ? total + v : v;
       }
       if (sums) lanes.store(sums + i, lanes.load(sums + i) + total);
-    });
+    };
+    if constexpr (kStream) {
+      const int64_t left = for_each_whole_pair<T>(0, n, body);
+      if (left < n) backward<false, 1>(at + left, n - left, nullptr, nullptr);
+    } else {
+      for_each_pair<T>(0, n, body);
+    }
   }
 
   template <bool kStream>

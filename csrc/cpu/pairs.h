@@ -146,11 +146,18 @@ struct Single : Lanes {
   F rounded(F v) const { return lspm::rounded<T>(v); }
 };
 
-// Calls body(i, lanes) for each pair of vectors of [begin, n), then for what is left over.
+// Calls body(i, lanes) for each pair of vectors of [begin, n); returns where they end.
 template <class T, class Body>
-__attribute__((always_inline)) inline void for_each_pair(int64_t begin, int64_t n, Body body) {
+__attribute__((always_inline)) inline int64_t for_each_whole_pair(int64_t begin, int64_t n, Body body) {
   int64_t i = begin;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) body(i, PairLanes<T>{});
+  return i;
+}
+
+// The same, then for what is left over.
+template <class T, class Body>
+__attribute__((always_inline)) inline void for_each_pair(int64_t begin, int64_t n, Body body) {
+  int64_t i = for_each_whole_pair<T>(begin, n, body);
   if (i + kLanes <= n) body(i, Single<T, AllLanes>{}), i += kLanes;
   if (i < n) body(i, Single<T, FirstLanes>(int(n - i)));
 }

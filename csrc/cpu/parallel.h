@@ -10,23 +10,32 @@
 
 namespace lspm::cpu {
 
-// Calls body(begin, end) for consecutive ranges of [0, n), one for each thread. `work` is the number of
-// elements all in all: below kSerialWork a second thread costs more than it brings, as it takes up to 90
+// Below this much work, in elements, a second thread costs more than it brings, as it takes up to 90
 // microseconds to wake where OpenMP's threads sleep between regions. Above it all threads are used, never a
 // number between, for which OpenMP would resize the pool it shares with torch.
 constexpr int64_t kSerialWork = 64 * 1024;
 
-template <class Body>
-void parallel_for(int64_t n, int64_t work, int threads, Body body) {
+// What parallel_for() does. A template would compile each body twice: for one thread, and for many.
+__attribute__((noinline, noclone)) inline void call_for_ranges(int64_t n, int64_t work, int threads,
+                                                               void (*call)(void*, int64_t, int64_t),
+                                                               void* body) {
   if (n == 0) return;
-  if (threads <= 1 || n == 1 || work < kSerialWork) return body(int64_t{0}, n);
+  if (threads <= 1 || n == 1 || work < kSerialWork) return call(body, 0, n);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t count = omp_get_num_threads(), me = omp_get_thread_num();
     const int64_t share = n / count, rest = n % count;
     const int64_t begin = me * share + std::min(me, rest);
-    body(begin, begin + share + (me < rest));
+    call(body, begin, begin + share + (me < rest));
   }
+}
+
+// Calls body(begin, end) for consecutive ranges of [0, n), one for each thread. `work` is the number of
+// elements all in all.
+template <class Body>
+void parallel_for(int64_t n, int64_t work, int threads, Body body) {
+  const auto call = [](void* body, int64_t begin, int64_t end) { (*static_cast<Body*>(body))(begin, end); };
+  call_for_ranges(n, work, threads, call, &body);
 }
 
 // For items of unequal cost: calls body(next, thread) once in each thread, and next() hands out 0, 1, 2, ...

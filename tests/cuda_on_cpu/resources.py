@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cuda_on_cpu import build
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = {"sm_80": "compute_80", "sm_90": "compute_80", "sm_100": "compute_100"}  # as setup.py has it
 SASS_KINDS = {
     "16-byte loads": r"LDG\..*128",
     "16-byte stores": r"STG\..*128",
@@ -46,9 +46,9 @@ class Resources:
 
 def compile_for(source, architecture):
     """The cubin of a kernel file and what ptxas says about it."""
-    options = ["-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", f"-I{build.ROOT / 'csrc'}"]
-    options.append(f"-I{build.ROOT / 'csrc' / 'cuda'}")
-    key = build.digest("cubin", Path(source).read_text(), build.headers(), architecture)
+    options = ["-std=c++17", "-O3", f"-gencode=arch={ARCHITECTURES[architecture]},code={architecture}"]
+    options += ["-Xptxas", "-v", f"-I{build.ROOT / 'csrc'}", f"-I{build.ROOT / 'csrc' / 'cuda'}"]
+    key = build.digest("cubin", Path(source).read_text(), build.headers(), *options)
     log = build.CACHE / f"{key}.log"
 
     def command(out):

@@ -39,8 +39,8 @@ MUTATIONS = [
     ),
     in_cpu(
         name="batch_norm_act, cpu: a last line that is shorter meets columns in the order of pairs",
-        old="body(alone, at + i, all + i,",
-        new="body(alone, at + i, i,",
+        old="body(kOne, at + i, all + i,",
+        new="body(kOne, at + i, i,",
     ),
     in_cpu(
         name="batch_norm_act, cpu: no shift by the mean of a run's first rows",
