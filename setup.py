@@ -1,10 +1,8 @@
 """Compiles csrc/ with ninja. Needs neither torch nor a GPU.
 
-Every CPU module has the same bindings over the same kernels, the kernels compiled for another instruction
-set: lspm_kernels._cpu.<isa>._C. The CUDA module lspm_kernels._C_cuda is built where a suitable nvcc is found.
-
-Environment: LSPM_ISAS=avx2,avx512 builds only these; LSPM_CUDA=0 leaves CUDA out and LSPM_CUDA=1 insists on
-it (default: auto); LSPM_CUDA_ARCHS=80;90 sets the GPUs to compile for; LSPM_SANITIZE=address builds with that
+lspm_kernels._cpu.<isa>._C are the same kernels for one instruction set each; lspm_kernels._C_cuda is built
+where a suitable nvcc is found. LSPM_ISAS=avx2,avx512 builds only these; LSPM_CUDA=0 leaves CUDA out and 1
+insists on it; LSPM_CUDA_ARCHS=80;90 sets the GPUs to compile for; LSPM_SANITIZE=address builds with that
 sanitizer (tests/asan.py runs it); CXX, NVCC and MAX_JOBS are as ever.
 """
 
@@ -60,17 +58,16 @@ def find_nvcc():
     if wish == "0":
         return None
     nvcc = shutil.which(name := os.environ.get("NVCC", "nvcc"))
-    reason = None if nvcc else f"{name} is not on PATH"
-    if nvcc:
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-        release = re.search(r"release (\d+)\.\d+", text)
-        if not release or int(release[1]) < 12:
-            reason = f"{nvcc} must be release 12.0 or later, got {release[0] if release else 'no version'}"
-    if reason and wish == "1":
+    text = subprocess.getoutput(f"{shlex.quote(nvcc)} --version") if nvcc else ""
+    release = re.search(r"release (\d+)\.\d+", text)
+    if release and int(release[1]) >= 12:
+        return nvcc
+    old = f"{nvcc} must be release 12.0 or later, got {release[0] if release else 'no version'}"
+    reason = old if nvcc else f"{name} is not on PATH"
+    if wish == "1":
         raise SystemExit(f"setup: LSPM_CUDA=1, but {reason}")
-    if reason:
-        print(f"setup: the CUDA module is left out: {reason}", file=sys.stderr)
-    return None if reason else nvcc
+    print(f"setup: the CUDA module is left out: {reason}", file=sys.stderr)
+    return None
 
 
 def gencode():
@@ -113,8 +110,7 @@ class NinjaBuildExt(build_ext):
             if isa == "amx" and not asks_for("__AMX_", source):
                 isa = "avx512_bf16"  # where the object is the same
             objects.append(self.add_object(source, temp / isa))
-        out = os.path.relpath(self.get_ext_fullpath(module.name))
-        self.add_edge(out, "nvlink" if cuda else "link", objects)
+        self.add_edge(self.get_ext_fullpath(module.name), "nvlink" if cuda else "link", objects)
 
     def add_object(self, source, folder):  # which has the name of its rule
         inputs = [source]
@@ -123,7 +119,7 @@ class NinjaBuildExt(build_ext):
         return self.add_edge(folder / (Path(source).name + ".o"), folder.name, inputs)
 
     def add_edge(self, out, rule, inputs):
-        escaped = [str(path).replace(" ", "$ ") for path in (out, *inputs)]
+        escaped = [os.path.relpath(path).replace(" ", "$ ") for path in (out, *inputs)]
         self.edges[out] = f"build {escaped[0]}: {rule} {' '.join(escaped[1:])}"
         return out
 

@@ -29,7 +29,7 @@ LIMITS = {
     "benchmarks/bench_*.py": 80,
     "benchmarks/*.py": 300,
     "examples/*.py": 120,
-    "setup.py": 154,
+    "setup.py": 150,
     "python/lspm_models/*.py": 300,
     "python/*.py": 80,
     "tests/cuda_on_cpu/*": 600,
