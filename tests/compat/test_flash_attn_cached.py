@@ -7,14 +7,20 @@ import torch
 
 import lspm_kernels as lk
 import oracle
-from lspm_kernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from lspm_kernels.compat.flash_attn import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
 from lspm_kernels.reference import attention as dense
 from lspm_kernels.reference import attention_varlen as reference
 
-VARLEN = (
-    "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,"
-    " causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,"
-    " return_attn_probs=False, block_table=None)"
+LENGTHS = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
+OPTIONS = (
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,"
+    " deterministic=False, return_attn_probs=False"
 )
 CACHED = (
     "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,"
@@ -27,7 +33,13 @@ SLOPES = torch.linspace(0.1, 1.0, 12).view(3, 4)
 
 
 @pytest.mark.parametrize(
-    ("function", "signature"), [(flash_attn_varlen_func, VARLEN), (flash_attn_with_kvcache, CACHED)]
+    ("function", "signature"),
+    [
+        (flash_attn_varlen_func, f"(q, k, v, {LENGTHS}, {OPTIONS}, block_table=None)"),
+        (flash_attn_varlen_qkvpacked_func, f"(qkv, cu_seqlens, max_seqlen, {OPTIONS})"),
+        (flash_attn_varlen_kvpacked_func, f"(q, kv, {LENGTHS}, {OPTIONS})"),
+        (flash_attn_with_kvcache, CACHED),
+    ],
 )
 def test_signatures_are_flash_attentions(function, signature):
     parameters = inspect.signature(function).parameters.values()
@@ -59,6 +71,47 @@ def test_packed_sequences(given, means, dtype):
         lambda *t: reference.attention_varlen(*t, ENDS_Q, ENDS_K, **means, return_lse=True),
         packed(dtype),
     )
+
+
+def test_sequences_in_one_tensor():
+    options, means = (0.0, 0.2, True, (7, -1), 3.0, SLOPES), {"scale": 0.2, "window": (7, 0), "softcap": 3.0}
+    oracle.check(
+        lambda qkv: flash_attn_varlen_qkvpacked_func(qkv, ENDS_K, 50, *options),
+        lambda qkv: reference.attention_varlen(
+            *qkv.unbind(1), ENDS_K, ENDS_K, **means, alibi_slopes=SLOPES.to(qkv.dtype)
+        ),
+        [torch.randn(90, 3, 4, 16)],
+    )
+    oracle.check(
+        lambda q, kv: flash_attn_varlen_kvpacked_func(q, kv, ENDS_Q, ENDS_K, 37, 50, *options, False, True)[
+            :2
+        ],
+        lambda q, kv: reference.attention_varlen(
+            q, *kv.unbind(1), ENDS_Q, ENDS_K, **means, alibi_slopes=SLOPES.to(q.dtype), return_lse=True
+        ),
+        [torch.randn(60, 4, 16), torch.randn(90, 2, 2, 16)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "message"),
+    [
+        (
+            flash_attn_varlen_qkvpacked_func,
+            (torch.zeros(90, 2, 4, 16), ENDS_K, 50),
+            "qkv must be a tensor (rows, 3, H, D), got (90, 2, 4, 16)",
+        ),
+        (
+            flash_attn_varlen_kvpacked_func,
+            (torch.zeros(60, 4, 16), None, ENDS_Q, ENDS_K, 37, 50),
+            "kv must be a tensor (rows, 2, H_kv, D), got NoneType",
+        ),
+    ],
+)
+def test_bad_tensors_of_sequences(function, args, message):
+    with pytest.raises(ValueError) as raised:
+        function(*args)
+    assert str(raised.value) == f"{function.__name__}: {message}"
 
 
 def test_what_packed_sequences_return():

@@ -4,13 +4,27 @@ Names, arguments, their order and defaults are FlashAttention-2's, so that anoth
 Tensors are (B, T, H, D) and read where they lie: no input is copied.
 """
 
-import torch
 from torch import Tensor
 
 from lspm_kernels import checks
+from lspm_kernels.compat.flash_attn.varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from lspm_kernels.compat.flash_attn.windows import window_of
 from lspm_kernels.ops.attention import attention
-from lspm_kernels.ops.attention_varlen import attention_varlen
 from lspm_kernels.ops.attention_with_kv_cache import attention_with_kv_cache
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
 
 
 def flash_attn_func(
@@ -55,7 +69,7 @@ def flash_attn_func(
     result = attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
         causal=causal,
-        window=_window(window_size),
+        window=window_of(window_size),
         alibi_slopes=alibi_slopes,
         softcap=softcap,
         dropout_p=dropout_p,
@@ -113,50 +127,6 @@ def flash_attn_kvpacked_func(
     )  # fmt: skip
 
 
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor, None]:
-    """Attention of packed sequences: lspm_kernels.attention_varlen, whose docstring says what they are.
-
-    Args:
-        q: (rows of q, H, D). k, v: (rows of k, H_kv, D), or pages (N, S, H_kv, D) with a block_table.
-        cu_seqlens_q, cu_seqlens_k: (B + 1,), int32 or int64, from 0 to the number of rows.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence.
-        block_table: (B, P), int32 or int64; then there is no gradient.
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes: flash_attn_func's.
-        return_attn_probs: return (out, softmax_lse, None) instead.
-
-    Returns:
-        out: (rows of q, H, D), contiguous. softmax_lse is (H, rows of q) float32.
-
-    Raises:
-        ValueError: an argument has the wrong shape, dtype, device or value.
-
-    Source: Dao, "FlashAttention-2" (2023), and its package flash_attn.
-    """
-    result = attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
-        window=_window(window_size), alibi_slopes=alibi_slopes, softcap=softcap, dropout_p=dropout_p,
-        scale=softmax_scale, return_lse=return_attn_probs, block_table=block_table,
-    )  # fmt: skip
-    return (*result, None) if return_attn_probs else result
-
-
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -209,22 +179,9 @@ def flash_attn_with_kvcache(
         *(x if x is None else x.transpose(1, 2) for x in given.values()), cache_seqlens=cache_seqlens,
         block_table=block_table, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
         cos=rotary_cos, sin=rotary_sin, interleaved=rotary_interleaved, causal=causal,
-        window=_window(window_size), softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale,
+        window=window_of(window_size), softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale,
         return_lse=return_softmax_lse,
     )  # fmt: skip
     if not return_softmax_lse:
         return result.transpose(1, 2)
     return result[0].transpose(1, 2), result[1]
-
-
-def _window(sides):
-    """(left, right) as attention takes them, with None for -1; None where both are unbounded."""
-    if isinstance(sides, Tensor) and not torch.is_floating_point(sides):
-        sides = sides.tolist()
-    if not isinstance(sides, tuple | list) or len(sides) != 2:
-        raise ValueError(f"flash_attn_func: window_size must be a pair (left, right), got {sides!r}")
-    if any(not isinstance(side, int) or side < -1 for side in sides):
-        raise ValueError(
-            f"flash_attn_func: window_size must have integers of at least -1, got {tuple(sides)}"
-        )
-    return tuple(None if side == -1 else side for side in sides)
