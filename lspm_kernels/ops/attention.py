@@ -144,7 +144,8 @@ def run(row, q, k, v, bias, mask, slopes, sinks, heads, sequences, left, right, 
     where packed ones are (1, H, rows, D), or None; scale, softcap, dropout."""
     if slopes is not None:
         slopes = slopes.float().expand(heads)[..., None, None]
-    sinks = None if sinks is None else sinks.float().contiguous()
+    if sinks is not None:  # a softmax of nothing but -inf is NaN
+        sinks = sinks.float().clamp(min=-1e30).contiguous()
     query_starts, key_starts, *rest = sequences or (None, None, None, None, q.shape[2], k.shape[2])
     window = (_ALL if side is None else side for side in (left, right))
     return _attention(
@@ -198,7 +199,8 @@ def attention(
         seed: of dropout: which elements are dropped depends on it and their place alone. None draws one from
             torch's default generator.
         scale: D ** -0.5 where None.
-        sinks: (H,): exp(sink) is added to each denominator of a head; it has a gradient.
+        sinks: (H,): exp(sink) is added to each denominator of a head; it has a gradient. Below -1e30 it is
+            taken as that.
         return_lse: return the logarithms of the denominators too; they have a gradient.
         backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 

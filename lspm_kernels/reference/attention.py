@@ -30,7 +30,7 @@ def attention(q, k, v, *, causal=False, window=None, top_left=False, bias=None, 
     if sinks is None:  # a query that sees no key gives 0, and no gradient
         scores = scores.masked_fill(hidden[..., None], 0.0)
     else:
-        scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(B, H, T_q, 1)], -1)
+        scores = torch.cat([scores, sinks.to(wide).clamp(min=-1e30)[:, None, None].expand(B, H, T_q, 1)], -1)
     p = scores.softmax(-1)[..., :T_k] * visible
     if dropout_p:
         kept = philox.kept(seed, dropout_p, range(b, b + B), H, T_q, T_k, q.device)

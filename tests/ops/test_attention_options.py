@@ -254,3 +254,13 @@ def test_masks_are_torchs():
     torch.testing.assert_close(
         lk.attention(q, k[:, :, :30], v[:, :, :30], causal=True, top_left=True), expected
     )
+
+
+def test_a_head_without_its_sink():
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[2] = False
+    oracle.check(
+        lambda q, k, v, sinks: lk.attention(q, k, v, mask=mask, sinks=sinks),
+        lambda q, k, v, sinks: reference.attention(q, k, v, mask=mask, sinks=sinks),
+        [*torch.randn(3, 1, 2, 6, 16), torch.tensor([-torch.inf, 0.3])],
+    )
