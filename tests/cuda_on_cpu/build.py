@@ -95,7 +95,19 @@ def translated(ptx, options, export=False, only=""):
         unfinished = source.with_suffix(f".{os.getpid()}")
         unfinished.write_text(text)
         os.replace(unfinished, source)
-    return compiled(source, [*TRANSLATED_OPTIONS, *options])
+    options = [*TRANSLATED_OPTIONS, *options]
+    return compiled(source, [f"-I{precompiled('translated_ptx.h', options)}", *options])
+
+
+def precompiled(header, options):
+    """The folder of a header that g++ need not parse again, which is most of what a small kernel takes."""
+    options = [*COMMON, *options, *(f"-I{folder}" for folder in INCLUDES)]
+    source = HERE / "runtime" / header
+    folder = CACHE / digest(header, headers(), *options)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{folder.name}/{header}"
+    cached(name, ".gch", lambda out: ["g++", *options, "-x", "c++-header", "-c", source, "-o", out])
+    return folder
 
 
 def runtime(flavour):
