@@ -5,13 +5,37 @@ python benchmarks/run.py --smoke    each benchmark once on tiny shapes: writes n
 """
 
 import argparse
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import machine
 
 FOLDER = Path(__file__).resolve().parent
+
+
+def one_by_one(commands: list[list[str]]) -> Iterator[int]:
+    """Runs commands; gives their exit statuses."""
+    for command in commands:
+        print("\n" + Path(command[1]).name, flush=True)
+        yield subprocess.run(command, check=False).returncode
+
+
+def at_once(commands: list[list[str]]) -> Iterator[int]:
+    """The same on all cores, for what takes no time: each one's output is shown when it has ended."""
+
+    def run(command):
+        return subprocess.run(
+            command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for command, done in zip(commands, pool.map(run, commands), strict=True):
+            print("\n" + Path(command[1]).name, done.stdout, sep="\n", end="", flush=True)
+            yield done.returncode
 
 
 def main() -> int:
@@ -22,11 +46,9 @@ def main() -> int:
     json = FOLDER / "results" / f"{machine.slug()}.json"
     extra = ["--smoke"] if options.smoke else ["--json", str(json)]
     scripts = [*sorted(FOLDER.glob("bench_*.py")), FOLDER / "roofline.py"]
-    failed = []
-    for script in scripts:
-        print(f"\n{script.name}", flush=True)
-        if subprocess.run([sys.executable, str(script), *extra], check=False).returncode:
-            failed.append(script.name)
+    commands = [[sys.executable, str(script), *extra] for script in scripts]
+    codes = at_once(commands) if options.smoke else one_by_one(commands)
+    failed = [script.name for script, code in zip(scripts, codes, strict=True) if code]
     if not options.smoke:
         subprocess.run([sys.executable, str(FOLDER / "report.py"), "plot"], check=True)
     if failed:
