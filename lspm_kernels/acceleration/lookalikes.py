@@ -6,6 +6,7 @@ parameters in place of its own, it gives what the definition gives; its name cou
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,8 @@ def meaning(module: nn.Module) -> Meaning | None:
     if key is None:
         return None
     if key not in _known:
-        _known[key] = _of_torch(module) if original(module) in _TORCH else _probed(module)
+        with torch.device("cpu"):  # whatever torch's default is
+            _known[key] = _of_torch(module) if original(module) in _TORCH else _probed(module)
     return _known[key]
 
 
@@ -174,13 +176,14 @@ def _linear(module) -> Meaning | None:
     weight, *rest = sorted(parameters, key=lambda name: -parameters[name].dim())
     bias = rest[0] if rest else None
     generator = torch.Generator().manual_seed(0)
-    given = {name: torch.randn(p.shape, generator=generator) for name, p in parameters.items()}
+    random = partial(torch.randn, generator=generator, dtype=torch.float32)
+    given = {name: random(p.shape) for name, p in parameters.items()}
     for transposed in (False, True):
         ins, outs = parameters[weight].shape if transposed else reversed(parameters[weight].shape)
         if bias is not None and parameters[bias].shape != (outs,):
             continue
         found = Meaning("linear", weight=weight, bias=bias, transposed=transposed)
-        x = torch.randn(_ROWS, ins, generator=generator)
+        x = random(_ROWS, ins)
         for shaped in (x, x[None], x[:, None, None]):
             outcome = probe.outcome(module, given, shaped, shaped is x)
             if outcome is None or not probe.close(

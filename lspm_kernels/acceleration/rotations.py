@@ -56,7 +56,7 @@ class Rotation:
     contiguous: bool = False
 
 
-_known: dict[tuple, Rotation | None] = {}
+_known: weakref.WeakKeyDictionary[Callable, dict[tuple, Rotation | None]] = weakref.WeakKeyDictionary()
 _seen = threading.local()
 
 
@@ -82,10 +82,10 @@ def known(function: Callable, options: dict) -> Rotation | None:
     """What function(q, k, cos, sin, **options) computes, or None where it is no rotation that was proven."""
     if type(function) is not types.FunctionType or not all(type(o) in _PLAIN for o in options.values()):
         return None
-    key = function, *options.items()
-    if key not in _known:
-        _known[key] = _probed(partial(function, **options)) if is_suspected(function) else None
-    return _known[key]
+    by_options, key = _known.setdefault(function, {}), tuple(options.items())
+    if key not in by_options:
+        by_options[key] = _probed(partial(function, **options)) if is_suspected(function) else None
+    return by_options[key]
 
 
 def is_suspected(function: Callable) -> bool:

@@ -76,6 +76,20 @@ def test_what_a_module_is_said_to_be(make, expected):
         assert meaning(module) == expected
 
 
+@pytest.mark.parametrize("make", [lambda: ScaledNorm(24), lambda: Kernel(bias=False), Tanh])
+def test_torchs_defaults_do_not_count(make):
+    """Of what is proven for the first time: classes of their own, as a proof is kept."""
+    module = make()
+    module.__class__ = type("Another", (type(module),), {})
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert meaning(module) is not None
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
 class Counting(nn.Module):
     """SiLU, and a count of its calls."""
 
