@@ -34,9 +34,7 @@ def head_sizes(op: str, given: dict[str, Tensor], max_dim: int, paged: bool = Fa
             f"{op}: {v_name} must have {k_name}'s batch, heads and length {N, H_kv, T_k}, got"
             f" {tuple(v.shape[:-1])}"
         )
-    for name, x in given.items():
-        if x.device != q.device:
-            raise ValueError(f"{op}: {name} must be on q's device {q.device}, got {x.device}")
+    checks.beside(op, "q", q.device, **{k_name: k, v_name: v})
 
 
 def dtype_of(op: str, q: Tensor, given: dict[str, Tensor]) -> None:
@@ -71,7 +69,7 @@ def heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checks queries, keys and values; gives them in autocast's dtype where that is on."""
     head_sizes(op, {"q": q, "k": k, "v": v}, max_dim, paged)
-    if q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
+    if checks.autocasts(q.device):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in (q, k, v))
     dtype_of(op, q, {"k": k, "v": v})

@@ -183,7 +183,8 @@ def seed_number(op: str, value: int) -> None:
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device; of some, as of meta tensors, torch does not take the question."""
-    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

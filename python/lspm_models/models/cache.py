@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Keys and values of every layer, in two tensors (layers, B, H, capacity, D) that are written in place.
+    """Keys and values of every layer, in tensors that are written in place.
 
     The first tokens decide about heads, dtype and device. A batch of one is written to every row: the shared
     prompt of several sequences runs once. Without gradients only, as its tensors are overwritten.
@@ -18,8 +18,7 @@ class KeyValueCache:
     def __init__(self, layers: int, batch: int, capacity: int):
         self.layers, self.batch, self.capacity = layers, batch, capacity
         self.length = 0  # tokens held by every layer; the model moves it on when the last layer is done
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # (B, H, capacity, D) of each layer
         self.rotation: tuple[Tensor, Tensor] | None = None  # the model's, of every place up to the capacity
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,9 +31,11 @@ class KeyValueCache:
         end = self.length + tokens
         if end > self.capacity:
             raise ValueError(f"KeyValueCache: tokens must fit the capacity of {self.capacity}, got {end}")
-        if self.keys is None:
-            self.keys = k.new_empty(self.layers, self.batch, heads, self.capacity, size)
-            self.values = v.new_empty(self.layers, self.batch, heads, self.capacity, size)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
+        if not self.pairs:
+            shape = self.layers, self.batch, heads, self.capacity, size
+            self.pairs = list(zip(k.new_empty(shape), v.new_empty(shape), strict=True))
+        found = []
+        for held, new in zip(self.pairs[layer], (k, v), strict=True):
+            held.narrow(2, self.length, tokens).copy_(new)
+            found.append((held if rows == self.batch else held[:rows]).narrow(2, 0, end))
+        return tuple(found)
