@@ -12,6 +12,7 @@ with errors_in_one_line("generate.py"):  # what comes in with these may not be i
     import torch
 
     from lspm_models.couplets import write_couplets
+    from lspm_models.data.tokenizers import Unmarked
     from lspm_models.generate import generate
     from lspm_models.sources import WEIGHTS, load_language_model
 
@@ -65,6 +66,8 @@ def write(source: str, weights: str, text: Text, sampling: dict) -> None:
     else:
         prompt, sampling["first"] = (None, ()) if prompt is None else tokenizer.healed(prompt)
         tokens = tokenizer.prompt(prompt)
+        if prompt is not None and isinstance(tokenizer, Unmarked) and 0 < len(tokens) < task.config.context:
+            tokens = [tokenizer.end_of_text, *tokens]  # which the texts of its training stood behind
     transcript = Transcript(sys.stdout, prompt or "", text.sequences, tokenizer.decode, text.stop)
     generate(task, tokens, max_new_tokens=text.tokens, stream=transcript.push, **sampling)
     transcript.finish()

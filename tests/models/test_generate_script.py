@@ -66,13 +66,13 @@ def run(monkeypatch, capsys):
         signal.signal(number, handler)
 
 
-def expected(folder, prompt, **arguments):
-    """The texts that the library makes of a prompt."""
+def expected(folder, prompt, behind=True, **arguments):
+    """The texts that the library makes of a prompt, behind end_of_text or not."""
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     config = json.loads(next(folder.glob("checkpoints/*/state.json")).read_text())["settings"]["model"]
     task = make_task(type(CONFIG)(**config))
     prompt, first = tokenizer.healed(prompt)
-    tokens = tokenizer.encode(prompt) if prompt else [tokenizer.end_of_text]
+    tokens = [tokenizer.end_of_text] * behind + tokenizer.encode(prompt)
     continuations = generate(task, tokens, first=first, stop=tokenizer.end_of_text, **arguments)
     return [prompt + tokenizer.decode(tokens) for tokens in continuations]
 
@@ -143,6 +143,11 @@ def test_writes_couplets_and_says_how_many_keep_the_form(run, tmp_path):
             assert run(tmp_path, "--prompt", prompt, *options) == (0, said, "")
         code, output, _ = run(tmp_path, "--prompt", "床前", "--couplets", 2, "--tokens", 12)
         assert code == 0 and f"0 of 1 keep the form: 2 x {form}" in output  # cut short
+
+
+def test_a_prompt_may_fill_the_context(run, folder):
+    (text,) = expected(folder, "a" * 24, behind=False, max_new_tokens=5, seed=1)
+    assert run(folder, "--prompt", "a" * 24, "--tokens", 5, "--seed", 1) == (0, text + "\n", "")
 
 
 def test_reads_the_prompt_from_standard_input(run, folder):
