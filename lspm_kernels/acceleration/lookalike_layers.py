@@ -8,6 +8,7 @@ from lspm_kernels.acceleration.lookalikes import meaning
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import Swap
 from lspm_kernels.nn.calls import alike
+from lspm_kernels.nn.elementwise import LEAST_OF_SILU
 from lspm_kernels.ops import bias_act, layer_norm
 
 
@@ -22,7 +23,7 @@ class _Proven:
 
 
 class Activation(_Proven):
-    """An activation of bias_act."""
+    """An activation of bias_act; SiLU of few numbers stays as it was, which is mostly torch's."""
 
     def forward(self, *args, **kwargs):
         if (
@@ -30,6 +31,7 @@ class Activation(_Proven):
             and len(args) == 1
             and not kwargs
             and _takes("bias_act", bias_act.BACKENDS, args[0])
+            and (self.lspm.activation != "silu" or args[0].numel() >= LEAST_OF_SILU)
         ):
             return bias_act.bias_act(args[0], None, self.lspm.activation)
         return super().forward(*args, **kwargs)

@@ -13,7 +13,7 @@ from lspm_kernels.ops.dropout import dropout
 # bias_gelu_tanh/forward/float32/1x768: 0.66 times as fast as torch's; bias_gelu (by erf) 10.
 _LEAST_OF_TANH = 2**12
 # silu of 1024x3072: 1.4, and 2.4 in bfloat16; of 1x768: 0.34.
-_LEAST_OF_SILU = 2**17
+LEAST_OF_SILU = 2**17
 # dropout with its backward on a Zen 4, of 1x4096: 0.4 to 0.9, of 1x8192 1.2 by one thread, of 1x65536 3.0.
 _LEAST_OF_DROPOUT = 2**13
 
@@ -38,7 +38,7 @@ class SiLU(nn.SiLU):
     """torch.nn.SiLU, by lspm_kernels.bias_act."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.inplace or not takes(input, _LEAST_OF_SILU):
+        if self.inplace or not takes(input, LEAST_OF_SILU):
             return super().forward(input)
         return bias_act(input, None, "silu")
 

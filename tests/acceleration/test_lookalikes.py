@@ -8,6 +8,7 @@ from acceleration.test_accelerate import ScaledNorm, X, model
 from torch import nn
 
 import lspm_kernels as lk
+from lspm_kernels.acceleration import lookalike_layers
 from lspm_kernels.acceleration.lookalikes import Meaning, meaning
 from lspm_kernels.acceleration.swap import is_swapped
 
@@ -160,3 +161,16 @@ class Silu(nn.Module):
 
     def forward(self, x):
         return self.function(x)
+
+
+def test_silu_of_few_numbers_stays_as_it_was(monkeypatch):
+    calls, kernel = [], lookalike_layers.bias_act.bias_act
+    monkeypatch.setattr(
+        lookalike_layers.bias_act, "bias_act", lambda *args: calls.append(args[0]) or kernel(*args)
+    )
+    module = Silu()
+    lk.accelerate(module)
+    few, many = torch.randn(2**16), torch.randn(3, 2**16)
+    for x in (few, many):
+        torch.testing.assert_close(module(x), nn.functional.silu(x), rtol=1e-6, atol=1e-6)
+    assert len(calls) == 1 and calls[0] is many
