@@ -155,6 +155,14 @@ def number(op: str, name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{op}: {name} must {rule}, got {value!r}")
 
 
+def eps(op: str, value: float | Tensor) -> float:
+    """Gives what is added to a variance as a number; raises ValueError unless it is finite and at least 0."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    number(op, "eps", value, 0.0, float("inf"))
+    return float(value)
+
+
 def integer(op: str, name: str, value: int) -> None:
     """Raises ValueError unless value is a whole number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):

@@ -171,13 +171,14 @@ def embedding(
     )
     embedding_checks.norm(_OP, weight, norm_weight, norm_bias)
     checks.probability(_OP, "dropout_p", dropout_p)
+    eps = checks.eps(_OP, eps)
     padding = bag_checks.padding(_OP, padding_idx, weight.shape[0])
     seed = checks.seed(_OP, seed) if dropout_p else None
     row = dispatch.pick(_OP, BACKENDS, backend, weight, tokens.numel(), norm_weight is not None)
     if row is not None:
         return _embedding(
             row, tokens, weight, places, position_weight, token_types, token_type_weight, norm_weight,
-            norm_bias, seed, padding, first, float(eps), float(dropout_p),
+            norm_bias, seed, padding, first, eps, float(dropout_p),
         )[0]  # fmt: skip
     for name, ids, table in (
         ("tokens", tokens, weight), ("positions", places, position_weight),

@@ -159,6 +159,7 @@ def layer_norm(
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
     x = _check("layer_norm", x, weight, bias)
+    eps = checks.eps("layer_norm", eps)
     row = dispatch.pick("layer_norm", BACKENDS, backend, x)
     if row is None:
         return reference.layer_norm(x, weight, bias, eps)
@@ -175,7 +176,7 @@ def rms_norm(
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
     x = _check("rms_norm", x, weight, None)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = torch.finfo(x.dtype).eps if eps is None else checks.eps("rms_norm", eps)
     row = dispatch.pick("rms_norm", BACKENDS, backend, x)
     if row is None:
         return reference.rms_norm(x, weight, eps)
@@ -201,6 +202,7 @@ def add_layer_norm(
         (y, sum): both (..., C). The sum is rounded to its dtype before the statistics are taken.
     """
     x, residual, weight, bias = _check_sum("add_layer_norm", x, residual, weight, bias)
+    eps = checks.eps("add_layer_norm", eps)
     row = dispatch.pick("add_layer_norm", BACKENDS, backend, x)
     if row is None:
         return reference.add_layer_norm(x, residual, weight, bias, eps)
@@ -217,7 +219,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Residual addition and RMS norm: as add_layer_norm, with y = rms_norm(sum) and eps as in rms_norm."""
     x, residual, weight, _ = _check_sum("add_rms_norm", x, residual, weight, None)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = torch.finfo(x.dtype).eps if eps is None else checks.eps("add_rms_norm", eps)
     row = dispatch.pick("add_rms_norm", BACKENDS, backend, x)
     if row is None:
         return reference.add_rms_norm(x, residual, weight, eps)

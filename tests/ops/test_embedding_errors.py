@@ -83,6 +83,7 @@ BAD = {
         TOKENS, TABLE, norm_weight=TABLE[0], norm_bias=TABLE[0].half()
     ),
     "dropout_p must be from 0 to 1, got -0.1": lambda: lk.embedding(TOKENS, TABLE, dropout_p=-0.1),
+    "eps must be finite and at least 0, got 'x'": lambda: lk.embedding(TOKENS, TABLE, eps="x"),
     "seed must be an integer from 0 to 2 ** 63 - 1, got 1.0": lambda: lk.embedding(
         TOKENS, TABLE, dropout_p=0.1, seed=1.0
     ),

@@ -199,6 +199,26 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("eps", ["x", -1.0, float("inf"), float("nan"), (1e-5,)], ids=str)
+def test_bad_eps(eps):
+    x, residual, weight, bias = tensors()
+    for op, args in {
+        "layer_norm": (x, weight, bias, eps),
+        "rms_norm": (x, weight, eps),
+        "add_layer_norm": (x, residual, weight, bias, eps),
+        "add_rms_norm": (x, residual, weight, eps),
+    }.items():
+        with pytest.raises(ValueError) as error:
+            getattr(lk, op)(*args)
+        assert str(error.value) == f"{op}: eps must be finite and at least 0, got {eps!r}"
+
+
+def test_eps_may_be_a_tensor():
+    x, _, weight, bias = tensors()
+    eps = torch.tensor(0.5)
+    assert torch.equal(lk.layer_norm(x, weight, bias, eps), lk.layer_norm(x, weight, bias, 0.5))
+
+
 @pytest.mark.parametrize("message", BAD)
 def test_bad_arguments(message):
     with pytest.raises(ValueError) as error:
