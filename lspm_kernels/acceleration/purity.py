@@ -19,12 +19,16 @@ from lspm_kernels.acceleration.statements import ABSENT, CONTAINERS, Body, Unpro
 
 @dataclass
 class Reads:
-    """What a trace depends on: what the module holds itself, its class's functions, and containers."""
+    """What a trace depends on: what the module holds itself, its class's functions, and containers.
+
+    The module is not among it: what is kept of a module by a WeakKeyDictionary would keep it alive.
+    """
 
     own: dict[str, object] = field(default_factory=dict)
     of_class: dict[str, object] = field(default_factory=dict)
     of_globals: list[tuple[dict, str, object]] = field(default_factory=list)
-    modules: list[tuple[nn.Module, dict]] = field(default_factory=list)
+    children: dict[str, nn.Module | None] = field(default_factory=dict)
+    containers: list[tuple[nn.Module, dict]] = field(default_factory=list)
 
     def hold(self, module: nn.Module) -> bool:
         """Whether all of it is the object that it was."""
@@ -33,7 +37,8 @@ class Reads:
         return (
             all(state.get(name, ABSENT) is value for name, value in self.own.items())
             and all(getattr(cls, name, None) is value for name, value in self.of_class.items())
-            and all(holder._modules == children for holder, children in self.modules)
+            and module._modules == self.children
+            and all(container._modules == children for container, children in self.containers)
             and all(names.get(name) is value for names, name, value in self.of_globals)
         )
 
@@ -44,8 +49,8 @@ def reads(module: nn.Module, cls: type[nn.Module]) -> Reads:
     Raises:
         Unproven: it may depend on something else.
     """
-    found = Reads()
-    _keep_modules(found, module)
+    found = Reads(children=dict(module._modules))
+    _keep_containers(found, module)
     if cls.__call__ is not nn.Module.__call__ or cls.__getattr__ is not nn.Module.__getattr__:
         raise Unproven("its class has its own way of being called")
     if cls.forward is nn.Sequential.forward and cls.__iter__ is nn.Sequential.__iter__:
@@ -55,11 +60,11 @@ def reads(module: nn.Module, cls: type[nn.Module]) -> Reads:
     return found
 
 
-def _keep_modules(found: Reads, module: nn.Module) -> None:
-    found.modules.append((module, dict(module._modules)))
+def _keep_containers(found: Reads, module: nn.Module) -> None:
     for child in module._modules.values():
         if isinstance(child, CONTAINERS):
-            _keep_modules(found, child)
+            found.containers.append((child, dict(child._modules)))
+            _keep_containers(found, child)
 
 
 class _Reader:

@@ -1,0 +1,26 @@
+"""A model that nobody holds is freed, whatever was found out about it."""
+
+import gc
+import weakref
+
+import pytest
+import zoo
+
+import lspm_kernels as lk
+
+
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "bert", "llama", "transformer", "lightning"])
+def test_an_accelerated_model_is_freed(name, restored):
+    pytest.importorskip(zoo.PACKAGES[name])
+    model, given = zoo.built(name, tiny=True, batch=1, trains=True)
+    lk.accelerate(model)
+    zoo.loss_of(model(**given)).backward()
+    model.eval()(**{key: value for key, value in given.items() if key != "labels"})
+    if restored:
+        lk.restore(model)
+    parts = [weakref.ref(part) for part in model.modules()]
+    del model
+    for _ in range(2):  # what was kept of a module goes after it
+        gc.collect()
+    assert [type(part()).__name__ for part in parts if part() is not None] == []
