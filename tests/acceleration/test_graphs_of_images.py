@@ -165,6 +165,10 @@ def test_outputs_lie_as_they_did_and_restore_gives_the_same_bits():
     assert last.is_contiguous(memory_format=torch.channels_last)
     lk.restore(net)
     assert torch.equal(net(x), expected)
+    net.to(memory_format=torch.channels_last)
+    expected = net(x)  # channels_last, as the weights are
+    lk.accelerate(net)
+    assert net(x).stride() == expected.stride() != x.stride()
 
 
 def test_copies_pickles_and_functional_calls_have_their_own_parameters():
