@@ -212,6 +212,13 @@ def test_compile_and_export_take_the_forward_as_it_was():
     torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), plain(x))
 
 
+def test_vmap_takes_the_forward_as_it_was():
+    net = settled(Basic()).eval()
+    x, plain = torch.randn(3, 1, 16, 32, 32), copy.deepcopy(net)
+    lk.accelerate(net)
+    torch.testing.assert_close(torch.vmap(net)(x), torch.vmap(plain)(x))
+
+
 def test_under_autocast_no_kernel_takes_it_so_its_memory_is_left_alone():
     block = nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU6())
     plain, x = copy.deepcopy(block), torch.randn(2, 16, 128, 128)
