@@ -50,7 +50,7 @@ def accelerate(
         A Report: what was replaced, what was not, and why.
 
     Raises:
-        TypeError: model is no Module.
+        TypeError: model is no Module; allow or deny has what is no name and no class.
         ValueError: dtype is given without inference or is none of the three; a name in allow or deny fits no
             module.
     """
@@ -118,13 +118,19 @@ def _chosen(model, name, names) -> set[str] | None:
     if names is None:
         return set() if name == "deny" else None
     found = set()
-    for wanted in [names] if isinstance(names, str | type) else names:
+    rule = f"{name} must have names or classes of its modules"
+    given = [names] if isinstance(names, str | type) else names
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{_OP}: {rule}, got {given!r}")
+    for wanted in given:
+        if not isinstance(wanted, str | type):
+            raise TypeError(f"{_OP}: {rule}, got {wanted!r}")
         if isinstance(wanted, type):
             fits = {path for path, module in model.named_modules() if isinstance(module, wanted)}
         else:
             fits = {path for path, _ in model.named_modules() if fnmatch(path, wanted)}
         if not fits:
-            raise ValueError(f"{_OP}: {name} must have names or classes of its modules, got {wanted!r}")
+            raise ValueError(f"{_OP}: {rule}, got {wanted!r}")
         found |= fits
     inner = {path for path, _ in model.named_modules() for outer in found if path.startswith(f"{outer}.")}
     return found | inner

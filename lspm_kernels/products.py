@@ -23,6 +23,8 @@ def is_ours(a: Tensor, b: Tensor) -> bool:
     """Whether a @ b of matrices is better done by our kernel."""
     if not faster or a.dtype != _F32 or b.dtype != _F32 or a.device.type != "cpu":
         return False
+    if b.layout is not torch.strided:
+        return False
     return min(*a.shape, b.shape[1]) >= LEAST
 
 

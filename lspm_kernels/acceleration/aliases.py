@@ -57,16 +57,18 @@ def _may_share(module, node) -> set[Node]:
         one = open_.pop()
         if one not in found:
             found.add(one)
-            if not _is_fresh(module, one):
+            written = overwritten(module, one)
+            if written is not None:  # what works in place gives what it wrote
+                open_.append(written)
+            elif not _is_fresh(module, one):
                 open_ += one.all_input_nodes
     return found
 
 
 def _is_fresh(module, node):
     if node.op == "call_module":
-        called = child(module, node)
-        return overwritten(module, node) is None and gives_own_memory(called)
-    if node.op not in ("call_function", "call_method") or overwritten(module, node) is not None:
+        return gives_own_memory(child(module, node))
+    if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name in _FRESH_FUNCTIONS

@@ -9,8 +9,10 @@ from lspm_kernels.acceleration import aliases, attentions, image_chains, image_k
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import Swap, original
 from lspm_kernels.acceleration.tracing import Trace, child, code, trace
+from lspm_kernels.nn import calls
 
 _is_compiling = torch.compiler.is_compiling
+_transforms_active = torch._C._are_functorch_transforms_active
 _CHANNELS_LAST = torch.channels_last
 _ORDINARY = (Tensor, nn.Parameter)
 
@@ -39,8 +41,8 @@ class Traced:
     """A module whose forward is its own with chains in it."""
 
     def forward(self, *args, **kwargs):
-        small = self.lspm.of_images and args and _is_torchs(args[0], self.lspm.options)
-        if small or _is_compiling() or torch._C._is_tracing():
+        followed = _is_compiling() or torch._C._is_tracing() or _transforms_active()
+        if followed or (self.lspm.of_images and args and _is_torchs(args[0], self.lspm.options)):
             return super().forward(*args, **kwargs)
         found, function, sets_format = self.lspm.of(self)
         if found is None:
@@ -56,7 +58,7 @@ class Traced:
                 return super().forward(*args, **kwargs)
         if sets_format and len(given) == 1 and _is_changed(given[0], self.lspm.options):
             out = function(self, given[0].contiguous(memory_format=_CHANNELS_LAST))
-            return _contiguous(out)
+            return out if _has_channels_last(self) else _contiguous(out)
         return function(self, *given)
 
 
@@ -84,6 +86,11 @@ def _is_torchs(x, options: Options) -> bool:
     if type(x) is not Tensor or x.dim() != 4 or x.is_contiguous(memory_format=_CHANNELS_LAST):
         return False
     return not image_kernels.pays(x, options.inference)
+
+
+def _has_channels_last(module: nn.Module) -> bool:
+    """Whether torch's convolutions would give channels_last images, as their weights lie so."""
+    return any(calls.channels_last(m.weight) for m in module.modules() if isinstance(m, nn.Conv2d))
 
 
 def _contiguous(out):

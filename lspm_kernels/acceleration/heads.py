@@ -11,6 +11,7 @@ from lspm_kernels.acceleration.lookalikes import meaning
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import Swap, original
 from lspm_kernels.dispatch import admitting
+from lspm_kernels.nn import calls
 from lspm_kernels.ops.linear_cross_entropy import BACKENDS
 
 _LEAST_CLASSES = 4096  # below, the matrix is small beside what else a step keeps
@@ -21,7 +22,7 @@ class Head(lookalike_layers.Linear):
     """A linear layer that gives Logits in the forward of its Owner."""
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or not logits.is_collecting() or self._forward_hooks:
+        if torch.compiler.is_compiling() or not logits.is_collecting() or not calls.unhooked(self):
             return super().forward(*args, **kwargs)
         x = args[0] if len(args) == 1 and not kwargs else None
         weight, bias = self.weight, self.bias

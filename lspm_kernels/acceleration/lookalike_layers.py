@@ -11,13 +11,15 @@ from lspm_kernels.nn.calls import alike
 from lspm_kernels.nn.elementwise import LEAST_OF_SILU
 from lspm_kernels.ops import bias_act, layer_norm
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
 
 class _Proven:
     """A module that was proven what it is, as long as nothing in it is set that it was proven with."""
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
-        if name != "training" and not name.startswith("_") and not isinstance(value, Tensor):
+        if name not in _OF_EVERY_MODULE and not isinstance(value, Tensor):
             again = meaning(self)
             self.__dict__["lspm"] = self.lspm if again == self.lspm else None
 

@@ -1,7 +1,8 @@
 """What a module computes, found out by its numbers: activations, norms and linear layers of any class.
 
-A module is believed to be one of them only if, for inputs from the smallest to the largest and with random
-parameters in place of its own, it gives what the definition gives; its name counts for nothing.
+A module is believed to be one of them only if its course is the same for all inputs (courses.py) and, for
+inputs from the smallest to the largest and with random parameters in place of its own, it gives what the
+definition gives; its name counts for nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lspm_kernels.acceleration import probe
+from lspm_kernels.acceleration import courses, probe
 from lspm_kernels.acceleration.swap import original
 
 _F64 = torch.float64
@@ -60,7 +61,13 @@ def _signature(module: nn.Module) -> tuple | None:
     """All that a forward without children can depend on; None where that cannot be told."""
     if module._modules or module._buffers or isinstance(module, torch.jit.ScriptModule):
         return None
+    cls = original(module)
     own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE and k != "lspm"}
+    if cls not in _TORCH:
+        read = courses.read_by(cls)
+        if read is None or not all(k not in read or courses.is_plain(v) for k, v in own.items()):
+            return None
+        own = {k: v for k, v in own.items() if k in read}
     if any("hook" in name and value for name, value in vars(module).items()):
         return None
     try:
@@ -68,7 +75,7 @@ def _signature(module: nn.Module) -> tuple | None:
     except TypeError:
         return None
     shapes = tuple((n, None if p is None else tuple(p.shape)) for n, p in module._parameters.items())
-    return original(module), shapes, tuple(sorted(own.items(), key=lambda item: item[0]))
+    return cls, shapes, tuple(sorted(own.items(), key=lambda item: item[0]))
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -127,8 +134,8 @@ def _first(module, candidates, x, allowed) -> Meaning | None:
 
 
 def _wide_numbers() -> Tensor:
-    """Both signs, from the smallest to the largest that float32 squares, and densely where curves bend."""
-    far = torch.logspace(-6, 4, 60, dtype=_F64)
+    """Both signs, from the smallest to the largest that float32 cubes, and densely where curves bend."""
+    far = torch.logspace(-6, 12, 110, dtype=_F64)
     x = torch.cat([-far, torch.linspace(-12, 12, 964, dtype=_F64), far])
     return x.view(-1, 2)
 
@@ -142,7 +149,7 @@ def _numbers_of_all_sizes(size: int) -> Tensor:
     """Rows so small that eps decides and so large that it does not, with another mean than 0."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(7, size, generator=generator, dtype=_F64) + 0.3
-    return x * torch.tensor([1e-6, 1e-4, 1e-3, 1e-2, 1, 30, 1e3], dtype=_F64)[:, None]
+    return x * torch.tensor([1e-6, 1e-4, 1e-3, 1e-2, 1, 1e3, 1e9], dtype=_F64)[:, None]
 
 
 def _share_of_a_row(x: Tensor, y: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lspm_kernels import dispatch
+from lspm_kernels.acceleration import courses
 from lspm_kernels.acceleration.probe import REFUSALS
 from lspm_kernels.ops import rotary
 from lspm_kernels.reference.rotary import rotary as definition
@@ -84,7 +85,8 @@ def known(function: Callable, options: dict) -> Rotation | None:
         return None
     by_options, key = _known.setdefault(function, {}), tuple(options.items())
     if key not in by_options:
-        by_options[key] = _probed(partial(function, **options)) if is_suspected(function) else None
+        is_asked = is_suspected(function) and courses.is_told(function)
+        by_options[key] = _probed(partial(function, **options)) if is_asked else None
     return by_options[key]
 
 

@@ -117,6 +117,7 @@ class Chain:
                 if t is not None and (
                     type(t) not in _ORDINARY
                     or not t.is_cpu
+                    or t.layout is not torch.strided
                     or t.dtype not in ((dtype, torch.float32) if autocasts else (dtype,))
                 ):
                     return None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from lspm_kernels.acceleration import graphs, heads, layers, lookalike_layers, own_calls, weight_copies
 from lspm_kernels.acceleration.options import Options
@@ -32,10 +33,12 @@ def find(model: nn.Module, path: str, module: nn.Module, options: Options) -> Sw
     return None
 
 
-def _untouchable(module: nn.Module) -> str | None:
+def _untouchable(module: nn.Module) -> str | None:  # noqa: PLR0911 -- a reason a line
     """Why nothing can be done to a module, whatever it is."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled TorchScript"
+    if isinstance(module, LazyModuleMixin):  # which sets its class itself, at its first call
+        return "its parameters have no shape yet"
     if hasattr(module, "parametrizations"):
         return "its parameters are parametrized"
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

@@ -32,13 +32,13 @@ def unwrapped(function: Callable) -> types.FunctionType:
     return function
 
 
-def tree_of(function: types.FunctionType) -> ast.FunctionDef:
+def tree_of(function: types.FunctionType, *, changing: bool = True) -> ast.FunctionDef:
     """The source of a function, without its decorators, with the lines of its file.
 
     Raises:
-        Unproven: there is no source, or it is not what runs.
+        Unproven: there is no source, or it is not what runs; or it is to be changed, and would see that.
     """
-    if _LOOKS_INSIDE.intersection(function.__code__.co_names):
+    if changing and _LOOKS_INSIDE.intersection(function.__code__.co_names):
         raise Unproven(f"{function.__qualname__} looks at its own variables")
     tree = _definition(function)
     tree.decorator_list = []

@@ -16,7 +16,10 @@ from lspm_kernels.acceleration.swap import original
 Node = fx.Node
 # What torch.fx raises where a forward asks a tensor for what is not known yet, or what that leads to.
 _REFUSALS = (*REFUSALS, fx.proxy.TraceError)
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+_IN_PLACE = {
+    f"__{name}__": getattr(operator, name)
+    for name in "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
+}
 
 
 @dataclass
@@ -30,6 +33,27 @@ class Trace:
     reads: purity.Reads
 
 
+class _Proxy(fx.Proxy):
+    """torch.fx's, but `x += y` is not `x + y`: it keeps x's memory and dtype."""
+
+    def __getattr__(self, name):
+        return _Attribute(self, name)
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """One of a proxy's attributes."""
+
+
+for _name, _function in _IN_PLACE.items():
+    setattr(
+        _Proxy,
+        _name,
+        lambda self, other, function=_function: self.tracer.create_proxy(
+            "call_function", function, (self, other), {}
+        ),
+    )
+
+
 class _Tracer(fx.Tracer):
     """torch.fx's, which changes how modules are called in all threads: here in its own alone."""
 
@@ -38,6 +62,9 @@ class _Tracer(fx.Tracer):
     def __init__(self):
         super().__init__()
         self.thread = threading.get_ident()
+
+    def proxy(self, node):
+        return _Proxy(node, self)
 
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self.thread:
@@ -123,8 +150,10 @@ def overwritten(module: nn.Module, node: Node) -> Node | None:
         return first if node.target.endswith("_") and not node.target.endswith("__") else None
     if node.op != "call_function":
         return None
-    name = getattr(node.target, "__name__", "")
-    places = node.target in _IN_PLACE or node.kwargs.get("inplace") or name.endswith("_")
+    name, out = getattr(node.target, "__name__", ""), node.kwargs.get("out")
+    if isinstance(out, Node):
+        return out
+    places = node.target in _IN_PLACE.values() or node.kwargs.get("inplace") or name.endswith("_")
     return first if places or (True in node.args[1:] and name in _LAST_IS_INPLACE) else None
 
 

@@ -1,5 +1,8 @@
 """Linear layers for inference that read a copy of their weight in fewer bits, made when first needed."""
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -19,17 +22,17 @@ class WeightCopy:
 
     def __init__(self, found, dtype: torch.dtype):
         self.found, self.dtype = found, dtype
-        self._made_of: tuple = ()
+        self._weight: Callable[[], Tensor | None] = lambda: None
+        self._marks: tuple = ()
         self._copy: tuple[Tensor, Tensor | None] = ()
 
     def of(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """The copy (out, in), and of integers its scales."""
-        version = None if weight.is_inference() else weight._version
-        made_of = weight.data_ptr(), version, weight.dtype, weight.device, weight.shape
-        if made_of != self._made_of:
+        marks = weight._version, weight.data_ptr(), weight.dtype, weight.device
+        if self._weight() is not weight or marks != self._marks:
             own = (weight.t() if self.found.transposed else weight).detach().contiguous()
             self._copy = linear.quantize_int8(own) if self.dtype == torch.int8 else (own.to(self.dtype), None)
-            self._made_of = made_of
+            self._weight, self._marks = weakref.ref(weight), marks
         return self._copy
 
     def __reduce__(self):
@@ -52,6 +55,7 @@ class Linear:
             or x.dtype not in linear.FLOATS
             or x.device != weight.device
             or x.device.type == "meta"
+            or weight.is_inference()  # without a version, which tells whether it has changed
             or x.shape[-1:] != (weight.shape[:1] if found.transposed else weight.shape[1:])
             or checks.autocasts(x.device)
         ):

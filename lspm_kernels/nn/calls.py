@@ -25,7 +25,7 @@ def plain(x: object, *others: Tensor | None) -> bool:
     if x.is_nested or x.layout is not torch.strided:
         return False
     for other in others:
-        if type(other) not in _ORDINARY:
+        if type(other) not in _ORDINARY or (other is not None and other.layout is not torch.strided):
             return False
     if _is_compiling():
         return True

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lspm_kernels import checks
 from lspm_kernels.nn import attentions, calls, elementwise, linears, norms
 from lspm_kernels.ops.bias_act import bias_act
 from lspm_kernels.ops.dropout import dropout
@@ -45,6 +46,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if (
             not attentions.takes(self.self_attn, src, src, src, *masks)
             or activation is None
+            or _is_narrow(self, src)
             or not _has_its_parts(self)
             or not _fits(self, src)
         ):
@@ -77,6 +79,13 @@ def _add_norm(y, x, module, norm) -> tuple[Tensor, Tensor]:
         return add_layer_norm(y, x, norm.weight, norm.bias, norm.eps)
     x = _add(y, x, module)
     return layer_norm(x, norm.weight, norm.bias, norm.eps), x
+
+
+def _is_narrow(layer, x) -> bool:
+    """Whether torch's layer may keep its residual sums in autocast's dtype: without a gradient it does."""
+    if layer.training or not checks.autocasts(x.device):
+        return False
+    return not calls.records(x, *layer.parameters())
 
 
 def _share(module) -> float:

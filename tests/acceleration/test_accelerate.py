@@ -217,6 +217,25 @@ def test_what_cannot_be_touched_is_left_and_said():
     assert not any(map(is_swapped, m.values()))
 
 
+def test_what_is_lazy_is_left_until_it_has_its_shape():
+    x = torch.randn(600, 128)
+    m = nn.Sequential(nn.LazyLinear(256), nn.GELU(), nn.LazyBatchNorm1d())
+    assert lk.accelerate(m).left["0"] == "its parameters have no shape yet"
+    m(x)
+    assert type(m[0]) is nn.Linear
+    lk.accelerate(m)
+    torch.testing.assert_close(m(x), lk.restore(m)(x))
+
+
+def test_parameters_that_become_sparse_are_torchs():
+    x = torch.randn(600, 128)
+    m = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
+    lk.accelerate(m)
+    for linear in (m[0], m[2]):
+        linear.weight = nn.Parameter(linear.weight.detach().to_sparse_csr())
+    torch.testing.assert_close(m(x), lk.restore(m)(x))
+
+
 def test_what_was_built_upon_a_replaced_class_is_not_lost():
     m = nn.Sequential(ScaledNorm(64))
     lk.accelerate(m)
@@ -239,3 +258,7 @@ def test_bad_input():
         message = f"{name} must have names or classes of its modules, got 'layers"
         with pytest.raises(ValueError, match=message):
             lk.accelerate(model(), **{name: ["layers.*"]})
+        for bad, got in ((5, "5"), ([None], "None"), ([nn.GELU()], r"GELU\(")):
+            message = f"accelerate: {name} must have names or classes of its modules, got {got}"
+            with pytest.raises(TypeError, match=message):
+                lk.accelerate(model(), **{name: bad})

@@ -165,6 +165,10 @@ def test_outputs_lie_as_they_did_and_restore_gives_the_same_bits():
     assert last.is_contiguous(memory_format=torch.channels_last)
     lk.restore(net)
     assert torch.equal(net(x), expected)
+    net.to(memory_format=torch.channels_last)
+    expected = net(x)  # channels_last, as the weights are
+    lk.accelerate(net)
+    assert net(x).stride() == expected.stride() != x.stride()
 
 
 def test_copies_pickles_and_functional_calls_have_their_own_parameters():
@@ -206,6 +210,13 @@ def test_compile_and_export_take_the_forward_as_it_was():
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), plain(x))
     torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), plain(x))
+
+
+def test_vmap_takes_the_forward_as_it_was():
+    net = settled(Basic()).eval()
+    x, plain = torch.randn(3, 1, 16, 32, 32), copy.deepcopy(net)
+    lk.accelerate(net)
+    torch.testing.assert_close(torch.vmap(net)(x), torch.vmap(plain)(x))
 
 
 def test_under_autocast_no_kernel_takes_it_so_its_memory_is_left_alone():

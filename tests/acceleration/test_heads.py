@@ -205,3 +205,17 @@ def test_autocast(dtype, made):
     for actual, expected in zip(*found, strict=True):
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("of_head", [False, True])
+def test_backward_hooks_are_called(of_head):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 5000, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model, seen = GPT2LMHeadModel(GPT2Config(**sizes)).train(), []
+    lk.accelerate(model)
+    hooked = model.lm_head if of_head else model
+    hooked.register_full_backward_hook(lambda module, *_: seen.append(module))
+    ids = torch.randint(5000, (2, 16))
+    model(input_ids=ids, labels=ids, return_dict=False)[0].backward()
+    assert seen == [hooked]

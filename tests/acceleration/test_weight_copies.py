@@ -86,3 +86,20 @@ def test_what_it_does_not_take_is_the_weight_itself(layer):
     assert torch.equal(layer.double()(X.double()), plain.double()(X.double()))
     with torch.inference_mode():
         assert layer.float()(X).shape == (3, 48)
+
+
+def test_the_copy_follows_weights_that_come_later_and_those_without_a_version():
+    layer = nn.Linear(64, 48, bias=False).eval()
+    lk.accelerate(layer, inference=True, dtype=torch.bfloat16)
+    ones = torch.ones(48, 64)
+    with torch.no_grad():
+        layer(X)
+        # Another parameter in the same memory, as where one is freed and the next gets its place.
+        layer.weight.data.copy_(ones)
+        layer.weight = nn.Parameter(layer.weight.data)
+        torch.testing.assert_close(layer(X), X @ ones.t())
+    with torch.inference_mode():
+        layer.weight = nn.Parameter(ones.clone())
+        layer(X)
+        layer.weight.mul_(2)
+        torch.testing.assert_close(layer(X), X @ (2 * ones).t())
