@@ -8,6 +8,7 @@ class.
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,9 +72,22 @@ def _class(faster: type, cls: type[nn.Module]) -> type[nn.Module]:
     )
     forward.__kwdefaults__ = code.__kwdefaults__
     functools.update_wrapper(forward, cls.forward)
-    namespace = {**named, "lspm_original": cls, "lspm_faster": faster, "forward": forward}
+    own = {"lspm_original": cls, "lspm_faster": faster, "forward": forward, "__init__": _init(cls)}
+    namespace = named | own
     bases = (Swapped, faster) if issubclass(faster, cls) else (Swapped, faster, cls)
     return types.new_class(cls.__name__, bases, exec_body=lambda body: body.update(namespace))
+
+
+def _init(cls: type[nn.Module]) -> Callable[..., None]:
+    """That of a class that stands for cls: who calls it, as type(model)(config) does, means cls."""
+
+    @functools.wraps(cls.__init__)
+    def init(self, *args, **kwargs):
+        if is_swapped(self):
+            object.__setattr__(self, "__class__", cls)  # a module's own needs what its __init__ makes
+        cls.__init__(self, *args, **kwargs)
+
+    return init
 
 
 def _bare(faster: type, cls: type[nn.Module]) -> nn.Module:

@@ -79,6 +79,17 @@ def test_names_signatures_and_pictures_are_those_of_the_class():
     torch.testing.assert_close(norm(hidden=X), plain[0].norm(X))
 
 
+def test_who_calls_the_class_means_the_one_it_stands_for():
+    m = model()
+    lk.accelerate(m)
+    for module, args, cls in ((m[0].norm, (8,), ScaledNorm), (m[0].final, (8,), nn.LayerNorm)):
+        assert is_swapped(module)
+        another = type(module)(*args)
+        assert type(another) is cls and is_swapped(module)
+        assert another(X[:, :8]).shape == (5, 8)
+        assert inspect.signature(type(module)) == inspect.signature(cls)
+
+
 def test_a_second_call_changes_nothing():
     m = model()
     lk.accelerate(m)
