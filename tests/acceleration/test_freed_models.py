@@ -4,6 +4,7 @@ import gc
 import weakref
 
 import pytest
+import torch
 import zoo
 
 import lspm_kernels as lk
@@ -22,5 +23,19 @@ def test_an_accelerated_model_is_freed(name, restored):
     parts = [weakref.ref(part) for part in model.modules()]
     del model
     for _ in range(2):  # what was kept of a module goes after it
+        gc.collect()
+    assert [type(part()).__name__ for part in parts if part() is not None] == []
+
+
+@pytest.mark.parametrize("name", ["resnet18", "bert", "llama"])
+def test_copies_of_weights_are_freed_with_them(name):
+    pytest.importorskip(zoo.PACKAGES[name])
+    model, given = zoo.built(name, tiny=True, batch=1, trains=False)
+    lk.accelerate(model, inference=True, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        model(**given)
+    parts = [weakref.ref(part) for part in (*model.modules(), *model.parameters())]
+    del model
+    for _ in range(2):
         gc.collect()
     assert [type(part()).__name__ for part in parts if part() is not None] == []
