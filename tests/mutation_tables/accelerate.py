@@ -52,8 +52,8 @@ MUTATIONS = [
     ),
     in_lookalikes(
         name="accelerate: an activation is asked for small numbers only",
-        old="far = torch.logspace(-6, 4, 60, dtype=_F64)",
-        new="far = torch.logspace(-6, 1, 60, dtype=_F64)",
+        old="far = torch.logspace(-6, 12, 110, dtype=_F64)",
+        new="far = torch.logspace(-6, 1, 110, dtype=_F64)",
     ),
     in_swap(
         name="accelerate: what a module knows stays behind when it is restored",
@@ -77,8 +77,8 @@ MUTATIONS = [
     ),
     in_copies(
         name="weight copies: a weight that changed in place is not copied again",
-        old="made_of = weight.data_ptr(), version,",
-        new="made_of = weight.data_ptr(),",
+        old="marks = weight._version, weight.data_ptr(),",
+        new="marks = weight.data_ptr(),",
     ),
     in_hugging_face(
         name="accelerate: models that share a config all change",
