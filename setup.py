@@ -38,7 +38,7 @@ KERNEL = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-uninitialized", "-Wno-mayb
 
 
 def chosen(variable, known, usual, separator):
-    names = (os.environ.get(variable) or separator.join(usual)).split(separator)
+    names = value.split(separator.strip()) if (value := os.environ.get(variable)) else usual
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"setup: {variable} must name some of {separator.join(known)}, got {unknown[0]!r}")
     return names
@@ -140,7 +140,7 @@ for isa, flags in ISAS.items():  # a compiler that cannot use the compiled heade
 RULES["bindings"] = compiling(CXX, *BINDINGS)
 RULES["link"] = f"{CXX} -shared $in -o $out -fopenmp {shlex.join(SANITIZE) or '-Wl,-s'}"
 known = list(ISAS) if platform.machine() == "x86_64" else ["base"]
-isas = chosen("LSPM_ISAS", known, known, ",")
+isas = chosen("LSPM_ISAS", known, known, ", ")
 modules = [Extension(f"lspm_kernels._cpu.{isa}._C", sorted(glob("csrc/cpu/*.cpp"))) for isa in isas]
 if NVCC:
     RULES["cuda"] = compiling(NVCC, "-Xcompiler=-fPIC,-fvisibility=hidden,-O1", *gencode())  # for the host

@@ -86,7 +86,7 @@ def test_nvcc_of_an_unsupported_version_is_left_out_with_a_sentence(tmp_path):
         (
             "LSPM_ISAS",
             "avx2,sse9",
-            "setup: LSPM_ISAS must name some of base,avx2,avx512,avx512_bf16,amx, got 'sse9'",
+            "setup: LSPM_ISAS must name some of base, avx2, avx512, avx512_bf16, amx, got 'sse9'",
         ),
         ("LSPM_CUDA_ARCHS", "90;1000", "setup: LSPM_CUDA_ARCHS must name some of 80;90, got '1000'"),
     ],

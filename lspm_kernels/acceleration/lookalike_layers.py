@@ -6,12 +6,10 @@ from torch import Tensor, nn
 from lspm_kernels import checks, dispatch, products
 from lspm_kernels.acceleration.lookalikes import meaning
 from lspm_kernels.acceleration.options import Options
-from lspm_kernels.acceleration.swap import Swap
+from lspm_kernels.acceleration.swap import OF_EVERY_MODULE, Swap
 from lspm_kernels.nn.calls import alike
 from lspm_kernels.nn.elementwise import LEAST_OF_SILU
 from lspm_kernels.ops import bias_act, layer_norm
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class _Proven:
@@ -19,7 +17,7 @@ class _Proven:
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
-        if name not in _OF_EVERY_MODULE and not isinstance(value, Tensor):
+        if name not in OF_EVERY_MODULE and not isinstance(value, Tensor):
             again = meaning(self)
             self.__dict__["lspm"] = self.lspm if again == self.lspm else None
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lspm_kernels.acceleration import courses, probe
-from lspm_kernels.acceleration.swap import original
+from lspm_kernels.acceleration.swap import OF_EVERY_MODULE, original
 
 _F64 = torch.float64
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -62,7 +62,7 @@ def _signature(module: nn.Module) -> tuple | None:
     if module._modules or module._buffers or isinstance(module, torch.jit.ScriptModule):
         return None
     cls = original(module)
-    own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE and k != "lspm"}
+    own = {k: v for k, v in vars(module).items() if k not in OF_EVERY_MODULE}
     if cls not in _TORCH:
         read = courses.read_by(cls)
         if read is None or not all(k not in read or courses.is_plain(v) for k, v in own.items()):
@@ -76,9 +76,6 @@ def _signature(module: nn.Module) -> tuple | None:
         return None
     shapes = tuple((n, None if p is None else tuple(p.shape)) for n, p in module._parameters.items())
     return cls, shapes, tuple(sorted(own.items(), key=lambda item: item[0]))
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _of_torch(module):

@@ -9,13 +9,12 @@ from lspm_kernels import dispatch
 from lspm_kernels.acceleration.aliases import unhooked
 from lspm_kernels.acceleration.image_kernels import is_special
 from lspm_kernels.acceleration.lookalikes import Meaning, meaning
-from lspm_kernels.acceleration.swap import original
+from lspm_kernels.acceleration.swap import OF_EVERY_MODULE, original
 from lspm_kernels.nn.calls import alike
 from lspm_kernels.ops import layer_norm
 
 # layer_norm behind a sum of 16x768: 0.98 with its backward, rms_norm 0.91 without; of 64x768 1.2 to 2.0.
 _LEAST = 2**14
-_OF_EVERY_MODULE = vars(nn.Module()).keys() | {"lspm"}
 # A module -> (names of what it held when it was asked, that itself, what it computes).
 _known: WeakKeyDictionary[nn.Module, tuple[tuple, tuple, Meaning | None]] = WeakKeyDictionary()
 
@@ -35,7 +34,7 @@ def norm_of(module: object) -> Meaning | None:
 
 def _state(module) -> tuple[tuple, tuple]:
     """What says that a module computes what it did: names, and options, each the same if it is the object."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    own = {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
     parameters = (name for name, p in module._parameters.items() if p is not None)
     return (original(module), *own, None, *parameters), tuple(own.values())
 

@@ -14,6 +14,9 @@ from typing import Any
 
 from torch import nn
 
+# What vars() of any module has, whatever it computes; `lspm` while it is swapped.
+OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"lspm"}
+
 
 class Swapped:
     """What all classes have that swap makes."""

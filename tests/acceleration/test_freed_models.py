@@ -10,6 +10,13 @@ import zoo
 import lspm_kernels as lk
 
 
+def alive(parts):
+    """The classes of those that weak references still find."""
+    for _ in range(2):  # what was kept of a module goes after it
+        gc.collect()
+    return [type(part()).__name__ for part in parts if part() is not None]
+
+
 @pytest.mark.parametrize("restored", [False, True])
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "bert", "llama", "transformer", "lightning"])
 def test_an_accelerated_model_is_freed(name, restored):
@@ -22,9 +29,7 @@ def test_an_accelerated_model_is_freed(name, restored):
         lk.restore(model)
     parts = [weakref.ref(part) for part in model.modules()]
     del model
-    for _ in range(2):  # what was kept of a module goes after it
-        gc.collect()
-    assert [type(part()).__name__ for part in parts if part() is not None] == []
+    assert alive(parts) == []
 
 
 @pytest.mark.parametrize("name", ["resnet18", "bert", "llama"])
@@ -36,6 +41,4 @@ def test_copies_of_weights_are_freed_with_them(name):
         model(**given)
     parts = [weakref.ref(part) for part in (*model.modules(), *model.parameters())]
     del model
-    for _ in range(2):
-        gc.collect()
-    assert [type(part()).__name__ for part in parts if part() is not None] == []
+    assert alive(parts) == []
