@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lspm_kernels import recording
+
 _PLAIN = (Tensor, Parameter)
 
 
@@ -118,8 +120,8 @@ def pixels(t: Tensor) -> Tensor:
 
 
 def readable(t: Tensor) -> bool:
-    """Whether the values of t can be read here: not while something traces, transforms or captures."""
-    return plain(t) and not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether the values of t can be read here: not where calls are traced, transformed or recorded."""
+    return plain(t) and not (recording.is_on() or (t.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def integers(

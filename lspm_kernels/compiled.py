@@ -13,6 +13,8 @@ from types import ModuleType
 
 import torch  # before the modules, so that they share its OpenMP runtime
 
+from lspm_kernels import recording
+
 # What each build needs, by the names in /proc/cpuinfo; the best build first.
 _V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -97,7 +99,7 @@ sys.modules["lspm_kernels._C"] = cpu
 
 def cpu_kernel(name: str) -> Callable[..., None]:
     """The CPU kernel `name`, on as many threads as torch uses."""
-    return lambda *args: getattr(cpu, name)(*args, torch.get_num_threads())
+    return lambda *args: recording.call(getattr(cpu, name), *args, torch.get_num_threads())
 
 
 def cuda_kernel(name: str) -> Callable[..., None]:

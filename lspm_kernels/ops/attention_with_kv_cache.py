@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import attention_checks, checks, compiled, dispatch
+from lspm_kernels import attention_checks, checks, compiled, dispatch, recording
 from lspm_kernels.ops import attention as dense
 from lspm_kernels.ops import rotary as rotation
 from lspm_kernels.reference import attention_with_kv_cache as reference
@@ -198,13 +198,21 @@ def _places(q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_
     if cache_leftpad is not None:
         begins, pads = checks.integers(_OP, "cache_leftpad", cache_leftpad, B, q.device)
     if lengths is None or pads is None:
-        return table, counts + new, begins, room
+        return table, _with_new(counts, new), begins, room
     for length, pad in zip(lengths, pads, strict=True):
         _check_length(length, room, new)
         if not 0 <= pad <= length + new:
             raise ValueError(f"{_OP}: cache_leftpad must be from 0 to the keys {length + new}, got {pad}")
     attention_checks.pages(_OP, rows, [length + new for length in lengths], k_cache)
-    return table, counts + new, begins, max(lengths, default=0) + new
+    return table, _with_new(counts, new), begins, max(lengths, default=0) + new
+
+
+def _with_new(counts, new):
+    if not (checks.plain(counts) and recording.is_on()):
+        return counts + new
+    total = torch.empty_like(counts)
+    recording.call(lambda: torch.add(counts, new, out=total))
+    return total
 
 
 def _counts(q, cache_seqlens, room, new):

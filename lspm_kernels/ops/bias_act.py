@@ -68,7 +68,7 @@ def _gradient(ctx, dy):
     return dx if wants_dx else None, dbias if wants_dbias else None, None
 
 
-_act = Operator(
+act = Operator(
     "bias_act(Tensor x, Tensor? bias, int activation) -> Tensor", BACKENDS, _forward, _save, _gradient
 )
 
@@ -113,7 +113,7 @@ def _call(op, x, bias, activation, backend):
     row = dispatch.pick(op, BACKENDS, backend, x)
     if row is None:
         return reference.bias_act(x, bias, activation)
-    return _act(row, x, bias, number)
+    return act(row, x, bias, number)
 
 
 def gelu(op: str, approximate: str) -> str:

@@ -42,6 +42,11 @@ def _rows(x):
     return x.shape[:-1].numel()
 
 
+def reads(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether products of x on a CPU take as long as it does to read weights, and need no gradient."""
+    return x.is_cpu and _rows(x) <= MOST_ROWS and not _differentiates(x, *others)
+
+
 def _most_rows(x, weight):
     return MOST_ROWS_OF_OTHERS if weight.dtype != x.dtype and not x.is_cuda else MOST_ROWS
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from lspm_kernels import checks, dispatch
 from lspm_kernels.operator import Operator
 from lspm_kernels.ops import bias_act, swiglu
+from lspm_kernels.ops.linear import product, reads
 from lspm_kernels.products import addmm, flat, linear, matmul
 from lspm_kernels.reference import mlp as reference
 
@@ -140,6 +141,9 @@ def mlp(
     number = bias_act.activation_number("mlp", activation)
     bias_out = None if bias_out is None else bias_out.to(x.dtype)
     row = dispatch.pick("mlp", BACKENDS, backend, x)
+    if row is not None and reads(x, weight_in, bias_in, weight_out, bias_out):
+        hidden = bias_act.act(row, product(x, weight_in, None, None), bias_in, number)
+        return product(hidden, weight_out, bias_out, None)
     if row is None:
         return reference.mlp(x, weight_in, bias_in, weight_out, bias_out, activation)
     y, _ = _mlp_operator(row, flat(x), weight_in, bias_in, weight_out, bias_out, number)
@@ -181,6 +185,9 @@ def gated_mlp(
     _weight("gated_mlp", "weight_down", weight_down, x, None, hidden)
     number = bias_act.activation_number("gated_mlp", activation, swiglu.ACTIVATIONS)
     row = dispatch.pick("gated_mlp", swiglu.BACKENDS, backend, x)
+    if row is not None and reads(x, weight_gate, weight_up, weight_down):
+        gate, up = (product(x, weight, None, None) for weight in (weight_gate, weight_up))
+        return product(swiglu.glu(row, gate, up, number), weight_down, None, None)
     if row is None:
         return reference.gated_mlp(x, weight_gate, weight_up, weight_down, activation)
     y, *_ = _gated_operator(row, flat(x), weight_gate, weight_up, weight_down, number)

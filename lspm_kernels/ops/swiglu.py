@@ -72,7 +72,7 @@ def _gradient(ctx, dy):
     return dgate, None if up is None else dup, None
 
 
-_glu = Operator(
+glu = Operator(
     "swiglu(Tensor gate, Tensor? up, int activation) -> Tensor", BACKENDS, _forward, _save, _gradient
 )
 
@@ -129,4 +129,4 @@ def _call(op, gate, up, activation, backend):
     row = dispatch.pick(op, BACKENDS, backend, gate)
     if row is None:
         return reference.swiglu(gate, up, activation)
-    return _glu(row, gate, up, activation_number(op, activation, ACTIVATIONS))
+    return glu(row, gate, up, activation_number(op, activation, ACTIVATIONS))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import lspm_kernels
+from lspm_kernels.recording import Recording
 from lspm_models.models.cache import KeyValueCache
 from lspm_models.tasks.language_modelling import LanguageModelling
 
@@ -102,13 +103,62 @@ class _Reader:
             # Positions count from 0: what is kept moves to the first ones, and so is run again.
             self._begin(text.shape[1] - max(1, self.task.config.context // 2))
         seen = self.start + (self.cache.length if self.cache is not None else 0)
-        features = self.task.model(text[:, seen:], self.cache)
-        return self.task.head(features[:, -1])
+        tokens = text[:, seen:]
+        if self.cache is None or tokens.shape != (self.sequences, 1):
+            return _last_logits(self.task, tokens, self.cache)
+        if self.step is None:
+            self.step = _Step(self.task, self.cache)
+        return self.step.logits(tokens)
 
     def _begin(self, start: int) -> None:
-        self.start = start
+        self.start, self.step = start, None
         config = self.task.config
         self.cache = KeyValueCache(config.layers, self.sequences, self.capacity) if self.use_cache else None
+
+
+class _Step:
+    """Logits after one more token, by the model or, once they have proven to be all of it, by its kernels.
+
+    Of a model of a hundred million weights Python takes as long as the kernels that it calls. So the first
+    step is recorded, and the next one, of another token, made both ways: where a replay gives the same bits
+    it makes all that follow. What torch computes, and what hooks do, is in no recording: a model that has
+    either goes on by itself.
+    """
+
+    def __init__(self, task: LanguageModelling, cache: KeyValueCache):
+        self.task, self.cache = task, cache
+        self.tokens: Tensor | None = None  # (B, 1), of the recording
+        self.recording = Recording()
+        self.found: Tensor | None = None  # logits, of the recording
+        is_watched = any(module._forward_hooks or module._forward_pre_hooks for module in task.modules())
+        self.is_proven: bool | None = False if is_watched else None  # None: not tried yet
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, V) of tokens (B, 1), until the next call."""
+        if self.is_proven is False or not tokens.is_cpu:
+            return _last_logits(self.task, tokens, self.cache)
+        if self.tokens is None:
+            self.tokens = tokens.clone()
+            with self.recording:
+                self.found = _last_logits(self.task, self.tokens, self.cache)
+            return self.found
+        is_another = not (self.tokens == tokens).any()
+        self.tokens.copy_(tokens)
+        if self.is_proven:
+            self.recording.replay()
+            self.cache.advance(tokens)
+            return self.found
+        if is_another:
+            self.recording.replay()
+        logits = _last_logits(self.task, tokens, self.cache)
+        if is_another:
+            self.is_proven = torch.equal(logits, self.found)
+        return logits
+
+
+def _last_logits(task: LanguageModelling, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
+    """(B, V) of the token after tokens (B, T)."""
+    return task.head(task.model(tokens, cache)[:, -1])
 
 
 def _only(logits: Tensor, tokens: Collection[int]) -> Tensor:

@@ -6,14 +6,13 @@ models, which differ: a block takes them beside its parts.
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lspm_models.models.cache import KeyValueCache
 from lspm_models.models.lora import LoraLinear
 from lspm_models.models.operations import Operations
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines (T, D / 2)
+Rotation = tuple[Tensor, Tensor]  # cosines and sines (T, D / 2), beside a cache of places from 0 on
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -94,12 +93,16 @@ class Attention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache | None, rotation: Rotation | None
     ) -> Tensor:
-        """(B, T, H D) of q (B, H, T, D) and k, v (B, H_kv, T, D), behind those in the cache."""
-        if rotation is not None:
-            q, k = self.ops.rotary(q, *rotation), self.ops.rotary(k, *rotation)
+        """(B, T, H D) of q (B, H, T, D) and k, v (B, H_kv, T, D), which go into the cache, behind its own."""
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        return self.ops.attention(q, k, v, causal=True).transpose(1, 2).flatten(2)
+            tables = dict(zip(("cos", "sin"), rotation or (), strict=False))
+            given = q, *cache.pair(self.layer, k, v), k, v
+            out = self.ops.attention_with_kv_cache(*given, cache_seqlens=cache.past, causal=True, **tables)
+        else:
+            if rotation is not None:
+                q, k = self.ops.rotary(q, *rotation), self.ops.rotary(k, *rotation)
+            out = self.ops.attention(q, k, v, causal=True)
+        return out.transpose(1, 2).flatten(2)
 
 
 class PackedAttention(Attention):
@@ -159,7 +162,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not are_linear(self.c_fc, self.c_proj):
-            hidden = F.gelu(project(self.c_fc, x, self.ops), approximate="tanh")
+            hidden = self.ops.bias_act(project(self.c_fc, x, self.ops), None, "gelu_tanh")
             return project(self.c_proj, hidden, self.ops)
         layers = self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
         return self.ops.mlp(x, *layers, activation="gelu_tanh")
@@ -178,7 +181,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not are_linear(self.gate_proj, self.up_proj, self.down_proj):
             gate, up = (project(layer, x, self.ops) for layer in (self.gate_proj, self.up_proj))
-            return project(self.down_proj, F.silu(gate) * up, self.ops)
+            return project(self.down_proj, self.ops.swiglu(gate, up), self.ops)
         weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         return self.ops.gated_mlp(x, *weights, activation="silu")
 

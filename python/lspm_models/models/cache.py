@@ -1,5 +1,6 @@
 """Keys and values of the tokens that a model has seen, so that a new token does not cost the whole text."""
 
+import torch
 from torch import Tensor
 
 
@@ -18,24 +19,43 @@ class KeyValueCache:
     def __init__(self, layers: int, batch: int, capacity: int):
         self.layers, self.batch, self.capacity = layers, batch, capacity
         self.length = 0  # tokens held by every layer; the model moves it on when the last layer is done
+        # The same in tensors that stay where they are, for steps that are recorded: as look-ups take it, and
+        # as attention does.
+        self._places = torch.zeros(batch, 1, dtype=torch.int64)
+        self._counts = torch.zeros(batch, dtype=torch.int32)
+        self.past: int | Tensor = 0  # length, as attention takes it of the tokens that the model now runs
         self.pairs: list[tuple[Tensor, Tensor]] = []  # (B, H, capacity, D) of each layer
         self.rotation: tuple[Tensor, Tensor] | None = None  # the model's, of every place up to the capacity
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k and v, both (B or 1, H, T, D), and gives all keys and values so far of the rows in k.
+    def begin(self, tokens: Tensor) -> int | Tensor:
+        """Gives where the first of tokens (B or 1, T) stands, as look-ups take it.
 
         Raises:
             ValueError: there is no room for T more tokens.
         """
-        rows, heads, tokens, size = k.shape
-        end = self.length + tokens
+        end = self.length + tokens.shape[1]
         if end > self.capacity:
             raise ValueError(f"KeyValueCache: tokens must fit the capacity of {self.capacity}, got {end}")
+        is_step = tokens.is_cpu and tokens.shape == self._places.shape  # a GPU would wait for what they hold
+        self.past = self._counts if is_step else self.length
+        return self._places if is_step else self.length
+
+    def pair(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What holds a layer's keys and values, of as many rows as k and v (B or 1, H, T, D) have."""
         if not self.pairs:
-            shape = self.layers, self.batch, heads, self.capacity, size
+            shape = self.layers, self.batch, k.shape[1], self.capacity, k.shape[-1]
             self.pairs = list(zip(k.new_empty(shape), v.new_empty(shape), strict=True))
-        found = []
-        for held, new in zip(self.pairs[layer], (k, v), strict=True):
-            held.narrow(2, self.length, tokens).copy_(new)
-            found.append((held if rows == self.batch else held[:rows]).narrow(2, 0, end))
-        return tuple(found)
+        keys, values = self.pairs[layer]
+        rows = len(k)
+        return (keys, values) if rows == self.batch else (keys[:rows], values[:rows])
+
+    def advance(self, tokens: Tensor) -> None:
+        """Every layer holds tokens (B or 1, T) now."""
+        end = self.length + tokens.shape[1]
+        if len(tokens) < self.batch:
+            for pair in self.pairs:
+                for held in pair:
+                    held[1:, :, self.length : end] = held[:1, :, self.length : end]
+        self.length = end
+        self._places.fill_(end)
+        self._counts.fill_(end)

@@ -96,7 +96,7 @@ class GPT(Decoder):
         """Draws new weights as GPT-2 does."""
         self.initialize(outputs=("c_proj",))
 
-    def embedded(self, tokens: Tensor, past: int) -> Tensor:
+    def embedded(self, tokens: Tensor, past: int | Tensor) -> Tensor:
         """With learned positions, and dropped of in training."""
         p = self.config.dropout if self.training else 0.0
         tables = {"position_weight": self.wpe.weight, "positions": past}

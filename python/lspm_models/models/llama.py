@@ -137,16 +137,14 @@ class Llama(Decoder):
         """Draws new weights as GPT-2 does."""
         self.initialize(outputs=("o_proj", "down_proj"))
 
-    def rotation(self, past: int, end: int, cache: KeyValueCache | None) -> Rotation:
-        """Cosines and sines (T, D / 2)."""
+    def rotation(self, places: int, cache: KeyValueCache | None) -> Rotation:
+        """Cosines and sines (places or the cache's capacity, D / 2)."""
         device = self.embed_tokens.weight.device
-        if cache is None or end > cache.capacity:  # which the cache will refuse
-            cos, sin = _angles(self.config, end, device)
-        else:
-            if cache.rotation is None:
-                cache.rotation = _angles(self.config, cache.capacity, device)
-            cos, sin = cache.rotation
-        return cos[past:end], sin[past:end]
+        if cache is None:
+            return _angles(self.config, places, device)
+        if cache.rotation is None:
+            cache.rotation = _angles(self.config, cache.capacity, device)
+        return cache.rotation
 
 
 def _angles(config: LlamaConfig, positions: int, device: torch.device) -> Rotation:

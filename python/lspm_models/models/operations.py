@@ -26,6 +26,9 @@ class Operations:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., Tensor]
     attention: Callable[..., Tensor]
+    attention_with_kv_cache: Callable[..., Tensor]
+    bias_act: Callable[..., Tensor]
+    swiglu: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
     gated_mlp: Callable[..., Tensor]
@@ -37,7 +40,7 @@ def _embedding(
     weight: Tensor,
     *,
     position_weight: Tensor | None = None,
-    positions: int = 0,
+    positions: Tensor | int = 0,
     token_type_weight: Tensor | None = None,
     token_types: Tensor | None = None,
     norm_weight: Tensor | None = None,
@@ -47,7 +50,9 @@ def _embedding(
 ) -> Tensor:
     x = F.embedding(tokens, weight)
     if position_weight is not None:
-        x = x + position_weight[positions : positions + tokens.shape[-1]]
+        if isinstance(positions, int):
+            positions = slice(positions, positions + tokens.shape[-1])
+        x = x + position_weight[positions]
     if token_type_weight is not None:
         x = x + F.embedding(token_types, token_type_weight)
     if norm_weight is not None:
@@ -106,6 +111,35 @@ def _attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 
+def _attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cache_seqlens: int | Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    causal: bool,
+) -> Tensor:
+    past = int(cache_seqlens if isinstance(cache_seqlens, int) else cache_seqlens[0])  # one for all
+    end = past + k.shape[2]
+    if cos is not None:
+        rotation = cos[past:end], sin[past:end]
+        q, k = _rotary(q, *rotation), _rotary(k, *rotation)
+    k_cache[:, :, past:end], v_cache[:, :, past:end] = k, v
+    return _attention(q, k_cache[:, :, :end], v_cache[:, :, :end], causal=causal)
+
+
+def _bias_act(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](x if bias is None else x + bias)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
 def _mlp(
     x: Tensor,
     weight_in: Tensor,
@@ -142,6 +176,9 @@ FUSED = Operations(
     lspm_kernels.add_rms_norm,
     lspm_kernels.rotary,
     lspm_kernels.attention,
+    lspm_kernels.attention_with_kv_cache,
+    lspm_kernels.bias_act,
+    lspm_kernels.swiglu,
     lspm_kernels.linear,
     lspm_kernels.mlp,
     lspm_kernels.gated_mlp,
@@ -156,6 +193,9 @@ PLAIN = Operations(
     _add_rms_norm,
     _rotary,
     _attention,
+    _attention_with_kv_cache,
+    _bias_act,
+    _swiglu,
     F.linear,
     _mlp,
     _gated_mlp,

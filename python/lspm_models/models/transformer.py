@@ -87,24 +87,24 @@ class Decoder(Transformer):
         """
         if cache is not None and torch.is_grad_enabled():
             raise ValueError(f"{self._name}: cache must be used under torch.no_grad(), got gradients enabled")
-        past = cache.length if cache is not None else 0
-        self.check(tokens, past)
+        self.check(tokens, cache.length if cache is not None else 0)
+        past = cache.begin(tokens) if cache is not None else 0
         with ids_of(self._name, tokens=(tokens, self.config.vocabulary_size)):
             x, residual = in_autocast(self.embedded(tokens, past)), None
-        rotation = self.rotation(past, past + tokens.shape[1], cache)
+        rotation = self.rotation(tokens.shape[1], cache)
         for block in self.blocks:
             if self.gradient_checkpointing and cache is None:
                 x, residual = checkpoint(block, x, residual, None, rotation, use_reentrant=False)
             else:
                 x, residual = block(x, residual, cache, rotation)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(tokens)
         return self.norm(x, residual)[0]
 
-    def rotation(self, past: int, end: int, cache: KeyValueCache | None) -> Rotation | None:
-        """Cosines and sines of places from past to end, which a cache may keep; None: no rotation."""
+    def rotation(self, places: int, cache: KeyValueCache | None) -> Rotation | None:
+        """Cosines and sines of so many places, or all of a cache, which keeps them; None: no rotation."""
 
-    def embedded(self, tokens: Tensor, past: int) -> Tensor:
+    def embedded(self, tokens: Tensor, past: int | Tensor) -> Tensor:
         """Embeddings (B, T, C) of tokens whose first one stands at `past`, with what tells their places."""
         return self.ops.embedding(tokens, self.embedding.weight)
 

@@ -1,10 +1,10 @@
 """Language modelling: from features to the next token."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lspm_kernels
+from lspm_models.models.blocks import project
 from lspm_models.models.cache import KeyValueCache
 from lspm_models.models.lora import LoraLinear
 from lspm_models.models.transformer import Decoder
@@ -40,8 +40,10 @@ class LanguageModelling(nn.Module):
     def head(self, features: Tensor) -> Tensor:
         """Logits (..., V) of features (..., C)."""
         if not self.config.tied:
-            return self.lm_head(features)
-        return F.linear(features, self.head_weight) if self.logits is None else self.logits(features)
+            return project(self.lm_head, features, self.model.ops)
+        if self.logits is None:
+            return self.model.ops.linear(features, self.head_weight)
+        return self.logits(features)
 
     def read_only_(self, dtype: torch.dtype, group_size: int | None = None) -> "LanguageModelling":
         """Makes it a model for generation alone: the weights of linear layers, and of the head, in dtype.
