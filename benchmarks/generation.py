@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,31 @@ class Generation:
             eager = plain.model(prompt)[:, -1] @ head.T
             truth = copy.deepcopy(plain).double().model(prompt)[:, -1] @ head.double().T
         harness.compare("lspm", [task.head(task.model(prompt)[:, -1])], [truth], [eager])
+
+
+def by_ctranslate2(theirs: Any, prompt: Tensor) -> Callable[[], object] | None:
+    """The loop by CTranslate2 with weights and activations in int8; None where it is not installed.
+
+    With float32 weights it gives transformers' tokens.
+    """
+    try:
+        import ctranslate2
+        from ctranslate2.converters.transformers import GPT2Loader
+    except ImportError:
+        return None
+    names = [str(token) for token in range(theirs.config.vocab_size)]
+    spec = GPT2Loader().get_model_spec(theirs)
+    spec.register_vocabulary(names)
+    spec.config.unk_token = spec.config.bos_token = spec.config.eos_token = names[0]
+    spec.validate()
+    spec.optimize(quantization="int8")
+    with tempfile.TemporaryDirectory() as folder:
+        spec.save(folder)
+        options = {"compute_type": "int8", "inter_threads": 1, "intra_threads": torch.get_num_threads()}
+        generator = ctranslate2.Generator(folder, **options)
+    length = {"max_length": NEW_TOKENS, "min_length": NEW_TOKENS, "include_prompt_in_result": False}
+    tokens = [[names[token] for token in prompt[0].tolist()]]
+    return lambda: generator.generate_batch(tokens, sampling_topk=1, **length)
 
 
 def as_kept(weight: Tensor, weights: str) -> Tensor:
