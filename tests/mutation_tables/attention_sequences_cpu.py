@@ -97,7 +97,7 @@ MUTATIONS = [
     in_cache(
         name="cache: the keys appended are not counted",
         file="lspm_kernels/ops/attention_with_kv_cache.py",
-        old="return table, counts + new, begins, max(",
+        old="return table, _with_new(counts, new), begins, max(",
         new="return table, counts, begins, max(",
     ),
     in_cache(

@@ -18,8 +18,8 @@ in_gguf_model = partial(Mutation, file=f"{MODELS}/gguf_model.py", tests=FILES)
 MUTATIONS = [
     in_llama(
         name="llama: a cache's new tokens are rotated as the first",
-        old="return cos[past:end], sin[past:end]",
-        new="return cos[: end - past], sin[: end - past]",
+        old="        return cache.rotation\n",
+        new="        return tuple(t[:1].expand(t.shape) for t in cache.rotation)\n",
         tests=("tests/models/test_cache.py", "-x", "-k", "rotates"),
     ),
     in_llama(
@@ -36,7 +36,7 @@ MUTATIONS = [
     ),
     in_blocks(
         name="llama: the gate is not gated",
-        old="F.silu(gate) * up",
+        old="self.ops.swiglu(gate, up)",
         new="gate * up",
         tests=("tests/models/test_lora.py", "-x", "-k", "sums"),
     ),

@@ -1,0 +1,73 @@
+"""Bugs in what makes kernel calls again, and in the steps of a text that are made so."""
+
+from functools import partial
+
+from mutations import Mutation
+
+PACKAGE, MODELS = "lspm_kernels", "python/lspm_models"
+REPLAYS = ("tests/test_recording.py", "-x")
+STEPS = ("tests/models/test_generate.py", "-x", "-k", "steps or hooks or full_loop")
+in_recording = partial(Mutation, file=f"{PACKAGE}/recording.py", tests=REPLAYS)
+in_cached_attention = partial(Mutation, file=f"{PACKAGE}/ops/attention_with_kv_cache.py", tests=REPLAYS)
+in_cache = partial(Mutation, file=f"{MODELS}/models/cache.py", tests=STEPS)
+in_generate = partial(Mutation, file=f"{MODELS}/generate.py", tests=STEPS)
+
+MUTATIONS = [
+    in_recording(
+        name="recording: nothing is recorded",
+        old="        recording.calls.append((function, args))",
+        new="        pass",
+    ),
+    in_recording(
+        name="recording: it goes on behind the block",
+        old="        _current.reset(self._token)",
+        new="        pass",
+    ),
+    in_cached_attention(
+        name="recording: keys are those of the first call",
+        old="    recording.call(lambda: torch.add(counts, new, out=total))\n    return total",
+        new="    return counts + new",
+    ),
+    Mutation(
+        name="recording: lengths are read, so that the longest is that of the first call",
+        file=f"{PACKAGE}/checks.py",
+        old="not (recording.is_on() or (t.is_cuda",
+        new="not ((t.is_cuda",
+        tests=REPLAYS,
+    ),
+    in_cache(
+        name="recording: look-ups stay at the first place",
+        old="        self._places.fill_(end)\n",
+        new="",
+    ),
+    in_cache(
+        name="recording: attention stays at the first place",
+        old="        self._counts.fill_(end)\n",
+        new="",
+    ),
+    in_cache(
+        name="recording: a shared prompt is only in the first row",
+        old="                    held[1:, :, self.length : end] = held[:1, :, self.length : end]",
+        new="                    pass",
+    ),
+    in_generate(
+        name="recording: a replay is believed before it is compared",
+        old="            self.is_proven = torch.equal(logits, self.found)",
+        new="            self.is_proven = True",
+    ),
+    in_generate(
+        name="recording: the token is that of the recording",
+        old="        self.tokens.copy_(tokens)\n",
+        new="",
+    ),
+    in_generate(
+        name="recording: a replay does not move the cache on",
+        old="            self.cache.advance(tokens)\n",
+        new="",
+    ),
+    in_generate(
+        name="recording: hooks are left out",
+        old="False if is_watched else None",
+        new="None",
+    ),
+]
