@@ -4,7 +4,7 @@ import argparse
 import importlib
 import pkgutil
 import sys
-from importlib import metadata, util
+from importlib import metadata
 
 import torch
 
@@ -61,9 +61,11 @@ def _version() -> str:
 
 
 def _triton() -> str:
-    if util.find_spec("triton") is None:
+    try:
+        import triton  # its distribution has other names too: triton-rocm, triton-xpu
+    except ImportError:
         return "no triton"
-    return f"triton {metadata.version('triton')}"
+    return f"triton {triton.__version__}"
 
 
 def main(arguments: list[str] | None = None) -> int | None:
