@@ -127,6 +127,7 @@ def test_a_corpus_that_is_too_short():
     with pytest.raises(ValueError, match=message):
         data(17, 16)
     assert len(list(data(18, 17).validation())) == 1  # the boundary moves to make room for a block
+    assert data(100, 1).training.next_batch()[0].shape == (2, 8)  # either way
     with pytest.raises(
         ValueError, match=r"^corpus: text must hold at least 9 tokens \(one block of 8\), got 8$"
     ):

@@ -172,8 +172,8 @@ class TextData:
         processes: int = 1,
     ) -> None:
         count, boundary, needed = len(tokens.ids), tokens.boundary, block + 1  # a target for the last token
-        if boundary < count:  # validation is wanted: it gets at least one block
-            boundary, needed = min(boundary, count - needed), 2 * needed
+        if boundary < count:  # validation is wanted: each part gets at least one block
+            boundary, needed = max(needed, min(boundary, count - needed)), 2 * needed
         if count < needed:
             parts = "one training and one validation block" if needed > block + 1 else "one block"
             raise ValueError(
