@@ -184,6 +184,16 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, text, arguments, m
     assert [path.name for path in text.parent.iterdir()] == ["fox.txt"]
 
 
+def test_a_mistake_leaves_an_empty_folder_as_it_was(run, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    with chdir(tmp_path / "disk"):
+        for folder in (tmp_path / "link", "."):
+            code, _, err = run(pretrain, "--corpus", "nowhere", "--out", folder)
+            assert code == 2 and err.startswith("pretrain.py: corpus: 'nowhere' must be a file")
+    assert (tmp_path / "link").is_symlink() and not list((tmp_path / "link").iterdir())
+
+
 def test_a_corpus_that_is_empty_or_too_short(run, tmp_path):
     (tmp_path / "empty.txt").touch()
     result = run(pretrain, "--corpus", tmp_path / "empty.txt", "--out", tmp_path / "run")
