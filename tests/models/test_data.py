@@ -139,6 +139,7 @@ def test_a_corpus_that_is_too_short():
     ("options", "message"),
     [
         ({"corpus": ()}, "data: corpus must name a file, a folder or a corpus, got nothing"),
+        ({"corpus": ("a", "")}, "data: corpus must name a file, a folder or a corpus, got nothing"),
         ({"max_bytes": 0}, "data: max_bytes must be at least 1, got 0"),
         ({"tokenizer_sample": 0}, "data: tokenizer_sample must be at least 1, got 0"),
         ({"validation": 1.0}, "data: validation must be at least 0 and less than 1, got 1.0"),
