@@ -249,6 +249,12 @@ def test_settings_and_data_must_be_those_of_the_checkpoint(tmp_path):
         fit(table(), counting(), configuration(), tmp_path)
 
 
+def test_a_run_that_goes_on_returns_what_the_whole_one_did(tmp_path):
+    whole = fit(table(), counting(), configuration(steps=8), tmp_path)
+    checkpoint.remove(whole.checkpoint)  # the one before, of step 6, lies between two evaluations
+    assert fit(table(), counting(), configuration(steps=8), tmp_path, resume=True) == whole
+
+
 def test_a_finished_run_goes_on_when_it_gets_more_steps(tmp_path):
     fit(table(), counting(), configuration(steps=3), tmp_path)
     result = fit(table(), counting(), configuration(steps=5), tmp_path, resume=True)
