@@ -173,5 +173,6 @@ def test_info_says_what_runs_and_why_the_rest_does_not():
     code, out, _ = run(sys.executable, "-m", "lspm_kernels", "info")
     assert (code, out.strip()) == (0, text.strip())
     assert run(sys.executable, "-m", "lspm_kernels", "backends")[:2] == (0, backends() + "\n")
+    assert run("sh", "-c", f"{sys.executable} -m lspm_kernels info | head -n 0")[1:] == ("", "")
     code, _, errors = run(sys.executable, "-m", "lspm_kernels", "inof")
     assert code == 2 and "invalid choice" in errors
