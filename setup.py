@@ -21,7 +21,7 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CXX = os.environ.get("CXX", "g++")
+CXX = os.environ.get("CXX") or "g++"
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 ISAS = {
     "base": [],
@@ -52,12 +52,12 @@ def asks_for(macro, source):
 
 def find_nvcc():
     """The nvcc to use, or None where CUDA is left out; says why where it was asked for and cannot be had."""
-    wish = os.environ.get("LSPM_CUDA", "auto")
+    wish = os.environ.get("LSPM_CUDA") or "auto"
     if wish not in ("0", "1", "auto"):
         raise SystemExit(f"setup: LSPM_CUDA must be 0, 1 or auto, got {wish!r}")
     if wish == "0":
         return None
-    nvcc = shutil.which(name := os.environ.get("NVCC", "nvcc"))
+    nvcc = shutil.which(name := os.environ.get("NVCC") or "nvcc")
     text = subprocess.getoutput(f"{shlex.quote(nvcc)} --version") if nvcc else ""
     release = re.search(r"release (\d+)\.\d+", text)
     if release and int(release[1]) >= 12:

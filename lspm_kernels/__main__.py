@@ -3,8 +3,9 @@
 import argparse
 import importlib
 import pkgutil
+import signal
 import sys
-from importlib import metadata, util
+from importlib import metadata
 
 import torch
 
@@ -61,9 +62,11 @@ def _version() -> str:
 
 
 def _triton() -> str:
-    if util.find_spec("triton") is None:
+    try:
+        import triton  # its distribution has other names too: triton-rocm, triton-xpu
+    except ImportError:
         return "no triton"
-    return f"triton {metadata.version('triton')}"
+    return f"triton {triton.__version__}"
 
 
 def main(arguments: list[str] | None = None) -> int | None:
@@ -84,4 +87,6 @@ def main(arguments: list[str] | None = None) -> int | None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.exit(main())

@@ -165,6 +165,13 @@ def eps(op: str, value: float | Tensor) -> float:
     return float(value)
 
 
+def rms_eps(op: str, x: Tensor, value: float | Tensor | None) -> float:
+    """As eps; None is torch's, that of the dtype in which the statistics of x are taken."""
+    if value is None:
+        return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    return eps(op, value)
+
+
 def integer(op: str, name: str, value: int) -> None:
     """Raises ValueError unless value is a whole number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):

@@ -69,8 +69,7 @@ def load_cpu(isa: str) -> ModuleType:
 
 
 def _best_cpu() -> ModuleType:
-    forced = os.environ.get("LSPM_ISA")
-    if forced is not None:
+    if forced := os.environ.get("LSPM_ISA"):
         return load_cpu(forced)
     for isa in NEEDS:
         try:

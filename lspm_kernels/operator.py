@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from lspm_kernels.dispatch import Backend
@@ -127,7 +128,8 @@ class Operator:
                 a, Tensor
             ):  # of another class: it may have no data of its own
                 return self._op(*args, row.name)
-        if wants_grad and _is_grad_enabled():
+        # Within a dual level a tensor may have a tangent: a Function without jvp says that it would be lost.
+        if (wants_grad and _is_grad_enabled()) or forward_ad._current_level >= 0:
             return self._eager(*args, row)
         return self._compute(row, *args, saves=False)
 

@@ -26,6 +26,8 @@ def main() -> int:
             init = job.find(arguments.init)
             defaults = job.fine_tuning_defaults(init)
         with opened_run(arguments, print, job, init=init and str(init), defaults=defaults) as run:
+            if run.init is None:
+                raise ValueError(f"run: {run.folder} must be a run of finetune.py, got one of pretrain.py")
             init = Path(run.init)
             if "init" in arguments:
                 job.adopt(run, init)

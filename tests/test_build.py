@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -97,6 +99,12 @@ def test_misspelt_settings(variable, value, message, tmp_path):
     assert configure(tmp_path, **settings) == message
 
 
+def test_an_empty_setting_is_an_absent_one(tmp_path):
+    message = configure(tmp_path, CXX="", NVCC="", LSPM_CUDA="", LSPM_CUDA_ARCHS="", LSPM_ISAS="", PATH="")
+    assert message == "setup: a C++ compiler must be on PATH, got 'g++'; set CXX, or install g++"
+    assert run(sys.executable, "-c", "import lspm_kernels", LSPM_ISA="")[0] == 0
+
+
 def test_an_unknown_instruction_set():
     code, _, errors = run(sys.executable, "-c", "import lspm_kernels", LSPM_ISA="sse9")
     assert code == 1
@@ -144,6 +152,14 @@ def test_without_triton(monkeypatch, tmp_path):
     program = "import torch, lspm_kernels as l; print(l.layer_norm(torch.ones(2, 4)).shape)"
     code, out, errors = run(sys.executable, "-c", program, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert (code, out) == (0, "torch.Size([2, 4])\n"), errors
+    code, out, errors = run(sys.executable, "-m", "lspm_kernels", "info", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert code == 0 and "no triton\n" in out and "it needs triton, which is not installed" in out, errors
+
+
+def test_a_triton_whose_distribution_has_another_name(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(metadata, "version", Mock(side_effect=metadata.PackageNotFoundError))
+    assert f", triton {triton.__version__}\n" in info()
 
 
 def test_info_says_what_runs_and_why_the_rest_does_not():
@@ -157,5 +173,6 @@ def test_info_says_what_runs_and_why_the_rest_does_not():
     code, out, _ = run(sys.executable, "-m", "lspm_kernels", "info")
     assert (code, out.strip()) == (0, text.strip())
     assert run(sys.executable, "-m", "lspm_kernels", "backends")[:2] == (0, backends() + "\n")
+    assert run("sh", "-c", f"{sys.executable} -m lspm_kernels info | head -n 0")[1:] == ("", "")
     code, _, errors = run(sys.executable, "-m", "lspm_kernels", "inof")
     assert code == 2 and "invalid choice" in errors

@@ -37,7 +37,16 @@ class RowStatistics {
     });
   }
 
-  float mean() const { return sum(total_) / cols_; }
+  // The mean of what is left of the elements behind a first mean is what adding them up in float lost of it.
+  float mean() const {
+    const float first = sum(total_) / cols_;
+    F left{}, rest{};
+    for (int64_t g = 0; g < groups_; ++g) left += load(centers_ + g * kLanes) - first;
+    for_each_vector(cols_ - rest_, [&](int64_t i, auto lanes) {
+      rest += lanes.keep(lanes.load(centers_ + groups_ * kLanes + i) - first);
+    });
+    return first + sum(left * float(kGroup) + rest) / cols_;
+  }
   // The sum of squared deviations from `mean`.
   float squares(float mean) const {
     F between{}, rest{};

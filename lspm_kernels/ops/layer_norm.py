@@ -158,7 +158,7 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
-    x = _check("layer_norm", x, weight, bias)
+    x, weight, bias = _check("layer_norm", x, weight, bias)
     eps = checks.eps("layer_norm", eps)
     row = dispatch.pick("layer_norm", BACKENDS, backend, x)
     if row is None:
@@ -171,12 +171,12 @@ def rms_norm(
 ) -> Tensor:
     """RMS norm over the last dimension: y = x / sqrt(mean(x ** 2) + eps) * weight.
 
-    The rest is as in layer_norm; eps None is torch.finfo(x.dtype).eps, as in torch.
+    The rest is as in layer_norm; eps None is that of float32, or of float64 with such an x, as in torch.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
-    x = _check("rms_norm", x, weight, None)
-    eps = torch.finfo(x.dtype).eps if eps is None else checks.eps("rms_norm", eps)
+    x, weight, _ = _check("rms_norm", x, weight, None)
+    eps = checks.rms_eps("rms_norm", x, eps)
     row = dispatch.pick("rms_norm", BACKENDS, backend, x)
     if row is None:
         return reference.rms_norm(x, weight, eps)
@@ -219,7 +219,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Residual addition and RMS norm: as add_layer_norm, with y = rms_norm(sum) and eps as in rms_norm."""
     x, residual, weight, _ = _check_sum("add_rms_norm", x, residual, weight, None)
-    eps = torch.finfo(x.dtype).eps if eps is None else checks.eps("add_rms_norm", eps)
+    eps = checks.rms_eps("add_rms_norm", x, eps)
     row = dispatch.pick("add_rms_norm", BACKENDS, backend, x)
     if row is None:
         return reference.add_rms_norm(x, residual, weight, eps)
@@ -227,7 +227,7 @@ def add_rms_norm(
 
 
 def _check_sum(op, x, residual, weight, bias):
-    x = _check(op, x, weight, bias)
+    x, weight, bias = _check(op, x, weight, bias)
     checks.like(op, "residual", residual, x)
     if residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -236,14 +236,15 @@ def _check_sum(op, x, residual, weight, bias):
 
 
 def _check(op, x, weight, bias):
-    """Checks all but a residual; gives x as the kernels take it."""
+    """Checks all but a residual; gives these tensors as the kernels take them."""
     checks.floating(op, "x", x)
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        x = x.float()  # as torch's own norms do on a GPU; on a CPU they compute in x's dtype
+        # As torch's own norms do on a GPU; on a CPU they compute in x's dtype.
+        x, weight, bias = (t.float() if isinstance(t, Tensor) else t for t in (x, weight, bias))
     cols, device, dtypes = x.shape[-1], x.device, (x.dtype, torch.float32)
     if weight is not None:
         checks.parameter(op, "weight", weight, cols, device, dtypes)
         dtypes = (weight.dtype,)  # the kernels read both as one type
     if bias is not None:
         checks.parameter(op, "bias", bias, cols, device, dtypes)
-    return x
+    return x, weight, bias

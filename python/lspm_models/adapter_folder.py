@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lspm_models.checkpoint import header, read_tensors, refuse_other_base
-from lspm_models.files import remove, replaced
+from lspm_models.files import remove, replaced, write_tensors
 from lspm_models.hugging_face import HEAD
 from lspm_models.hugging_face_config import FORMATS, Format
 from lspm_models.json_files import read_object
@@ -46,8 +46,6 @@ def save_adapter(task: LanguageModelling, folder: str | Path, base: str | Path |
     Raises:
         ValueError: the model has no adapters.
     """
-    from safetensors.torch import save_file
-
     layers = lora_layers(task)
     if not layers:
         raise ValueError("save_adapter: task must have adapters, got none")
@@ -72,7 +70,7 @@ def save_adapter(task: LanguageModelling, folder: str | Path, base: str | Path |
     remove(Path(folder))
     with replaced(Path(folder)) as partial:
         partial.mkdir(parents=True)
-        save_file(tensors, partial / MODEL, metadata=header(task))
+        write_tensors(tensors, partial / MODEL, metadata=header(task))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lspm_models.files import remove, replaced
+from lspm_models.files import remove, replaced, write_tensors
+from lspm_models.json_files import read_object
 from lspm_models.models.lora import adapter_tensors, base_sample, differing, lora_layers
 
 NAME = re.compile(r"step-(\d{8,})")
@@ -40,8 +41,6 @@ def save_checkpoint(
     Returns:
         The path of the checkpoint.
     """
-    from safetensors.torch import save_file
-
     path = Path(folder) / f"step-{step:08d}"
     path.parent.mkdir(parents=True, exist_ok=True)
     optimizer_tensors, optimizer_numbers = _optimizer_state(model, optimizer)
@@ -54,8 +53,8 @@ def save_checkpoint(
         generators.append({name: value for name, value in generator.items() if not isinstance(value, Tensor)})
     with replaced(path) as partial:
         partial.mkdir()
-        save_file(_plain(model_tensors(model)), partial / "model.safetensors", metadata=header(model))
-        save_file(_plain(tensors), partial / "training.safetensors")
+        write_tensors(_plain(model_tensors(model)), partial / "model.safetensors", metadata=header(model))
+        write_tensors(_plain(tensors), partial / "training.safetensors")
         content = {**state, "step": step, "optimizer": optimizer_numbers, "random": generators}
         (partial / "state.json").write_text(json.dumps(content, indent=1))
         if path.exists():
@@ -75,16 +74,12 @@ def read_state(path: Path) -> dict:
     """Reads everything but the tensors.
 
     Raises:
-        ValueError: path is no checkpoint.
+        ValueError: path is no checkpoint, or a damaged one.
     """
-    try:
-        return json.loads((Path(path) / "state.json").read_text())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(
-            f"checkpoint: {path} must be a checkpoint folder, got no state.json in it"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"checkpoint: {path}/state.json must be JSON, got {error}") from error
+    file = Path(path) / "state.json"
+    if not file.exists():
+        raise ValueError(f"checkpoint: {path} must be a checkpoint folder, got no state.json in it")
+    return read_object(file)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lspm_models.progress import counted
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -45,8 +47,11 @@ class Processes:
             device = torch.device(name)
         except RuntimeError as error:
             raise ValueError(f"fit: device must be one like cpu, cuda or cuda:1, got {name!r}") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"fit: device must be one this machine has, got {name!r} without a CUDA GPU")
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"fit: device must be one like cpu, cuda or cuda:1, got {name!r}")
+        if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+            got = f"{name!r} with {counted(count, 'CUDA GPU')}"
+            raise ValueError(f"fit: device must be one this machine has, got {got}")
         return device
 
     def sum(self, values: list[float], device: torch.device) -> list[float]:

@@ -54,14 +54,15 @@ class FitConfig:
             ),
             ("evaluate_every evaluation_batches checkpoint_every", "greater than 0", lambda value: value > 0),
             ("keep_checkpoints log_every", "greater than 0", lambda value: value > 0),
-            ("weight_decay clip seed", "0 or greater", lambda value: value >= 0),
+            ("weight_decay clip", "0 or greater", lambda value: value >= 0),
+            ("seed", "0 or greater and below 2 ** 64", lambda value: 0 <= value < 2**64),
             ("final_learning_rate warmup", "between 0 and 1", lambda value: 0 <= value <= 1),
             ("beta1 beta2", "at least 0 and less than 1", lambda value: 0 <= value < 1),
         ]
         for names, rule, holds in rules:
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not (holds(value) and math.isfinite(value)):
+                if value is not None and not (holds(value) and value < math.inf):
                     raise ValueError(f"training: {name} must be {rule}, got {value}")
         if self.precision not in PRECISIONS:
             raise ValueError(

@@ -24,7 +24,7 @@ from lspm_models.data.tokenizer_folder import (
     write_mask_folder,
 )
 from lspm_models.data.tokenizers import ByteBpe
-from lspm_models.files import replaced
+from lspm_models.files import replaced, write_tensors
 from lspm_models.hugging_face_config import (
     Format,
     head_name,
@@ -193,8 +193,6 @@ def save_pretrained(
         ValueError: the folder is there already, the GPT has no biases, the tokenizer is of another kind, or a
             classifier pools as transformers does not, or has another number of labels.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"save_pretrained: folder must be a new one, got {folder}")
@@ -224,7 +222,7 @@ def save_pretrained(
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         names = names if len(shards) > 1 else [ONE]
         for name, tensors in zip(names, shards, strict=True):
-            save_file(tensors, partial / name, metadata={"format": "pt"})
+            write_tensors(tensors, partial / name, metadata={"format": "pt"})
         if len(shards) > 1:
             size = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
             places = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}

@@ -85,6 +85,7 @@ def _asked_in(path: Path) -> tuple[str | None, str | None]:
         else:
             run = path if (path / "config.json").exists() else find_checkpoint(path).resolve().parents[1]
             content = read_run(run)
-        return tuple(content.get(section, {}).get(option) for section, option in NAMES)
+        names = (content.get(section, {}).get(option) for section, option in NAMES)
+        return tuple(name if name is None else str(name) for name in names)
     except (ValueError, AttributeError):
         return None, None

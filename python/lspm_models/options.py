@@ -135,8 +135,10 @@ def read_config(path: str | Path) -> dict[str, dict]:
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError as error:
         raise ValueError(f"config: {path} must be a TOML or JSON file, got no such file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config: {path} must be TOML or JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config: {path} must hold sections with options, got {content!r:.60}")
     return content
 
 

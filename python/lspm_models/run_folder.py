@@ -11,6 +11,7 @@ from torch import nn
 from lspm_models import checkpoint, language_models
 from lspm_models.data.tokenizers import Tokenizer, load_tokenizer
 from lspm_models.files import write_atomically
+from lspm_models.json_files import read_object
 from lspm_models.models import lora
 from lspm_models.tuning import Tuning
 
@@ -34,12 +35,12 @@ def read_run(folder: Path) -> dict:
     """Returns what was asked of a run.
 
     Raises:
-        ValueError: the folder holds no run.
+        ValueError: the folder holds no run, or its config.json is damaged.
     """
-    try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"run: {folder} must be a run folder, got no config.json in it") from error
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(f"run: {folder} must be a run folder, got no config.json in it")
+    return read_object(path)
 
 
 def find_checkpoint(folder: str | Path) -> Path:

@@ -102,7 +102,7 @@ def opened_run(
     init: str | None = None,
     defaults: dict | None = None,
 ) -> Iterator[Run]:
-    """Makes the run folder, or opens the one to resume; takes a new one away if the body fails.
+    """Makes the run folder, or opens the one to resume; takes away what it made if the body fails.
 
     Args:
         arguments: of training_parser with the job's options.
@@ -131,6 +131,7 @@ def opened_run(
     else:
         folder = Path(getattr(arguments, "out", time.strftime("runs/%Y%m%d-%H%M%S")))
         folder = processes.gather(folder)[0]
+        existed = folder.exists()
         configs = _configs(job.sections, [job.defaults, defaults or {}, *asked])
         processes.device(configs["training"].device)
         with processes.first_before_others():
@@ -142,7 +143,8 @@ def opened_run(
         yield Run(folder, **configs, init=init, resume=resume, processes=processes, report=silent)
     except Exception:
         if not resume and processes.first:
-            remove(folder)
+            for path in list(folder.iterdir()) if existed else [folder]:
+                remove(path)
         raise
 
 

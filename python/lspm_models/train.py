@@ -113,6 +113,7 @@ class _Fit:
         )
         self.step, self.tokens, self.seconds_before = 0, 0, 0.0
         self.train_loss = self.validation_loss = math.nan
+        self.recent = (0.0, 0)  # sum and number of the losses since the evaluation before
         self.saved: Path | None = None
 
     def run(self, resume: bool, report: Callable[[str], None] | None) -> FitResult:
@@ -139,7 +140,7 @@ class _Fit:
 
     def steps(self, interruption: Interruption) -> int | None:
         """Steps until the end or a signal, and returns the signal."""
-        config, recent = self.config, []
+        config = self.config
         if self.step == 0:
             self.write_log(**self.evaluate())
         done, received = self.done(), None
@@ -151,8 +152,8 @@ class _Fit:
             done = self.done()
             values = {"train_loss": loss, "learning_rate": rate, "gradient_norm": norm}
             speed = count / (time.monotonic() - began)
-            recent.append(loss)
-            self.train_loss = sum(recent) / len(recent)
+            self.recent = (self.recent[0] + loss, self.recent[1] + 1)
+            self.train_loss = self.recent[0] / self.recent[1]
             if due := done >= 1 or self.step % config.evaluate_every == 0:
                 measured = self.evaluate()
                 values |= measured
@@ -162,7 +163,7 @@ class _Fit:
                     f"{self.validation_loss:.4f}{metrics}   learning rate {rate:.2e}   "
                     f"{quantity(speed)} {self.unit}s/s"
                 )
-                recent = []
+                self.recent = (0.0, 0)
             if due or self.step % config.log_every == 0:
                 self.write_log(**values, **{f"{self.unit}s_per_second": speed})
             if done >= 1 or received or self.step % config.checkpoint_every == 0:
@@ -262,6 +263,7 @@ class _Fit:
             "tokens": self.tokens,
             "seconds": self.seconds(),
             "train_loss": self.train_loss,
+            "recent": self.recent,
             "validation_loss": self.validation_loss,
             "data": self.data.training.state(),
             "random": self.processes.gather(checkpoint.random_state(self.device)),
@@ -282,6 +284,7 @@ class _Fit:
             state["validation_loss"],
             path,
         )
+        self.recent = state.get("recent", self.recent)  # which older checkpoints have not
         self.data.training.restore(state["data"])
         checkpoint.restore_random_state(state["random"][self.processes.rank], self.device)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -198,6 +199,18 @@ def test_weights_of_another_shape_are_refused_by_name(trained):
         checkpoint.load_weights(path, nn.Linear(2, 2))
 
 
+def test_a_file_that_cannot_be_written_is_named(trained):
+    model, optimizer, path = trained
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))  # as a full disk
+    try:
+        with pytest.raises(OSError, match=r"File too large.*step-00000009\.partial/model\.safetensors"):
+            checkpoint.save_checkpoint(path.parent, 9, model, optimizer, state={"random": []}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert checkpoint.checkpoints(path.parent) == [path]
+
+
 def test_broken_files_are_named(trained, tmp_path):
     path = trained[2]
     whole = (path / "model.safetensors").read_bytes()
@@ -212,7 +225,7 @@ def test_broken_files_are_named(trained, tmp_path):
     ):
         checkpoint.load_weights(path, table())
     (path / "state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"^checkpoint: .*state\.json must be JSON"):
+    with pytest.raises(ValueError, match=r"^json: .*state\.json must be JSON"):
         checkpoint.read_state(path)
     with pytest.raises(
         ValueError, match=r"^checkpoint: .* must be a checkpoint folder, got no state\.json in it$"
@@ -247,6 +260,12 @@ def test_settings_and_data_must_be_those_of_the_checkpoint(tmp_path):
         fit(table(), data, configuration(), tmp_path, settings={"model": {"width": 8}}, resume=True)
     with pytest.raises(ValueError, match=r"^fit: folder must hold no checkpoint unless resume is true, got "):
         fit(table(), counting(), configuration(), tmp_path)
+
+
+def test_a_run_that_goes_on_returns_what_the_whole_one_did(tmp_path):
+    whole = fit(table(), counting(), configuration(steps=8), tmp_path)
+    checkpoint.remove(whole.checkpoint)  # the one before, of step 6, lies between two evaluations
+    assert fit(table(), counting(), configuration(steps=8), tmp_path, resume=True) == whole
 
 
 def test_a_finished_run_goes_on_when_it_gets_more_steps(tmp_path):

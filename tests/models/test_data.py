@@ -127,6 +127,7 @@ def test_a_corpus_that_is_too_short():
     with pytest.raises(ValueError, match=message):
         data(17, 16)
     assert len(list(data(18, 17).validation())) == 1  # the boundary moves to make room for a block
+    assert data(100, 1).training.next_batch()[0].shape == (2, 8)  # either way
     with pytest.raises(
         ValueError, match=r"^corpus: text must hold at least 9 tokens \(one block of 8\), got 8$"
     ):
@@ -138,6 +139,7 @@ def test_a_corpus_that_is_too_short():
     ("options", "message"),
     [
         ({"corpus": ()}, "data: corpus must name a file, a folder or a corpus, got nothing"),
+        ({"corpus": ("a", "")}, "data: corpus must name a file, a folder or a corpus, got nothing"),
         ({"max_bytes": 0}, "data: max_bytes must be at least 1, got 0"),
         ({"tokenizer_sample": 0}, "data: tokenizer_sample must be at least 1, got 0"),
         ({"validation": 1.0}, "data: validation must be at least 0 and less than 1, got 1.0"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lspm_models.image_job import ImageJob
+from lspm_models.jobs import job_of
 from lspm_models.models.resnet import ResNet
 from lspm_models.options import merge, read_config
 from lspm_models.scene_job import JOBS
@@ -36,10 +37,24 @@ def test_config_files_are_checked(tmp_path, content, message):
     assert str(error.value) == message
 
 
-def test_a_config_file_that_is_none(tmp_path):
-    (tmp_path / "c.toml").write_text("[model\n")
-    with pytest.raises(ValueError, match=r"^config: .*c\.toml must be TOML or JSON, got "):
-        read_config(tmp_path / "c.toml")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.toml", "[model\n", "must be TOML or JSON, got "),
+        ("deep.json", "[" * 100_000, "must be TOML or JSON, got maximum recursion depth exceeded"),
+        ("list.json", "[1, 2]", r"must hold sections with options, got \[1, 2\]$"),
+    ],
+)
+def test_a_config_file_that_is_none(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"^config: .*{name} {message}"):
+        read_config(tmp_path / name)
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    (tmp_path / "c.toml").write_text("[model]\nmodel = ['gpt']")
+    with pytest.raises(ValueError, match=r"""^model: name must be one of gpt, .*, got "\['gpt'\]"$"""):
+        job_of(["--config", str(tmp_path / "c.toml")])
 
 
 def test_the_bundled_configs_are_valid():

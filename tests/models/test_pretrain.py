@@ -109,6 +109,8 @@ def test_fine_tuning_begins_where_pretraining_ended(run, trained, tmp_path):
         finetune, "--init", folder, "--corpus", tmp_path / "fox.txt", *SHORT, "--out", tmp_path / "fox"
     )
     assert float(losses(tmp_path / "fox")[0][2]) == pytest.approx(float(losses(folder)[-1][2]), abs=0.2)
+    message = rf"pretrain\.py: run: {tmp_path}/cat must be a run of pretrain\.py, got one of finetune\.py"
+    refused(run(pretrain, "--resume", tmp_path / "cat"), message)
     assert run(finetune, "--resume", tmp_path / "cat", "--steps", 8)[0] == 0
     assert len(losses(tmp_path / "cat")) == 9
 
@@ -184,6 +186,16 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, text, arguments, m
     assert [path.name for path in text.parent.iterdir()] == ["fox.txt"]
 
 
+def test_a_mistake_leaves_an_empty_folder_as_it_was(run, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    with chdir(tmp_path / "disk"):
+        for folder in (tmp_path / "link", "."):
+            code, _, err = run(pretrain, "--corpus", "nowhere", "--out", folder)
+            assert code == 2 and err.startswith("pretrain.py: corpus: 'nowhere' must be a file")
+    assert (tmp_path / "link").is_symlink() and not list((tmp_path / "link").iterdir())
+
+
 def test_a_corpus_that_is_empty_or_too_short(run, tmp_path):
     (tmp_path / "empty.txt").touch()
     result = run(pretrain, "--corpus", tmp_path / "empty.txt", "--out", tmp_path / "run")
@@ -231,6 +243,11 @@ def test_a_run_is_not_resumed_with_another_text_or_a_broken_checkpoint(run, trai
     text.write_text(TEXT)
     (path / "model.safetensors").write_bytes(b"short")
     message = r"checkpoint: .*model\.safetensors must be a whole safetensors file, got .*"
+    refused(run(pretrain, "--resume", folder), rf"pretrain\.py: {message}")
+    message = rf"run: {folder} must be a run of finetune\.py, got one of pretrain\.py"
+    refused(run(finetune, "--resume", folder), rf"finetune\.py: {message}")
+    (folder / "config.json").write_text("[]")
+    message = rf"json: {folder}/config\.json must be an object, got list"
     refused(run(pretrain, "--resume", folder), rf"pretrain\.py: {message}")
 
 

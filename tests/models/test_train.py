@@ -257,6 +257,7 @@ def test_two_processes_train_as_one_with_both_batches(tmp_path):
         ({"learning_rate": math.nan}, "training: learning_rate must be greater than 0, got nan"),
         ({"learning_rate": math.inf}, "training: learning_rate must be greater than 0, got inf"),
         ({"clip": -1.0}, "training: clip must be 0 or greater, got -1.0"),
+        ({"seed": 2**64}, f"training: seed must be 0 or greater and below 2 ** 64, got {2**64}"),
         ({"warmup": 1.5}, "training: warmup must be between 0 and 1, got 1.5"),
         ({"beta2": 1.0}, "training: beta2 must be at least 0 and less than 1, got 1.0"),
         ({"precision": "int8"}, "training: precision must be one of float32, bfloat16, got 'int8'"),
@@ -289,9 +290,11 @@ def test_the_bar_shows_loss_speed_and_time_left(monkeypatch, capsys):
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert Processes().device("auto") == torch.device("cpu")
-    with pytest.raises(
-        ValueError, match=r"^fit: device must be one this machine has, got 'cuda' without a CUDA GPU$"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, message in (
+        ("cuda:1", "this machine has, got 'cuda:1' with 1 CUDA GPU"),
+        ("gpu7", "like cpu, cuda or cuda:1, got 'gpu7'"),
+        ("mps", "like cpu, cuda or cuda:1, got 'mps'"),
     ):
-        Processes().device("cuda")
-    with pytest.raises(ValueError, match=r"^fit: device must be one like cpu, cuda or cuda:1, got 'gpu7'$"):
-        Processes().device("gpu7")
+        with pytest.raises(ValueError, match=f"^fit: device must be one {message}$"):
+            Processes().device(name)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lspm_kernels as lk
 import oracle
@@ -152,6 +153,7 @@ def test_every_instruction_set(isa, dtype):
     for form in FORMS.values():
         for shape in [(5, 77), (70, 1), (2, 2000)]:
             oracle.check(*form, tensors(shape, dtype))
+    assert not lk.layer_norm(torch.full((3, 3001), 1.1, dtype=dtype), eps=1e-12).any()  # each is the mean
 
 
 @pytest.mark.every_backend
@@ -162,10 +164,19 @@ def test_outputs_that_are_streamed(dtype):
 
 
 @pytest.mark.every_backend
-def test_defaults_are_torchs():
-    x, _, weight, bias = tensors()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_defaults_are_torchs(dtype):
+    x, _, weight, bias = tensors(dtype=dtype)
     torch.testing.assert_close(lk.layer_norm(x, weight, bias), F.layer_norm(x, (40,), weight, bias))
     torch.testing.assert_close(lk.rms_norm(x * 1e-3, weight), F.rms_norm(x * 1e-3, (40,), weight))
+
+
+def test_autocast_on_a_gpu_is_torchs(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")  # which needs a GPU
+    with FakeTensorMode():
+        x, residual, weight, bias = (t.bfloat16().to("cuda") for t in tensors())
+        y, total = lk.add_layer_norm(x, residual, weight, bias, backend="reference")
+    assert y.dtype == total.dtype == torch.float32  # as F.layer_norm gives on a GPU, bfloat16 weights or not
 
 
 BAD = {

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from ops.test_layer_norm import DTYPES, FORMS, tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import lspm_kernels as lk
@@ -66,6 +67,15 @@ def test_second_derivative_is_an_error(form, backend_of_test):
             NotImplementedError, match="layer_norm_backward: a second derivative is not implemented"
         ):
             torch.autograd.grad(gradient.sum(), x)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tangent_is_not_lost_in_silence(form):
+    x, *others = tensors()
+    with forward_ad.dual_level():
+        FORMS[form][0](x, *others)  # without a tangent it runs as ever
+        with pytest.raises(NotImplementedError, match="jvp"):
+            FORMS[form][0](forward_ad.make_dual(x, torch.ones_like(x)), *others)
 
 
 def test_func_transforms():

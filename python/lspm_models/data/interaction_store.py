@@ -10,15 +10,13 @@ from torch import Tensor
 
 from lspm_models.checkpoint import read_tensors
 from lspm_models.data.interactions import Categories, Features, Ids, Interactions
-from lspm_models.files import replaced, write_atomically
+from lspm_models.files import replaced, write_atomically, write_tensors
 
 COLUMNS = ("users", "items", "ratings", "weights", "timestamps")
 
 
 def save_interactions(interactions: Interactions, folder: Path) -> None:
     """Writes ratings.safetensors and catalogue.json into a folder."""
-    from safetensors.torch import save_file
-
     tensors = {name: getattr(interactions, name) for name in COLUMNS}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     names: dict = {"titles": interactions.titles, "skipped": interactions.skipped}
@@ -30,7 +28,7 @@ def save_interactions(interactions: Interactions, folder: Path) -> None:
             tensors |= {f"{side}/{name}/values": found.values, f"{side}/{name}/offsets": found.offsets}
         tensors |= {f"{side}/{name}/numbers": tensor for name, tensor in features.numbers.items()}
     with replaced(Path(folder) / "ratings.safetensors") as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     write_atomically(Path(folder) / "catalogue.json", json.dumps(names, ensure_ascii=False).encode())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lspm_kernels import RatingBlocks, rating_blocks
 from lspm_models.checkpoint import read_tensors
-from lspm_models.files import remove, replaced
+from lspm_models.files import remove, replaced, write_tensors
 
 COLUMNS = {"users": torch.int32, "items": torch.int32, "ratings": torch.float32, "weight": torch.float32}
 BYTES = 4
@@ -45,8 +45,6 @@ def write_ratings(
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not (folder / "blocks.safetensors").is_file() and any(folder.iterdir()):
         raise ValueError(f"ratings: {folder} must be new, empty or a folder of ratings, got other files")
-    from safetensors.torch import save_file
-
     with replaced(folder) as partial:
         unsorted = partial / "unsorted"
         unsorted.mkdir(parents=True)
@@ -57,7 +55,7 @@ def write_ratings(
         blocks = rating_blocks(*given, num_users=num_users, num_items=num_items, grid=grid, out=tuple(out))
         tensors = {name: getattr(blocks, name) for name in ("offsets", "part_items", "part_offsets")}
         tensors["sizes"] = torch.tensor([blocks.num_users, blocks.num_items, count, len(names)])
-        save_file(tensors, partial / "blocks.safetensors")
+        write_tensors(tensors, partial / "blocks.safetensors")
         del given, out, blocks
         remove(unsorted)
         remove(folder)

@@ -46,7 +46,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpus", tuple(self.corpus))
-        if not self.corpus:
+        if not self.corpus or "" in self.corpus:  # which as a path is the folder where the script runs
             raise ValueError("data: corpus must name a file, a folder or a corpus, got nothing")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f"data: max_bytes must be at least 1, got {self.max_bytes}")
@@ -172,8 +172,8 @@ class TextData:
         processes: int = 1,
     ) -> None:
         count, boundary, needed = len(tokens.ids), tokens.boundary, block + 1  # a target for the last token
-        if boundary < count:  # validation is wanted: it gets at least one block
-            boundary, needed = min(boundary, count - needed), 2 * needed
+        if boundary < count:  # validation is wanted: each part gets at least one block
+            boundary, needed = max(needed, min(boundary, count - needed)), 2 * needed
         if count < needed:
             parts = "one training and one validation block" if needed > block + 1 else "one block"
             raise ValueError(

@@ -17,7 +17,7 @@ from lspm_models.checkpoint import read_state, read_tensors
 from lspm_models.data.interaction_store import load_interactions, save_interactions
 from lspm_models.data.interactions import Interactions, offsets_of
 from lspm_models.data.interactions_of import interactions_of
-from lspm_models.files import remove, replaced
+from lspm_models.files import remove, replaced, write_tensors
 from lspm_models.models import cold_start, fold_in
 from lspm_models.models.factor_methods import IMPLICIT, METHODS, Rows, Tables
 from lspm_models.models.factorization_config import MatrixFactorizationConfig
@@ -214,14 +214,12 @@ class MatrixFactorization:
 
     def write(self, folder: Path) -> None:
         """Writes everything but the ratings into a folder, whole or not at all."""
-        from safetensors.torch import save_file
-
         tables = self._fitted().tables
         state = {"step": self.epochs_done, "mean": tables.mean, "settings": {"model": asdict(self.config)}}
         with replaced(folder) as partial:
             partial.mkdir()
             tensors = {name: tensor.contiguous() for name, tensor in tables.tensors().items()}
-            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+            write_tensors(tensors, partial / "model.safetensors", metadata={"format": "pt"})
             (partial / "state.json").write_text(json.dumps(state, indent=1))
             if folder.exists():
                 remove(folder)
