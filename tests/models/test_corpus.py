@@ -83,6 +83,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         open_corpus([tmp_path])
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match=r"^corpus: .*pipe must be a file, got a pipe or a device$"):
+            open_corpus([path])
+
+
 def test_a_folder_of_binary_files_is_empty(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"\0")
     with pytest.raises(

@@ -130,6 +130,8 @@ def _walk(folder: Path, suffix: str = "") -> Iterator[Path]:
 
 
 def _is_binary(path: Path) -> bool:
+    if path.exists() and not path.is_file():  # to read a pipe would wait for who writes it
+        raise ValueError(f"corpus: {path} must be a file, got a pipe or a device")
     try:
         with path.open("rb") as file:
             return b"\0" in file.read(8192)
