@@ -22,7 +22,9 @@ class Head(lookalike_layers.Linear):
     """A linear layer that gives Logits in the forward of its Owner."""
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or not logits.is_collecting() or not calls.unhooked(self):
+        if torch.compiler.is_compiling() or not logits.is_collecting():
+            return super().forward(*args, **kwargs)
+        if calls.watched() or not calls.unhooked(self):
             return super().forward(*args, **kwargs)
         x = args[0] if len(args) == 1 and not kwargs else None
         weight, bias = self.weight, self.bias

@@ -10,6 +10,7 @@ from lspm_kernels import checks
 from lspm_kernels.acceleration.lookalikes import meaning
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import Swap
+from lspm_kernels.nn import calls
 from lspm_kernels.ops import linear
 
 
@@ -51,6 +52,7 @@ class Linear:
             type(x) is not Tensor
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or calls.watched()
             or self.training
             or x.dtype not in linear.FLOATS
             or x.device != weight.device
