@@ -44,6 +44,8 @@ class Linear:
     """A linear layer that reads its WeightCopy where nothing has a gradient."""
 
     def forward(self, *args, **kwargs):
+        if calls.parametrized(self):
+            return super().forward(*args, **kwargs)
         found = self.lspm.found
         x = args[0] if len(args) == 1 and not kwargs else None
         weight = getattr(self, found.weight)

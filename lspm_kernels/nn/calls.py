@@ -62,10 +62,16 @@ def known(module: nn.Module, kinds: set[type]) -> bool:
     return unhooked(module)
 
 
+def parametrized(module: nn.Module) -> bool:
+    """Whether a look at a parameter computes it: a second one would do so again, with what that changes."""
+    return "parametrizations" in module._modules
+
+
 def unhooked(module: nn.Module) -> bool:
-    """Whether calling a module calls nothing but its forward."""
+    """Whether calling a module calls nothing but its forward, which finds its parameters as they are."""
     return not (
-        module._forward_hooks
+        parametrized(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
