@@ -29,6 +29,11 @@ class Swapped:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _bare, (self.lspm_faster, self.lspm_original), state
 
+    def __prepare_scriptable__(self):
+        """What torch.jit.script asks for, which compiles no forward of ours."""
+        rule = "a model given to torch.jit.script must have its own classes"
+        raise RuntimeError(f"accelerate: {rule}, got a replaced {type(self).__name__}: restore(model) first")
+
 
 @dataclass(frozen=True)
 class Swap:
