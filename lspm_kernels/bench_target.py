@@ -1,6 +1,7 @@
 """What `python -m lspm_kernels bench` times: a model by its name, and inputs for it."""
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -52,7 +53,10 @@ def load(name: str) -> nn.Module:
         models = _package("torchvision").models
         if rest not in models.list_models():
             raise UsageError(f"MODEL must be one of torchvision.models.list_models(), got {rest!r}")
-        return models.get_model(rest, weights=None)
+        takes = inspect.signature(models.get_model_builder(rest)).parameters
+        backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
+        with told(name):
+            return models.get_model(rest, weights=None, **backbone)  # nothing is downloaded
     found = attribute("MODEL", name)
     if not isinstance(found, nn.Module) and callable(found):
         with told(f"{name}()"):

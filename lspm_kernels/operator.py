@@ -19,6 +19,7 @@ _library = torch.library.Library("lspm", "DEF")
 _is_compiling = torch.compiler.is_compiling
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_grad_enabled = torch.is_grad_enabled
 _PLAIN = {type(None), bool, int, float, str}
 _ORDINARY = frozenset({Tensor, Parameter})
@@ -90,6 +91,8 @@ class Operator:
 
             @staticmethod
             def backward(ctx, *grads):
+                if any(g is not None and _is_batched(g) for g in grads):
+                    return *_each_sample(lambda *sample: gradient(ctx, *sample), grads), None
                 return *gradient(ctx, *grads), None
 
         # torch.func differentiates no operator, only a Function that has setup_context; that takes 20
@@ -180,6 +183,23 @@ class InPlaceOperator:
         self._update(row, *args)
         torch.autograd.graph.increment_version(written)
         return None
+
+
+def _each_sample(gradient: Callable, grads: tuple) -> list[Tensor | None]:
+    """The gradients for many of an output at once, as torch.autograd.grad(is_grads_batched=True) has them.
+
+    Those are tensors of torch's older vmap, which have no memory that a kernel could read.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batched = [g is not None and _is_batched(g) for g in grads]
+    whole = [torch._remove_batch_dim(g, level, 1, 0) if b else g for g, b in zip(grads, batched, strict=True)]
+    size = max(len(g) for g, b in zip(whole, batched, strict=True) if b)
+    samples = [
+        gradient(*(g[i] if b else g for g, b in zip(whole, batched, strict=True))) for i in range(size)
+    ]
+    joined = [None if found[0] is None else torch.stack(found) for found in zip(*samples, strict=True)]
+    return [None if t is None else torch._add_batch_dim(t, 0, level) for t in joined]
 
 
 def _tensors(args: Iterable) -> list[Tensor]:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lspm_kernels import bench, bench_times
+from lspm_kernels import bench, bench_target, bench_times
 from lspm_kernels.__main__ import main
 from lspm_kernels.bench_check import Comparison, compare
 from lspm_kernels.bench_times import measure
@@ -132,6 +132,13 @@ def test_a_folder_of_transformers(command, tmp_path, kind):
     if kind == "gpt2":
         code, out, err = command("hf:folder", "--input", "int64:2,20")
         assert code == 0 and "inputs: input_ids (2, 20) int64\n" in out
+
+
+def test_a_backbone_of_torchvision_is_not_downloaded(monkeypatch):
+    api = pytest.importorskip("torchvision").models._api
+    monkeypatch.setattr(api, "load_state_dict_from_url", lambda url, **_: pytest.fail(url))
+    model = bench_target.load("torchvision:lraspp_mobilenet_v3_large")
+    assert type(model).__name__ == "LRASPP"
 
 
 def test_a_model_of_torchvision(command):

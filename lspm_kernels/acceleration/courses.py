@@ -18,7 +18,9 @@ from lspm_kernels.acceleration.statements import BUILTINS, NUMBERS, Unproven, pa
 
 _BUILTINS = {getattr(builtins, name) for name in (*BUILTINS, "super", "max", "min", "abs")}
 _FUNCTIONS = types.FunctionType, types.BuiltinFunctionType, type(torch.Tensor.add), type(torch.Tensor.dim)
-_STATE = "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "requires_grad"
+# What tells of a tensor's graph or memory, or of a mode: more than its numbers.
+_STATE = {"requires_grad", "grad", "grad_fn", "data_ptr", "element_size", "initial_seed", "stride", "version"}
+_ASKS = "is_", "get_", "are_"
 
 
 @functools.cache
@@ -76,7 +78,7 @@ def _read(cls, function, is_method, found, seen) -> None:
             _refuse_unless(all(_is_settled(test, own - {itself}) for test in tests), function)
         _refuse_unless(not isinstance(node, ast.Global | ast.Nonlocal | ast.Match | ast.Try), function)
         if isinstance(node, ast.Attribute):
-            _refuse_unless(node.attr not in _STATE and isinstance(node.ctx, ast.Load), function)
+            _refuse_unless(not _asks_for_state(node.attr) and isinstance(node.ctx, ast.Load), function)
             if isinstance(node.value, ast.Name) and node.value.id == itself:
                 _of_module(cls, node.attr, found, seen)
         elif isinstance(node, ast.Name) and node.id == itself:
@@ -131,9 +133,13 @@ def _outside(cls, function, name, found, seen) -> None:
     if isinstance(value, type):
         _refuse_unless(_is_torchs(value), function)
         return
-    _refuse_unless(isinstance(value, _FUNCTIONS), function)
+    _refuse_unless(isinstance(value, _FUNCTIONS) and not _asks_for_state(value.__name__), function)
     if not _is_torchs(value):
         _read(cls, value, False, found, seen)
+
+
+def _asks_for_state(name: str) -> bool:
+    return name in _STATE or name.startswith(_ASKS)
 
 
 def _is_super(node) -> bool:

@@ -12,7 +12,6 @@ from lspm_kernels.acceleration.tracing import Trace, child, code, trace
 from lspm_kernels.nn import calls
 
 _is_compiling = torch.compiler.is_compiling
-_transforms_active = torch._C._are_functorch_transforms_active
 _CHANNELS_LAST = torch.channels_last
 _ORDINARY = (Tensor, nn.Parameter)
 
@@ -41,7 +40,7 @@ class Traced:
     """A module whose forward is its own with chains in it."""
 
     def forward(self, *args, **kwargs):
-        followed = _is_compiling() or torch._C._is_tracing() or _transforms_active()
+        followed = _is_compiling() or calls.watched()
         if followed or (self.lspm.of_images and args and _is_torchs(args[0], self.lspm.options)):
             return super().forward(*args, **kwargs)
         found, function, sets_format = self.lspm.of(self)

@@ -9,7 +9,7 @@ from lspm_kernels import checks
 from lspm_kernels.acceleration import logits, lookalike_layers
 from lspm_kernels.acceleration.lookalikes import meaning
 from lspm_kernels.acceleration.options import Options
-from lspm_kernels.acceleration.swap import Swap, original
+from lspm_kernels.acceleration.swap import Swap, is_swapped, original
 from lspm_kernels.dispatch import admitting
 from lspm_kernels.nn import calls
 from lspm_kernels.ops.linear_cross_entropy import BACKENDS
@@ -22,7 +22,9 @@ class Head(lookalike_layers.Linear):
     """A linear layer that gives Logits in the forward of its Owner."""
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or not logits.is_collecting() or not calls.unhooked(self):
+        if torch.compiler.is_compiling() or not logits.is_collecting():
+            return super().forward(*args, **kwargs)
+        if calls.watched() or not calls.unhooked(self):
             return super().forward(*args, **kwargs)
         x = args[0] if len(args) == 1 and not kwargs else None
         weight, bias = self.weight, self.bias
@@ -43,6 +45,8 @@ class Owner:
 
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        if not is_swapped(self):  # FSDP reads all outputs, when it may have freed the weight
             return super().forward(*args, **kwargs)
         with logits.collected():
             return logits.settled(super().forward(*args, **kwargs))

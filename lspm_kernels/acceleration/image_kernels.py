@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from lspm_kernels.acceleration.aliases import unhooked
 from lspm_kernels.acceleration.swap import original
 from lspm_kernels.acceleration.tracing import Node
+from lspm_kernels.nn.calls import watched
 from lspm_kernels.ops.batch_norm_act import batch_norm_act
 from lspm_kernels.ops.conv2d import conv2d
 from lspm_kernels.ops.conv2d_batch_norm import conv2d_batch_norm
@@ -136,13 +136,8 @@ class Chain:
 
 
 def is_special() -> bool:
-    """Whether a call is recorded, transformed or overseen in a way that kernels take no part in."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or forward_ad._current_level >= 0
-        or _has_any_global_hook()
-    )
+    """Whether a call is followed by what kernels take no part in, hooks of all modules among it."""
+    return watched() or _has_any_global_hook()
 
 
 def pays(x: Tensor, inference: bool) -> bool:

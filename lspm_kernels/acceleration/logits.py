@@ -26,12 +26,20 @@ _MATRIX = 2
 class _Origin:
     """What Logits and all that are parts of the same matrix have in common."""
 
-    def __init__(self, bias: Tensor | None, weight: Tensor, device: torch.device):
+    def __init__(self, bias: Tensor | None, weight: Tensor, hidden: Tensor):
+        device = hidden.device
         self.weight, self.bias = weight, bias
         self.autocast = torch.get_autocast_dtype(device.type) if checks.autocasts(device) else None
+        self.made_of = tuple((t, t._version) for t in (hidden, weight, bias) if t is not None)
         self.members: list[weakref.ref[Logits]] = []
         self.gave_loss = False
         self.is_tensor = False
+
+    def check(self) -> None:
+        """Refuses what was written to since, as by an optimizer: of it come other logits than were given."""
+        if any(t._version != version for t, version in self.made_of):
+            rule = "logits must be read before what they are computed of changes, as in an optimizer's step"
+            raise RuntimeError(f"accelerate: {rule}: read them earlier, or deny their head")
 
 
 class Logits(Tensor):
@@ -40,9 +48,10 @@ class Logits(Tensor):
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "Logits":
         """The logits of hidden (..., D) for weight (N, D) and bias (N,), in the dtype of their product."""
-        origin = _Origin(bias, weight, hidden.device)
+        origin = _Origin(bias, weight, hidden)
 
         def product() -> Tensor:
+            origin.check()
             kind, chosen = hidden.device.type, origin.autocast
             with torch.enable_grad(), torch.autocast(kind, chosen, chosen is not None):
                 return F.linear(hidden, weight, bias)
@@ -86,15 +95,32 @@ class Logits(Tensor):
             found = _LAZY[function](*args, **kwargs)
             if found is not None:
                 return found
-        args, kwargs = torch.utils._pytree.tree_map_only(Logits, Logits.tensor, (args, kwargs))
-        return function(*args, **kwargs)
+        if function in _OF_GRADIENTS:
+            _refuse_gradient(function, args)
+        return _read(function, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if not torch.is_grad_enabled():  # else the graph, which is made above this, would lack them
+            return _read(function, args, kwargs or {})
         raise RuntimeError(
             f"accelerate: logits must be read by functions of torch, got {function} beneath them:"
             " logits + 0 is a plain tensor"
         )
+
+
+def _read(function, args, kwargs):
+    args, kwargs = torch.utils._pytree.tree_map_only(Logits, Logits.tensor, (args, kwargs))
+    return function(*args, **kwargs)
+
+
+def _refuse_gradient(function, args):
+    """The loss was not computed of the tensor that they become: its gradient would lack it in silence."""
+    wanted = args[1] if function is torch.autograd.grad else args[0]
+    given = wanted if isinstance(wanted, tuple | list) else [wanted]
+    if any(type(t) is Logits and t.gave_loss for t in given):
+        rule = "logits must not be asked for a gradient once their loss was computed without them"
+        raise RuntimeError(f"accelerate: {rule}, got {function.__name__}: deny their head")
 
 
 def _view(logits, *shape):
@@ -142,6 +168,7 @@ def _cross_entropy(
         return None
     if len(target) != len(input._hidden) or (weight is not None and weight.dtype != torch.float32):
         return None
+    origin.check()
     origin.gave_loss = True
     with torch.enable_grad():
         loss = linear_cross_entropy(
@@ -165,6 +192,9 @@ _LAZY = {
     Tensor.requires_grad.__get__: lambda _: True,
     F.cross_entropy: _cross_entropy,
 }
+
+
+_OF_GRADIENTS = {Tensor.retain_grad, torch.autograd.grad}
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from lspm_kernels import checks, dispatch, products
 from lspm_kernels.acceleration.lookalikes import meaning
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import OF_EVERY_MODULE, Swap
-from lspm_kernels.nn.calls import alike
+from lspm_kernels.nn import calls
 from lspm_kernels.nn.elementwise import LEAST_OF_SILU
 from lspm_kernels.ops import bias_act, layer_norm
 
@@ -42,7 +42,7 @@ class Norm(_Proven):
 
     def forward(self, *args, **kwargs):
         found = self.lspm
-        if found is None:
+        if found is None or calls.parametrized(self):
             return super().forward(*args, **kwargs)
         weight = getattr(self, found.weight)
         bias = None if found.bias is None else getattr(self, found.bias)
@@ -62,9 +62,9 @@ class Linear(_Proven):
     def forward(self, *args, **kwargs):
         x = args[0] if len(args) == 1 and not kwargs else None
         found = self.lspm
-        if found is None or type(x) is not Tensor or x.dtype != torch.float32:
+        if found is None or type(x) is not Tensor or x.dtype != torch.float32 or not calls.plain(x):
             return super().forward(*args, **kwargs)
-        if x.shape[:-1].numel() < products.LEAST:
+        if x.shape[:-1].numel() < products.LEAST or calls.parametrized(self):
             return super().forward(*args, **kwargs)
         weight = getattr(self, found.weight)
         bias = None if found.bias is None else getattr(self, found.bias)
@@ -98,4 +98,4 @@ def _takes(op, backends, x, *parameters) -> bool:
     """Whether x is a tensor that a kernel takes, with parameters that are as it is."""
     if type(x) is not Tensor or not x.dim() or not dispatch.admitting(op, backends, x):
         return False
-    return alike(x, *parameters)
+    return calls.plain(x, *parameters) and calls.alike(x, *parameters)

@@ -33,7 +33,7 @@ class Remade:
     """A module whose forward is its own, remade; `lspm` are the paths of the norms in it."""
 
     def forward(self, *args, **kwargs):
-        if _is_compiling() or torch._C._is_tracing() or is_special():
+        if _is_compiling() or is_special():
             return super().forward(*args, **kwargs)
         own = self.lspm_original.forward
         function = _remade(own, self.lspm) if type(own) is types.FunctionType else None

@@ -29,6 +29,11 @@ class Swapped:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _bare, (self.lspm_faster, self.lspm_original), state
 
+    def __prepare_scriptable__(self):
+        """What torch.jit.script asks for, which compiles no forward of ours."""
+        rule = "a model given to torch.jit.script must have its own classes"
+        raise RuntimeError(f"accelerate: {rule}, got a replaced {type(self).__name__}: restore(model) first")
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -50,9 +55,16 @@ def swap(module: nn.Module, wanted: Swap) -> None:
 
 
 def unswap(module: nn.Module) -> None:
-    """Gives a swapped module its own class back."""
-    module.__class__ = type(module).lspm_original
+    """Gives a swapped module its own class back, and its own forward to who kept ours on the object.
+
+    So do the hooks of Hugging Face's accelerate, and leave it there when they are removed.
+    """
+    ours, cls = type(module).forward, type(module).lspm_original
+    module.__class__ = cls
     module.__dict__.pop("lspm", None)
+    for name, value in vars(module).items():
+        if isinstance(value, types.MethodType) and value.__func__ is ours:
+            module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
 def is_swapped(module: nn.Module) -> bool:

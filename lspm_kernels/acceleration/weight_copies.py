@@ -10,6 +10,7 @@ from lspm_kernels import checks
 from lspm_kernels.acceleration.lookalikes import meaning
 from lspm_kernels.acceleration.options import Options
 from lspm_kernels.acceleration.swap import Swap
+from lspm_kernels.nn import calls
 from lspm_kernels.ops import linear
 
 
@@ -43,6 +44,8 @@ class Linear:
     """A linear layer that reads its WeightCopy where nothing has a gradient."""
 
     def forward(self, *args, **kwargs):
+        if calls.parametrized(self):
+            return super().forward(*args, **kwargs)
         found = self.lspm.found
         x = args[0] if len(args) == 1 and not kwargs else None
         weight = getattr(self, found.weight)
@@ -51,6 +54,7 @@ class Linear:
             type(x) is not Tensor
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or calls.watched()
             or self.training
             or x.dtype not in linear.FLOATS
             or x.device != weight.device

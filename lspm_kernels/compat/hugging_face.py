@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lspm_kernels.compat.hugging_face_mask import WindowMask, window_mask
 from lspm_kernels.dispatch import admitting
+from lspm_kernels.nn import calls
 from lspm_kernels.ops.attention import BACKENDS, attention
 
 IN_PLACE_OF_SDPA = "lspm_in_place_of_sdpa"
@@ -120,7 +121,11 @@ def in_place_of_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     there, and what no kernel takes is torch's."""
     kwargs.pop("output_attentions", None)
     features = max(query.shape[-1], value.shape[-1])
-    if features <= _MOST_FEATURES and admitting("attention", BACKENDS, query):
+    if (
+        features <= _MOST_FEATURES
+        and calls.plain(query, key, value)
+        and admitting("attention", BACKENDS, query)
+    ):
         return attention_forward(module, query, key, value, *args, **kwargs)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -40,9 +40,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 def takes(module, query, key, value, key_padding_mask, attn_mask, is_causal) -> bool:
     """Whether attend computes what torch does, and in less time."""
-    if type(query) is not Tensor or query.numel() < (_LEAST_IN_TRAINING if module.training else _LEAST):
+    out, least = module.out_proj, _LEAST_IN_TRAINING if module.training else _LEAST
+    if type(query) is not Tensor or query.numel() < least or any(map(calls.parametrized, (module, out))):
         return False
-    out = module.out_proj
     given = query, key, value, *_weights(module), module.in_proj_bias, out.weight, out.bias
     if not (calls.plain(*given) and query.is_cpu and calls.alike(*given)):
         return False

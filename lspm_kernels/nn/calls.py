@@ -11,14 +11,14 @@ _ORDINARY = frozenset({Tensor, Parameter, type(None)})
 _is_compiling = torch.compiler.is_compiling
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_tracing = torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_grad_enabled = torch.is_grad_enabled
 
 
 def plain(x: object, *others: Tensor | None) -> bool:
     """Whether x is of numbers that kernels take, and it and the others are but strided memory.
 
-    torch.func's transforms and forward-mode derivatives, of which kernels know nothing or little, and
-    TorchScript's traces are torch's; so are, by their class, fake tensors, as those of torch.export.
+    What is `watched` is torch's; so are, by their class, fake tensors, as those of torch.export.
     """
     if type(x) not in _ORDINARY or x is None or x.dtype not in FLOATS:
         return False
@@ -27,9 +27,16 @@ def plain(x: object, *others: Tensor | None) -> bool:
     for other in others:
         if type(other) not in _ORDINARY or (other is not None and other.layout is not torch.strided):
             return False
-    if _is_compiling():
-        return True
-    return not (_transforms_active() or forward_ad._current_level >= 0 or _is_tracing())
+    return _is_compiling() or not watched()
+
+
+def watched() -> bool:
+    """Whether what is called is followed by what knows torch's operators, and kernels little or not at all.
+
+    That are torch.func's transforms, forward-mode derivatives, TorchScript's traces, and modes that see each
+    operator, as those that count FLOPs or choose what a checkpoint keeps.
+    """
+    return _transforms_active() or forward_ad._current_level >= 0 or _is_tracing() or _dispatch_modes() > 0
 
 
 def alike(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -55,10 +62,16 @@ def known(module: nn.Module, kinds: set[type]) -> bool:
     return unhooked(module)
 
 
+def parametrized(module: nn.Module) -> bool:
+    """Whether a look at a parameter computes it: a second one would do so again, with what that changes."""
+    return "parametrizations" in module._modules
+
+
 def unhooked(module: nn.Module) -> bool:
-    """Whether calling a module calls nothing but its forward."""
+    """Whether calling a module calls nothing but its forward, which finds its parameters as they are."""
     return not (
-        module._forward_hooks
+        parametrized(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

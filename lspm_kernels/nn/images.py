@@ -35,6 +35,8 @@ class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d: of images in channels_last memory on a CPU, by lspm_kernels.conv2d."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if calls.parametrized(self):
+            return super().forward(input)
         weight, bias = self.weight, self.bias
         if _is_faster(self, input, weight, bias) and takes_convolution(self, input, weight, bias):
             return conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -117,20 +119,19 @@ class ConvBatchNormAct(nn.Sequential):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, out_channels, H', W') of input (N, in_channels, H, W) and a residual of the output's shape."""
         conv, norm, *rest = self
-        weight, bias = conv.weight, conv.bias
         if (
-            takes_convolution(conv, input, weight, bias)
-            and (residual is None or _fits(conv, input, residual))
-            and calls.known(conv, _CONVOLUTIONS)
+            calls.known(conv, _CONVOLUTIONS)
             and calls.known(norm, _NORMS)
+            and takes_convolution(conv, input, conv.weight, conv.bias)
+            and (residual is None or _fits(conv, input, residual))
             and (not rest or _name(rest[0]) is not None)
             and takes_batch_norm(norm, input, conv.out_channels)
         ):
             if norm.training:
                 norm.num_batches_tracked.add_(1)
             return conv2d_batch_norm(
-                input, weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, conv.stride,
-                conv.padding, conv.dilation, conv.groups, bias=bias, residual=residual,
+                input, conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, conv.stride,
+                conv.padding, conv.dilation, conv.groups, bias=conv.bias, residual=residual,
                 activation=_name(rest[0]) if rest else None, training=norm.training,
                 momentum=norm.momentum, eps=norm.eps,
             )  # fmt: skip

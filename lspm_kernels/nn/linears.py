@@ -58,7 +58,11 @@ class Linear(nn.Linear):
             self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias, activation = self.weight, self.bias, self.activation
+        activation = self.activation
+        if calls.parametrized(self):
+            y = super().forward(input)
+            return y if activation is None else _FUNCTIONS[activation](y)
+        weight, bias = self.weight, self.bias
         if activation is None:
             if products.faster and takes(input, weight, bias):
                 return ops.product(input, weight, bias, None)

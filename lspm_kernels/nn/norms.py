@@ -21,6 +21,8 @@ class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm: of the last dimension, by lspm_kernels.layer_norm."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if calls.parametrized(self):
+            return super().forward(input)
         weight, bias = self.weight, self.bias
         if (
             type(input) is Tensor
@@ -38,6 +40,8 @@ class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm: of the last dimension on a CPU, by lspm_kernels.rms_norm."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if calls.parametrized(self):
+            return super().forward(x)
         weight = self.weight
         # No row shows rms_norm beside torch's on a GPU. Of a weight of another dtype torch's gives that.
         if (
@@ -58,6 +62,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if (
             type(input) is Tensor
             and input.numel() >= _LEAST_OF_IMAGES
+            and not calls.parametrized(self)
             and takes_batch_norm(self, input, self.num_features)
             and input.shape[1] == self.num_features
             and calls.channels_last(input)

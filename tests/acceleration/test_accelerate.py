@@ -256,6 +256,19 @@ def test_what_was_built_upon_a_replaced_class_is_not_lost():
         lk.restore(m)
 
 
+def test_forwards_that_others_kept_on_the_object_are_restored():
+    m, x = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU()), torch.randn(512, 64)
+    expected = m(x)
+    lk.accelerate(m)
+    for layer in m:  # as Hugging Face's accelerate hooks a module
+        layer._old_forward, layer.forward = layer.forward, lambda x, layer=layer: layer._old_forward(x)
+    m[1].forward = m[1]._old_forward  # as it takes a hook away
+    torch.testing.assert_close(m(x), expected)
+    lk.restore(m)
+    assert torch.equal(m(x), expected)
+    assert m[1].forward.__func__ is nn.LayerNorm.forward
+
+
 def test_bad_input():
     with pytest.raises(TypeError, match=r"accelerate: model must be a torch\.nn\.Module, got function"):
         lk.accelerate(model)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import is_grad_enabled, nn
 
 import lspm_kernels as lk
 from lspm_kernels.acceleration import courses, rotations
@@ -35,6 +35,16 @@ class ByDtype(nn.Module):
 class ByMode(nn.Module):
     def forward(self, x):
         return F.silu(x) if torch.is_grad_enabled() else F.relu(x)
+
+
+class ByModeInNumbers(nn.Module):
+    def forward(self, x):
+        return F.silu(x) * (2 - float(is_grad_enabled()))
+
+
+class ByGraph(nn.Module):
+    def forward(self, x):
+        return F.silu(x) * (2 - (x.grad_fn is None))
 
 
 class ByGradient(nn.Module):
@@ -85,7 +95,20 @@ class Capped(nn.Module):
 
 @pytest.mark.parametrize(
     "cls",
-    [ByFeatures, ByNumbers, ByDtype, ByMode, ByGradient, ByFunction, ByGlobal, ByClass, BySettings, Capped],
+    [
+        ByFeatures,
+        ByNumbers,
+        ByDtype,
+        ByMode,
+        ByModeInNumbers,
+        ByGraph,
+        ByGradient,
+        ByFunction,
+        ByGlobal,
+        ByClass,
+        BySettings,
+        Capped,
+    ],
 )
 def test_numbers_are_not_believed(cls):
     module = cls()

@@ -32,6 +32,8 @@ def wrapped(way, m, accelerates):
     if way == "sharded":
         fully_shard(m.head)
         return fully_shard(m)
+    if way == "sharded as one":  # the head's weight is freed as soon as the model has given its outputs
+        return fully_shard(m, reshard_after_forward=True)
     m = DistributedDataParallel(m, find_unused_parameters=way == "some unused")
     if accelerates and way == "accelerated after":
         lk.accelerate(m)
@@ -41,11 +43,11 @@ def wrapped(way, m, accelerates):
 def rank(number, folder):
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=number, world_size=2)
     own = slice(number, number + 1)
-    for way in ("plain", "some unused", "accelerated after", "sharded"):
+    for way in ("plain", "some unused", "accelerated after", "sharded", "sharded as one"):
         theirs, ours = (wrapped(way, model(), fast) for fast in (False, True))
         for _ in range(2):
             torch.testing.assert_close(gradients(ours, own), gradients(theirs, own))
-        if way == "sharded":
+        if way.startswith("sharded"):
             with pytest.raises(ValueError, match="must have the class that accelerate gave it, got FSDP"):
                 lk.restore(ours)
         else:

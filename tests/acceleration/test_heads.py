@@ -219,3 +219,56 @@ def test_backward_hooks_are_called(of_head):
     ids = torch.randint(5000, (2, 16))
     model(input_ids=ids, labels=ids, return_dict=False)[0].backward()
     assert seen == [hooked]
+
+
+@pytest.mark.parametrize("changed", ["embedding", "head"])
+def test_logits_are_those_of_the_weights_that_they_were_given_for(changed):
+    model = Model(flat).train()
+    lk.accelerate(model)
+    (late, loss), (early, _) = model(TOKENS, LABELS), model(TOKENS, LABELS)
+    expected = early.detach()
+    loss.backward()
+    torch.optim.SGD(model.get_submodule(changed).parameters(), 1.0).step()
+    torch.testing.assert_close(early.detach(), expected, rtol=0, atol=0)
+    rule = "read before what they are computed of changes"
+    if changed == "embedding":  # the logits are of what it gave
+        torch.testing.assert_close(late.detach(), expected)
+    else:
+        for read in (lambda: late.argmax(-1), lambda: flat(F.cross_entropy, late, LABELS)):
+            with pytest.raises(RuntimeError, match=rule):
+                read()
+
+
+def test_a_gradient_of_logits_whose_loss_has_none_is_refused():
+    model = Model(flat).train()
+    lk.accelerate(model)
+    logits, loss = model(TOKENS, LABELS)
+    for ask in (
+        logits.retain_grad,
+        lambda: torch.autograd.grad(loss, logits, allow_unused=True),
+        lambda: torch.autograd.grad(loss, [model.head.weight, logits], allow_unused=True),
+    ):
+        with pytest.raises(RuntimeError, match="must not be asked for a gradient once their loss"):
+            ask()
+    assert torch.autograd.grad(logits.sum(), model.head.weight)[0].isfinite().all()
+
+    def kept(_, logits, labels):
+        logits.retain_grad()
+        return flat(F.cross_entropy, logits, labels)
+
+    model.use = kept
+    logits, loss = model(TOKENS, LABELS)
+    loss.backward()
+    assert logits.grad.abs().sum() > 0
+
+
+def test_vmap_of_logits():
+    model = Model(flat).train()
+    plain = copy.deepcopy(model)
+    lk.accelerate(model)
+    found, expected = (m(TOKENS, LABELS)[0] for m in (model, plain))
+    best = torch.vmap(lambda x: x.max(-1).values)
+    with pytest.raises(RuntimeError, match=r"logits \+ 0 is a plain tensor"):
+        best(found)  # whose gradient would be lost
+    with torch.no_grad():
+        torch.testing.assert_close(best(found), best(expected))

@@ -1,8 +1,11 @@
 """Which of torch.nn's layers become lspm_kernels.nn's, and why others do not."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import lspm_kernels as lk
 from lspm_kernels import products
@@ -71,6 +74,28 @@ def test_a_swapped_layer_computes_by_its_kernel():
         module(x)
     with lk.use_backend("triton"):  # torch's forward
         assert torch.equal(module.double()(x.double()), nn.LayerNorm(128).double()(x.double()))
+
+
+def test_a_swapped_layer_looks_once_at_what_is_parametrized():
+    layers = [nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32, 40)]
+    ours, x = nn.Sequential(*layers), torch.randn(64, 32, 3, 3)
+    theirs = copy.deepcopy(ours)
+    lk.accelerate(ours)
+    for model in (ours, theirs):
+        for place in (0, 4):
+            torch.manual_seed(0)
+            parametrizations.spectral_norm(model[place])
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_torchscript_is_told_to_compile_what_is_restored():
+    model = nn.Sequential(nn.Sequential(nn.LayerNorm(128)))
+    lk.accelerate(model)
+    rule = "a model given to torch.jit.script must have its own classes, got a replaced LayerNorm"
+    with pytest.raises(RuntimeError, match=rule):
+        torch.jit.script(model)
+    torch.jit.script(lk.restore(model))
 
 
 def test_subclasses():

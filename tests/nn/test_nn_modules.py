@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import lspm_kernels as lk
 from torch_layers import LAST, is_ours, pair, same
@@ -116,6 +116,35 @@ def test_parametrizations(name):
 
 
 COMPILED = [n if n in SOON else pytest.param(n, marks=pytest.mark.long) for n in MODULES]
+
+
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def forward(self, weight):
+        self.count += 1
+        return weight + 0
+
+
+WEIGHTED = "LayerNorm RMSNorm Linear MultiheadAttention Conv2d BatchNorm2d Embedding EmbeddingBag".split()
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_a_parametrization_is_computed_as_often_as_by_torch(name):
+    """Spectral norm, for one, takes a step of its iteration each time."""
+    args, inputs = MODULES[name]
+    counts, x = [], inputs()
+    for module in pair(name, *args):
+        for part in [m for m in module.modules() if m._parameters]:
+            for parameter in [n for n, p in part._parameters.items() if p is not None]:
+                parametrize.register_parametrization(part, parameter, Counted())
+        for training in (True, False):
+            call(name, module.train(training), x)
+        call(name, module.double(), [t.double() if t.is_floating_point() else t for t in x])
+        counts.append([m.count for m in module.modules() if isinstance(m, Counted)])
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -96,6 +96,23 @@ def test_func_transforms():
         )
 
 
+def test_gradients_of_many_at_once():
+    x, residual, weight, bias = (t.requires_grad_() for t in tensors())
+    outputs, inputs = lk.add_layer_norm(x, residual, weight, bias), (x, residual, weight)
+    many = [torch.randn(3, *y.shape) for y in outputs]
+    each = [torch.autograd.grad(outputs, inputs, dys, retain_graph=True) for dys in zip(*many, strict=True)]
+    found = torch.autograd.grad(outputs, inputs, many, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*each, strict=True))))
+    found = torch.autograd.grad(outputs[0], inputs[2:], many[:1], is_grads_batched=True)
+    assert found[0].shape == (3, *weight.shape)
+
+    def function(x):
+        return lk.layer_norm(x, weight, bias).mean(-1)
+
+    found, expected = (torch.autograd.functional.jacobian(function, x, vectorize=v) for v in (True, False))
+    torch.testing.assert_close(found, expected)
+
+
 def test_autocast_computes_in_the_dtype_of_x():
     x, _, weight, bias = (t.requires_grad_() for t in tensors())
     linear = torch.nn.Linear(40, 40)
