@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cpu/isa.h"
+#include "cpu/team.h"
 #include "layer_norm.h"
 
 namespace py = pybind11;
@@ -80,6 +81,17 @@ void layer_norm_backward(const TensorView& dy, const OptionalView& dsum, const T
                                WHERE(dy, threads));
 }
 
+#ifndef LSPM_CUDA
+// Calls main(); kernels that it calls on that many threads begin no parallel region.
+void run_in_team(const py::function& main, int threads) {
+  py::gil_scoped_release unlocked;
+  lspm::cpu::Team::run(threads, [&] {
+    py::gil_scoped_acquire locked;
+    main();
+  });
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(MODULE_NAME, m) {
@@ -88,6 +100,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   if (!lspm::cpu::isa_request())
     throw py::import_error(std::string("the operating system does not grant ") + lspm::cpu::isa_name());
   m.attr("isa") = lspm::cpu::isa_name();
+  m.def("run_in_team", &run_in_team, py::arg("main"), py::arg("threads"));
 #endif
   m.def("layer_norm_forward", &layer_norm_forward, py::arg("x"), py::arg("residual").none(true),
         py::arg("weight").none(true), py::arg("bias").none(true), py::arg("sum").none(true), py::arg("y"),

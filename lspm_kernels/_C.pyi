@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -446,6 +446,7 @@ def rotary_forward(
     interleaved: bool,
     threads: int,
 ) -> None: ...
+def run_in_team(main: Callable[[], None], threads: int) -> None: ...
 def sample_forward(
     logits: Tensor,
     temperatures: Tensor | None,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lspm_kernels import recording
+from lspm_kernels import compiled
 
 _PLAIN = (Tensor, Parameter)
 
@@ -121,7 +121,9 @@ def pixels(t: Tensor) -> Tensor:
 
 def readable(t: Tensor) -> bool:
     """Whether the values of t can be read here: not where calls are traced, transformed or recorded."""
-    return plain(t) and not (recording.is_on() or (t.is_cuda and torch.cuda.is_current_stream_capturing()))
+    if not plain(t) or compiled.recorded.get() is not None:
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def integers(

@@ -9,11 +9,10 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch  # before the modules, so that they share its OpenMP runtime
-
-from lspm_kernels import recording
 
 # What each build needs, by the names in /proc/cpuinfo; the best build first.
 _V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
@@ -28,6 +27,12 @@ NEEDS: dict[str, set[str]] = {
 
 # Why a build that would be better is not used, by instruction set; for `python -m lspm_kernels info`.
 refusals: dict[str, str] = {}
+
+
+# The calls of the Recording that is on in this thread.
+recorded: ContextVar[list[tuple[Callable[..., object], tuple]] | None] = ContextVar(
+    "lspm_recorded", default=None
+)
 
 
 def cpu_flags() -> set[str]:
@@ -98,7 +103,14 @@ sys.modules["lspm_kernels._C"] = cpu
 
 def cpu_kernel(name: str) -> Callable[..., None]:
     """The CPU kernel `name`, on as many threads as torch uses."""
-    return lambda *args: recording.call(getattr(cpu, name), *args, torch.get_num_threads())
+    return lambda *args: call(getattr(cpu, name), *args, torch.get_num_threads())
+
+
+def call(function: Callable[..., object], *args: object) -> None:
+    """Calls function, and again at each replay of the recording that is on."""
+    function(*args)
+    if (calls := recorded.get()) is not None:
+        calls.append((function, args))
 
 
 def cuda_kernel(name: str) -> Callable[..., None]:

@@ -1,9 +1,11 @@
 """Recordings of kernel calls: what a CUDA graph is for a GPU, for the kernels of a CPU."""
 
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import Token
 
-_current: ContextVar["Recording | None"] = ContextVar("lspm_recording", default=None)
+import torch
+
+from lspm_kernels import compiled
 
 
 class Recording:
@@ -14,11 +16,11 @@ class Recording:
         x.copy_(another_x)
         recording.replay()  # y now holds what step gives of another_x
 
-    A replay costs one or two microseconds a kernel, where Python takes tens to come to the same call. As of a
-    CUDA graph, its tensors stay those of the block, and numbers have the values that they had there. What is
-    not an op of this package is not made again, views aside: whoever records compares a replay with the
-    function itself before he believes it. While it records, ops check no values that tensors hold;
-    kernels do, at each replay.
+    A replay costs one or two microseconds a kernel, where Python takes tens to come to the same call, and its
+    kernels share one parallel region, so that threads are woken once. As of a CUDA graph, its tensors stay
+    those of the block, and numbers have the values that they had there. What is not an op of this package is
+    not made again, views aside: whoever records compares a replay with the function itself before he believes
+    it. While it records, ops check no values that tensors hold; kernels do, at each replay.
 
     Calls of other threads are not recorded.
     """
@@ -26,27 +28,20 @@ class Recording:
     def __init__(self):
         self.calls: list[tuple[Callable[..., object], tuple]] = []
         self._token: Token | None = None
+        self._threads = 1
 
     def __enter__(self) -> "Recording":
-        self._token = _current.set(self)
+        self._threads = torch.get_num_threads()
+        self._token = compiled.recorded.set(self.calls)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _current.reset(self._token)
+        compiled.recorded.reset(self._token)
 
     def replay(self) -> None:
-        """Makes the calls again, in their order."""
+        """Makes the calls again, in their order, on as many threads as torch used when they were recorded."""
+        compiled.cpu.run_in_team(self._make, self._threads)
+
+    def _make(self) -> None:
         for function, args in self.calls:
             function(*args)
-
-
-def is_on() -> bool:
-    """Whether calls of this thread are recorded."""
-    return _current.get() is not None
-
-
-def call(function: Callable[..., object], *args: object) -> None:
-    """Calls function, and again at each replay of the recording that is on."""
-    function(*args)
-    if (recording := _current.get()) is not None:
-        recording.calls.append((function, args))

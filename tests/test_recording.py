@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import lspm_kernels
-from lspm_kernels.recording import Recording, is_on
+from lspm_kernels import compiled
+from lspm_kernels.recording import Recording
 
 
 def step(x, weights):
@@ -31,6 +32,60 @@ def test_a_replay_gives_the_bits_of_the_ops():
         x.copy_(torch.randn(3, 64))
         recording.replay()
         assert torch.equal(y, step(x, weights))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_of_a_replay_share_the_work_of_each_kernel(threads):
+    x, weight, rows = torch.randn(4, 512), torch.randn(700, 512), torch.randn(300, 700)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with Recording() as recording:
+            y = lspm_kernels.linear(x, weight)
+            z = lspm_kernels.bias_act(rows)
+    finally:
+        torch.set_num_threads(before)
+    for tensor in (x, rows):
+        tensor.copy_(torch.randn(tensor.shape))
+    recording.replay()
+    assert torch.equal(y, lspm_kernels.linear(x, weight))
+    assert torch.equal(z, lspm_kernels.bias_act(rows))
+
+
+@torch.no_grad()
+def test_replays_of_several_threads_do_not_meet():
+    pairs = []
+    for _ in range(2):
+        x, weight = torch.randn(2, 512), torch.randn(600, 512)
+        with Recording() as recording:
+            y = lspm_kernels.linear(x, weight)
+        pairs.append((recording, y, y.clone()))
+        y.zero_()
+
+    def replay(recording):
+        for _ in range(50):
+            recording.replay()
+
+    threads = [threading.Thread(target=replay, args=(recording,)) for recording, *_ in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(y, expected) for _, y, expected in pairs)
+
+
+@torch.no_grad()
+def test_a_replay_within_a_replay():
+    x = torch.randn(400, 300)
+    with Recording() as inner:
+        y = lspm_kernels.bias_act(x)
+    with Recording() as outer:
+        compiled.call(inner.replay)
+        z = lspm_kernels.layer_norm(y)
+    x.copy_(torch.randn(400, 300))
+    outer.replay()
+    assert torch.equal(z, lspm_kernels.layer_norm(lspm_kernels.bias_act(x)))
 
 
 @torch.no_grad()
@@ -75,10 +130,9 @@ def test_calls_of_other_threads_and_after_the_block_are_not_recorded():
         thread = threading.Thread(target=lspm_kernels.layer_norm, args=(x,))
         thread.start()
         thread.join()
-        assert is_on()
         assert recording.calls == []
         lspm_kernels.layer_norm(x)
-    assert not is_on()
+    assert compiled.recorded.get() is None
     lspm_kernels.layer_norm(x)
     assert len(recording.calls) == 1
 
@@ -86,4 +140,4 @@ def test_calls_of_other_threads_and_after_the_block_are_not_recorded():
 def test_an_error_ends_the_recording():
     with pytest.raises(ValueError, match="layer_norm: x must be"), Recording():
         lspm_kernels.layer_norm(3)
-    assert not is_on()
+    assert compiled.recorded.get() is None

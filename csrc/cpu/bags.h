@@ -4,6 +4,8 @@
 // The sort is a radix sort, stable and so the same on any number of threads: an entry is a row's number above
 // the number of a bag (or, with per_sample_weights, of an index), in as many bits as those need.
 #pragma once
+#include <omp.h>
+
 #include <cmath>
 #include <limits>
 #include <memory>

@@ -1,14 +1,22 @@
 // Work over threads: torch's own OpenMP pool, as many threads as torch was told to use.
 #pragma once
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
 
+#include "cpu/team.h"
+
 namespace lspm::cpu {
+
+// Calls body(thread, threads) in each of that many threads.
+template <class Body>
+void in_each_thread(int threads, Body body) {
+  const auto call = [](void* body, int thread, int count) { (*static_cast<Body*>(body))(thread, count); };
+  if (threads == 1) return call(&body, 0, 1);
+  call_in_each(threads, call, &body);
+}
 
 // Below this much work, in elements, a second thread costs more than it brings, as it takes up to 90
 // microseconds to wake where OpenMP's threads sleep between regions. Above it all threads are used, never a
@@ -21,13 +29,12 @@ __attribute__((noinline, noclone)) inline void call_for_ranges(int64_t n, int64_
                                                                void* body) {
   if (n == 0) return;
   if (threads <= 1 || n == 1 || work < kSerialWork) return call(body, 0, n);
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t count = omp_get_num_threads(), me = omp_get_thread_num();
+  const auto call_for_range = [&](int64_t me, int64_t count) {
     const int64_t share = n / count, rest = n % count;
     const int64_t begin = me * share + std::min(me, rest);
     call(body, begin, begin + share + (me < rest));
-  }
+  };
+  in_each_thread(threads, call_for_range);
 }
 
 // Calls body(begin, end) for consecutive ranges of [0, n), one for each thread. `work` is the number of
@@ -45,9 +52,8 @@ void parallel_claim(int64_t n, int64_t work, int threads, Body body) {
   std::atomic<int64_t> claimed{0};
   const auto next = [&] { return claimed.fetch_add(1, std::memory_order_relaxed); };
   if (n == 0) return;
-  if (threads <= 1 || n == 1 || work < kSerialWork) return body(next, 0);
-#pragma omp parallel num_threads(threads)
-  body(next, omp_get_thread_num());
+  const bool alone = threads <= 1 || n == 1 || work < kSerialWork;
+  in_each_thread(alone ? 1 : threads, [&](int thread, int) { body(next, thread); });
 }
 
 // Turns that threads take at what they share, each thing with turns of its own.

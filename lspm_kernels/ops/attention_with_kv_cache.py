@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lspm_kernels import attention_checks, checks, compiled, dispatch, recording
+from lspm_kernels import attention_checks, checks, compiled, dispatch
 from lspm_kernels.ops import attention as dense
 from lspm_kernels.ops import rotary as rotation
 from lspm_kernels.reference import attention_with_kv_cache as reference
@@ -208,10 +208,10 @@ def _places(q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_
 
 
 def _with_new(counts, new):
-    if not (checks.plain(counts) and recording.is_on()):
+    if not checks.plain(counts) or compiled.recorded.get() is None:
         return counts + new
     total = torch.empty_like(counts)
-    recording.call(lambda: torch.add(counts, new, out=total))
+    compiled.call(lambda: torch.add(counts, new, out=total))
     return total
 
 

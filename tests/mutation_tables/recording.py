@@ -1,10 +1,13 @@
 """Bugs in what makes kernel calls again, and in the steps of a text that are made so."""
 
+import sys
 from functools import partial
 
 from mutations import Mutation
 
 PACKAGE, MODELS = "lspm_kernels", "python/lspm_models"
+SETUP = f"LSPM_ISAS=base LSPM_CUDA=0 {sys.executable} setup.py build_ext --inplace"
+BUILD = ("sh", "-c", f"rm -rf lspm_kernels/_cpu && {SETUP}")
 REPLAYS = ("tests/test_recording.py", "-x")
 STEPS = ("tests/models/test_generate.py", "-x", "-k", "steps or hooks or full_loop")
 in_recording = partial(Mutation, file=f"{PACKAGE}/recording.py", tests=REPLAYS)
@@ -15,24 +18,33 @@ in_generate = partial(Mutation, file=f"{MODELS}/generate.py", tests=STEPS)
 MUTATIONS = [
     in_recording(
         name="recording: nothing is recorded",
-        old="        recording.calls.append((function, args))",
+        file=f"{PACKAGE}/compiled.py",
+        old="        calls.append((function, args))",
         new="        pass",
     ),
     in_recording(
         name="recording: it goes on behind the block",
-        old="        _current.reset(self._token)",
+        old="        compiled.recorded.reset(self._token)",
         new="        pass",
+    ),
+    Mutation(
+        name="recording: a team's other threads do nothing",
+        file="csrc/cpu/team.cpp",
+        old="    if (call) call(body_, thread, threads_);",
+        new="    if (call && thread == 0) call(body_, thread, threads_);",
+        tests=REPLAYS,
+        command=BUILD,
     ),
     in_cached_attention(
         name="recording: keys are those of the first call",
-        old="    recording.call(lambda: torch.add(counts, new, out=total))\n    return total",
+        old="    compiled.call(lambda: torch.add(counts, new, out=total))\n    return total",
         new="    return counts + new",
     ),
     Mutation(
         name="recording: lengths are read, so that the longest is that of the first call",
         file=f"{PACKAGE}/checks.py",
-        old="not (recording.is_on() or (t.is_cuda",
-        new="not ((t.is_cuda",
+        old="if not plain(t) or compiled.recorded.get() is not None:",
+        new="if not plain(t):",
         tests=REPLAYS,
     ),
     in_cache(
