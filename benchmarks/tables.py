@@ -11,6 +11,7 @@ GOALS = {
     "better": "x the better {1:.2f} >= {0:.2f}",
     "hugging face": "x Hugging Face {1:.2f} >= {0:.2f}",
     "ctranslate2": "x CTranslate2 {1:.2f} >= {0:.2f}",
+    "llama.cpp": "x llama.cpp {1:.2f} >= {0:.2f}",
     "libmf": "x LIBMF {1:.2f} >= {0:.2f}",
     "surprise": "x Surprise {1:.0f} >= {0:.0f}",
     "openvino": "x OpenVINO {1:.2f} >= {0:.2f}",

@@ -4,7 +4,7 @@ import signal
 import sys
 from dataclasses import asdict
 
-from lspm_models.options import Parser, errors_in_one_line, given
+from lspm_models.options import Parser, errors_in_one_line, given, standard_input
 from lspm_models.outputs import Transcript
 from lspm_models.text_options import Sampling, Text
 
@@ -57,7 +57,9 @@ def write(source: str, weights: str, text: Text, sampling: dict) -> None:
     task, tokenizer = load_language_model(source, "cuda" if torch.cuda.is_available() else "cpu")
     task.read_only_(*WEIGHTS[weights])
     sampling |= {"sequences": text.sequences, "stop": tokenizer.stops}
-    prompt = sys.stdin.read().removesuffix("\n") if text.prompt == "-" else text.prompt
+    prompt = text.prompt
+    if prompt == "-":
+        prompt = standard_input("--prompt").read().removesuffix("\n")
     if text.couplets is not None:
         write_couplets(sys.stdout, task, tokenizer, prompt or "", text.couplets, text.tokens, sampling)
         return

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator
 
-from lspm_models.options import Parser, errors_in_one_line, given
+from lspm_models.options import Parser, errors_in_one_line, given, standard_input
 
 with errors_in_one_line("predict.py"):  # what comes in with these may not be installed
     import torch
@@ -62,7 +62,7 @@ def main() -> int:
 def lines(texts: Iterable[str]) -> Iterator[str]:
     """Yields texts, and for - the lines of standard input."""
     for text in texts:
-        yield from (line.rstrip("\r\n") for line in sys.stdin) if text == "-" else [text]
+        yield from (line.rstrip("\r\n") for line in standard_input("--text")) if text == "-" else [text]
 
 
 def read(folder: str, output: Output, device: str) -> int:

@@ -3,39 +3,50 @@
 #include <omp.h>
 
 #include <exception>
-#include <thread>
 
 namespace lspm::cpu {
-namespace {
 
-constexpr int kSpins = 4096;  // some 100 microseconds; after it others may have the processor
+constexpr int kSpins = 512;  // 10 to 25 microseconds: on processors that others use too, more do harm
 
 template <class Done>
-void wait_until(Done done) {
-  for (int i = 0; !done(); ++i) {
-    if (i >= kSpins) std::this_thread::yield();
+void Team::wait_until(Done done) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (done()) return;
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
   }
+  ++sleeping_;
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, done);
+  }
+  --sleeping_;
 }
 
-}  // namespace
+void Team::wake() {
+  if (sleeping_ == 0) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+  }  // who found it undone sleeps by now
+  changed_.notify_all();
+}
 
 void Team::call(InEachThread call, void* body) {
   call_ = call, body_ = body;
-  busy_.store(threads_ - 1, std::memory_order_relaxed);
-  posted_.fetch_add(1, std::memory_order_release);
+  busy_ = threads_ - 1;
+  ++posted_;
+  wake();
   if (call) call(body, 0, threads_);
-  wait_until([&] { return busy_.load(std::memory_order_acquire) == 0; });
+  wait_until([&] { return busy_ == 0; });
 }
 
 void Team::follow(int thread) {
   for (uint64_t next = 1;; ++next) {
-    wait_until([&] { return posted_.load(std::memory_order_acquire) == next; });
+    wait_until([&] { return posted_ == next; });
     const InEachThread call = call_;
     if (call) call(body_, thread, threads_);
-    busy_.fetch_sub(1, std::memory_order_release);
+    if (--busy_ == 0) wake();
     if (!call) return;
   }
 }

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 
 def option(value: Any, text: str, /, **metadata: Any) -> Any:
@@ -103,6 +103,13 @@ def fail(program: str, message: str, code: int = 2) -> NoReturn:
     """Prints one line on stderr and ends the program."""
     sys.stderr.write(f"{program}: {' '.join(str(message).split())}\n")
     sys.exit(code)
+
+
+def standard_input(option: str) -> TextIO:
+    """What - stands for. Raises ValueError where it is closed."""
+    if sys.stdin is None:
+        raise ValueError(f"{option}: - stands for standard input, which must be open, got a closed one")
+    return sys.stdin
 
 
 @contextmanager

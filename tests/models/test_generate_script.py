@@ -54,7 +54,7 @@ def run(monkeypatch, capsys):
 
     def run(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", None if stdin is None else io.StringIO(stdin))
         try:
             code = script.main()
         except SystemExit as exit:
@@ -153,6 +153,11 @@ def test_a_prompt_may_fill_the_context(run, folder):
 def test_reads_the_prompt_from_standard_input(run, folder):
     [text] = expected(folder, "a\nb", max_new_tokens=20, seed=1, temperature=0.8)
     assert run(folder, "--prompt", "-", "--tokens", 20, "--seed", 1, stdin="a\nb\n") == (0, text + "\n", "")
+
+
+def test_a_closed_standard_input_is_told(run, folder):
+    said = "generate.py: --prompt: - stands for standard input, which must be open, got a closed one\n"
+    assert run(folder, "--prompt", "-", stdin=None) == (2, "", said)
 
 
 def test_begins_a_text_without_a_prompt(run, folder):
