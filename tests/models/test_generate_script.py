@@ -227,7 +227,10 @@ def test_refuses_a_broken_checkpoint(run, tmp_path, name, damage):
         file.write_bytes(damage(file.read_bytes()))
     code, output, errors = run(tmp_path)
     assert (code, output) == (2, "")
-    assert errors.startswith("generate.py: checkpoint: ")
+    is_json = name == "state.json" and damage is not None
+    assert errors.startswith(
+        f"generate.py: json: {file} must be JSON" if is_json else "generate.py: checkpoint: "
+    )
     assert errors.count("\n") == 1
     assert str(file.parent) in errors
 
