@@ -43,8 +43,11 @@ def _rows(x):
 
 
 def reads(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether products of x on a CPU take as long as it does to read weights, and need no gradient."""
-    return x.is_cpu and _rows(x) <= MOST_ROWS and not _differentiates(x, *others)
+    """Whether products of x on a CPU take as long as it does to read weights, and need no gradient.
+
+    Not where calls are traced or transformed: a graph has one op for any number of rows.
+    """
+    return x.is_cpu and checks.plain(x) and _rows(x) <= MOST_ROWS and not _differentiates(x, *others)
 
 
 def _most_rows(x, weight):

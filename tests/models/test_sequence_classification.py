@@ -132,7 +132,7 @@ def test_it_learns_what_tells_the_label(tmp_path, characters):
     fit(task, data, FitConfig(steps=80, batch_size=40, **options), tmp_path, report=lines.append)
     history = read_log(tmp_path / "log.csv")
     assert float(history[1]["train_loss"]) > 0.6
-    assert float(history[-1]["train_loss"]) < 0.2
+    assert np.mean([float(row["train_loss"]) for row in history[-10:]]) < 0.2
     assert float(history[-1]["accuracy"]) > 0.95
     assert re.search(r"accuracy \d\.\d{4}   f1 \d\.\d{4}   learning rate .* texts/s$", lines[0])
     assert {place for places, *_ in data.all_held_out() for place in places.tolist()} == set(range(60))
