@@ -127,10 +127,7 @@ def by_llama_cpp(file: Path, prompt: Tensor) -> Callable[[], object]:
 
 
 def by_ctranslate2(theirs: Any, prompt: Tensor) -> Callable[[], object] | None:
-    """The loop by CTranslate2 with weights and activations in int8; None where it is not installed.
-
-    With float32 weights it gives transformers' tokens.
-    """
+    """The loop by CTranslate2 with weights and activations in int8; None where it is not installed."""
     try:
         import ctranslate2
         from ctranslate2.converters.transformers import GPT2Loader
