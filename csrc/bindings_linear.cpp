@@ -29,8 +29,8 @@ void linear_forward(const TensorView& x, const TensorView& weight, const Optiona
   const int64_t groups = scales ? scales->size(-1) : 1;
   if (groups < 1 || inputs % groups || (groups > 1 && inputs / groups % 32))
     TensorView::refuse("scales", "be of groups of a multiple of 32 columns");
-  const lspm::LinearShape s{rows,      outputs,        inputs,    weight.stride(0), inputs / groups,
-                            x.dtype(), weight.dtype(), bias_dtype};
+  const lspm::LinearShape s{rows,   outputs,   inputs,         weight.stride(0),
+                            groups, x.dtype(), weight.dtype(), bias_dtype};
   void *px = x.contiguous("x", x, s.dtype, rows * inputs), *pw = weight.data("weight", x, s.weight_dtype);
   void* pb = optional(bias, "bias", x, bias_dtype, outputs);
   auto* ps = static_cast<float*>(optional(scales, "scales", x, DType::f32, outputs * groups));

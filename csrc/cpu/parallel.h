@@ -45,6 +45,24 @@ void parallel_for(int64_t n, int64_t work, int threads, Body body) {
   call_for_ranges(n, work, threads, call, &body);
 }
 
+// The same in several calls: who is free takes a part of what is left, of `least` elements or more, so that
+// threads end together where one has less of its processor or of memory than another.
+template <class Body>
+void parallel_share(int64_t n, int64_t work, int64_t least, int threads, Body body) {
+  if (n == 0) return;
+  if (threads <= 1 || n <= least || work < kSerialWork) return body(0, n);
+  std::atomic<int64_t> taken{0};
+  in_each_thread(threads, [&](int, int count) {
+    int64_t begin = taken;
+    while (begin < n) {
+      const int64_t end = std::min(n, begin + std::max(least, (n - begin) / (2 * count)));
+      if (!taken.compare_exchange_weak(begin, end)) continue;
+      body(begin, end);
+      begin = taken;
+    }
+  });
+}
+
 // For items of unequal cost: calls body(next, thread) once in each thread, and next() hands out 0, 1, 2, ...
 // to whoever is free, n or more when there is none left. `work` as above.
 template <class Body>

@@ -154,7 +154,8 @@ def quantize_int8(weight: Tensor, group_size: int | None = None) -> tuple[Tensor
         raise ValueError(f"{op}: group_size must {rule}, got {group_size!r}")
     if not weight.isfinite().all():
         raise ValueError(f"{op}: weight must be finite, got {weight[~weight.isfinite()][0].item()}")
-    groups = weight.detach().float().view(N, -1 if K else 1, group_size or K)
+    size = min(group_size or K, K)
+    groups = weight.detach().float().view(N, K // size if K else 1, size)
     largest = groups.abs().amax(2, keepdim=True) if K else groups.new_zeros(N, 1, 1)
     scales = torch.where(largest > 0, largest / 127, 1.0)
     integers = (groups / scales).round_().clamp_(-127, 127).to(torch.int8)
@@ -189,6 +190,6 @@ def _check_scales(op, scales, N, K):
     if scales.dtype != torch.float32:
         raise ValueError(f"{op}: scales must have dtype torch.float32, got {scales.dtype}")
     G = scales.shape[1]
-    if K % G or (G > 1 and K // G % _LEAST_GROUP):
+    if G > 1 and (not K or K % (G * _LEAST_GROUP)):
         rule = f"groups of a multiple of {_LEAST_GROUP} of the {K} columns"
         raise ValueError(f"{op}: scales must be of {rule}, got {G} groups")

@@ -10,8 +10,8 @@ def dequantized(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Te
     if scales is None:
         return weight.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    N, K = weight.shape
-    groups = weight.to(wide).view(N, scales.shape[1], -1) * scales.to(wide)[:, :, None]
+    (N, K), G = weight.shape, scales.shape[1]
+    groups = weight.to(wide).view(N, G, K // G) * scales.to(wide)[:, :, None]
     return groups.view(N, K).to(dtype)
 
 

@@ -18,13 +18,13 @@ in_triton = partial(
 MUTATIONS = [
     in_cpu(
         name="linear, cpu: every output has the scales of the first beside it",
-        old="* scale[o * shape.groups()]",
+        old="* scale[o * shape.groups]",
         new="* scale[0]",
     ),
     in_cpu(
         name="linear, cpu: all groups have the first one's scale",
-        old="begin += shape.group, ++scale)",
-        new="begin += shape.group)",
+        old="begin += group, ++scale)",
+        new="begin += group)",
     ),
     in_cpu(
         name="linear, cpu: rows of the weight taken for contiguous",
@@ -42,6 +42,27 @@ MUTATIONS = [
         old="std::min<int64_t>(kLanes, shape.outputs - output)",
         new="int64_t{kLanes}",
     ),
+    in_cpu(
+        name="linear, cpu: unpacked, all groups have the first one's scale",
+        old="scales[n * s.groups + k / group]",
+        new="scales[n * s.groups]",
+    ),
+    in_cpu(
+        name="linear, cpu: unpacked, rows past those of the cache are the first ones",
+        old="job.of_block(floats.data(), block, row, std::min(s.rows, row + kRowsInCache));",
+        new="job.of_block(floats.data(), block, 0, std::min(s.rows, kRowsInCache));",
+    ),
+    in_cpu(
+        name="linear, cpu: unpacked, rows of the weight taken for contiguous",
+        old="lanes.load(weight + n * s.weight_stride + k + i) * scale",
+        new="lanes.load(weight + n * s.inputs + k + i) * scale",
+    ),
+    in_cpu(
+        name="parallel_share: a part that another thread took first is made again by nobody",
+        old="if (!taken.compare_exchange_weak(begin, end)) continue;",
+        new="taken = end + 1;",
+        file="csrc/cpu/parallel.h",
+    ),
     in_op(
         name="linear: gradients are lost",
         old="or _differentiates(x, weight, bias)):",
@@ -54,8 +75,8 @@ MUTATIONS = [
     ),
     in_op(
         name="quantize_int8: a scale to a row where groups are wanted",
-        old="group_size or K)",
-        new="K)",
+        old="min(group_size or K, K)",
+        new="K",
     ),
     in_triton(
         name="linear, triton: columns past the last",

@@ -52,11 +52,14 @@ def test_integers(outputs, inputs, groups, dtype):
         check(torch.randn(rows, inputs).to(dtype), weight, torch.randn(outputs), scales)
 
 
+@pytest.mark.every_backend
 def test_a_prompt_by_a_weight_of_another_dtype():
-    for dtype, other in ((F32, BF16), (BF16, F32)):
-        check(torch.randn(70, 96).to(dtype), torch.randn(33, 96).to(other), torch.randn(33))
-    weight, scales = integers(33, 96, 3)
-    check(torch.randn(2, 35, 96).flatten(0, 1), weight, torch.randn(33), scales)
+    for rows in (9, 64, 70, 130):
+        for dtype, other in ((F32, BF16), (BF16, F32), (F32, F16)):
+            check(torch.randn(rows, 97).to(dtype), torch.randn(33, 130).to(other)[:, 7:104], torch.randn(33))
+        for groups in (1, 3):
+            weight, scales = integers(33, 96, groups)
+            check(torch.randn(rows, 96), weight, torch.randn(33), scales)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,6 +87,8 @@ def test_no_elements():
     for rows, outputs, inputs in ((0, 5, 8), (2, 0, 8), (2, 5, 0)):
         x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
         assert torch.equal(lk.linear(x, weight, bias), F.linear(x, weight, bias))
+        small, scales = lk.quantize_int8(weight, None if inputs else 32)
+        check(x, small, bias, scales)
 
 
 @pytest.mark.every_backend
@@ -102,15 +107,21 @@ def test_any_shape_and_strides():
     assert torch.equal(lk.linear(x.transpose(0, 1), weight), lk.linear(x, weight).transpose(0, 1))
 
 
-def test_same_bits_for_any_number_of_threads_and_of_rows():
+def test_same_bits_for_any_number_of_threads():
+    for weight, scales in ((torch.randn(999, 768).bfloat16(), None), integers(999, 768, 24)):
+        for rows in (ops.MOST_ROWS, 100):
+            x, results = torch.randn(rows, 768), []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(lk.linear(x, weight, scales=scales))
+            assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_same_bits_for_any_number_of_few_rows():
     x = torch.randn(ops.MOST_ROWS, 768)
     for weight, scales in ((torch.randn(999, 768), None), integers(999, 768, 24)):
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(lk.linear(x, weight, scales=scales))
         alone = torch.cat([lk.linear(row[None], weight, scales=scales) for row in x])
-        assert all(torch.equal(results[0], other) for other in (*results[1:], alone))
+        assert torch.equal(lk.linear(x, weight, scales=scales), alone)
 
 
 def test_more_rows_and_gradients_are_torchs():
