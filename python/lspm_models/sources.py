@@ -15,8 +15,9 @@ from lspm_models.pretrained import Pretrained
 from lspm_models.run_folder import RunCheckpoint
 from lspm_models.tasks.language_modelling import LanguageModelling
 
-# Names of what a model for generation keeps its weights in: dtype, and columns to a scale.
-WEIGHTS = {"float32": (torch.float32,), "bfloat16": (torch.bfloat16,), "int8": (torch.int8, 32)}
+# Names of what a model for generation keeps its weights in: dtype, and columns to a scale. With 64 an integer
+# and its share of a scale take 8.5 bits, as in llama.cpp's Q8_0, which has half scales to 32.
+WEIGHTS = {"float32": (torch.float32,), "bfloat16": (torch.bfloat16,), "int8": (torch.int8, 64)}
 
 
 def open_source(path: str | Path) -> RunCheckpoint | Pretrained:
