@@ -152,9 +152,10 @@ def quantize_int8(weight: Tensor, group_size: int | None = None) -> tuple[Tensor
     ):
         rule = f"be a multiple of {_LEAST_GROUP} that divides weight's {K} columns"
         raise ValueError(f"{op}: group_size must {rule}, got {group_size!r}")
-    if not weight.isfinite().all():
+    if checks.readable(weight) and not weight.isfinite().all():
         raise ValueError(f"{op}: weight must be finite, got {weight[~weight.isfinite()][0].item()}")
-    groups = weight.detach().float().view(N, -1 if K else 1, group_size or K)
+    size = group_size or K
+    groups = weight.detach().float().view(N, K // size if K else 1, size if K else 0)
     largest = groups.abs().amax(2, keepdim=True) if K else groups.new_zeros(N, 1, 1)
     scales = torch.where(largest > 0, largest / 127, 1.0)
     integers = (groups / scales).round_().clamp_(-127, 127).to(torch.int8)

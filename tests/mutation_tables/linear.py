@@ -54,8 +54,8 @@ MUTATIONS = [
     ),
     in_op(
         name="quantize_int8: a scale to a row where groups are wanted",
-        old="group_size or K)",
-        new="K)",
+        old="size = group_size or K",
+        new="size = K",
     ),
     in_triton(
         name="linear, triton: columns past the last",

@@ -87,9 +87,9 @@ ALS = {
     "values must be at least 0, got -1.0": {"values": -torch.ones(3), "implicit": True},
 }
 SOLVING = {
-    "solver must be cholesky or cg, got 'lu'": {"solver": "lu"},
-    "cg_steps must be an integer from 1 on, got 0": {"cg_steps": 0, "solver": "cg"},
-    "cg_steps must be an integer from 1 on, got 1.5": {"cg_steps": 1.5, "solver": "cg"},
+    "solver must be one of cholesky, cg, got 'lu'": {"solver": "lu"},
+    "cg_steps must be an integer from 1 to 2 ** 63 - 1, got 0": {"cg_steps": 0, "solver": "cg"},
+    "cg_steps must be an integer from 1 to 2 ** 63 - 1, got 1.5": {"cg_steps": 1.5, "solver": "cg"},
     "backend must be one of cpu, cuda, triton, reference, got 'gpu'": {"backend": "gpu"},
 }
 NMF = {
