@@ -71,6 +71,10 @@ def _loss(row, factors, other_factors, *entries_and_options, saves=True):
     return loss
 
 
+def _gradient(ctx, dloss):
+    raise NotImplementedError('mf_als_loss: backend must be "reference" for a gradient, got a kernel')
+
+
 _als = InPlaceOperator(
     "mf_als(Tensor(a!) factors, Tensor other_factors, Tensor indptr, Tensor indices, Tensor? values,"
     " Tensor? weight, float reg, float reg_exponent, float alpha, bool implicit, int steps) -> ()",
@@ -82,6 +86,7 @@ _als_loss = Operator(
     " Tensor? weight, float reg, float reg_exponent, float alpha, bool implicit) -> Tensor",
     LOSS_BACKENDS,
     _loss,
+    backward=_gradient,
 )
 
 

@@ -194,3 +194,13 @@ def test_the_bindings_refuse_what_would_touch_other_memory():
     ):
         with pytest.raises(ValueError, match=message):
             compiled.cpu.mf_als_update(*good[:at], wrong, *good[at + 1 :], *last)
+
+
+def test_only_the_reference_gives_the_loss_a_gradient():
+    factors = torch.ones(3, 2, requires_grad=True)
+    lk.mf_als_loss(**given(factors=factors), backend="reference").backward()
+    assert factors.grad.any()
+    with pytest.raises(
+        NotImplementedError, match=r'^mf_als_loss: backend must be "reference" for a gradient'
+    ):
+        lk.mf_als_loss(**given(factors=factors)).backward()
