@@ -16,7 +16,7 @@ struct LinearShape {
   DType weight_dtype;     // f32, bf16, f16 or i8, which has scales
   DType bias_dtype;       // x's or f32
 
-  int64_t groups() const { return inputs / group; }
+  int64_t groups() const { return group ? inputs / group : 1; }  // group is 0 where there are no inputs
 };
 
 namespace cpu {
