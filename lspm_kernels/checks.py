@@ -171,6 +171,14 @@ def number(op: str, name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{op}: {name} must {rule}, got {value!r}")
 
 
+def betas(op: str, values: tuple[float, float]) -> None:
+    """Raises ValueError unless these are two numbers, each at least 0 and below 1."""
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise ValueError(f"{op}: betas must be two numbers, got {values!r}")
+    for beta in values:
+        number(op, "betas", beta, 0, 1)
+
+
 def eps(op: str, value: float | Tensor) -> float:
     """Gives what is added to a variance as a number; raises ValueError unless it is finite and at least 0."""
     if isinstance(value, Tensor) and value.numel() == 1:

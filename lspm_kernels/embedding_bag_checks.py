@@ -151,10 +151,7 @@ def step(
             raise ValueError(f"{op}: {name} must be on weight's device {weight.device}, got {t.device}")
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
         checks.number(op, name, value, 0, float("inf"))
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"{op}: betas must be two numbers, got {betas!r}")
-    for beta in betas:
-        checks.number(op, "betas", beta, 0, 1)
+    checks.betas(op, betas)
     checks.integer(op, "step", number, 1)
 
 

@@ -110,8 +110,7 @@ class FusedEmbeddingBag(torch.nn.EmbeddingBag):
         checks.one_of(_OP, "optimizer", optimizer, _STATES)
         for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
             checks.number(_OP, name, value, 0, float("inf"))
-        for beta in betas:
-            checks.number(_OP, "betas", beta, 0, 1)
+        checks.betas(_OP, betas)
         super().__init__(
             num_embeddings, embedding_dim, None, norm_type, False, mode, sparse, _weight, include_last_offset,
             padding_idx, device, dtype,

@@ -232,10 +232,7 @@ def _check_numbers(count, device, steps, lr, betas, eps, weight_decay, scale):
         checks.integer("adamw_", "step", step, 1)
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         checks.number("adamw_", name, value, 0, _INFINITY)
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"adamw_: betas must be two numbers, got {betas!r}")
-    for beta in betas:
-        checks.number("adamw_", "betas", beta, 0, 1)
+    checks.betas("adamw_", betas)
     if scale is not None:
         if not isinstance(scale, Tensor) or scale.numel() != 1 or scale.dtype != torch.float32:
             raise ValueError(f"adamw_: scale must be one torch.float32, got {checks.kind(scale)}")
