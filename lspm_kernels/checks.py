@@ -104,10 +104,10 @@ def like(op: str, name: str, t: Tensor, x: Tensor) -> None:
 def residual(op: str, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Checks what is added to x; gives x and t in the dtype that torch promotes them to."""
     like(op, "residual", t, x)
-    if not t.is_floating_point():
-        raise ValueError(f"{op}: residual must be a floating-point tensor, got {kind(t)}")
     if t.dtype == x.dtype:
         return x, t
+    if not t.is_floating_point():
+        raise ValueError(f"{op}: residual must be a floating-point tensor, got {kind(t)}")
     dtype = torch.promote_types(x.dtype, t.dtype)
     return x.to(dtype), t.to(dtype)
 
@@ -196,7 +196,9 @@ def rms_eps(op: str, x: Tensor, value: float | Tensor | None) -> float:
 
 def integer(op: str, name: str, value: int, least: int | None = None) -> None:
     """Raises ValueError unless value is a whole number of 64 bits, from `least` on where that is given"""
-    known = isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
+    known = type(value) is int  # asked first, as the others take as long as some ops
+    if not known:
+        known = isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
     low = -(2**63) if least is None else least
     # No trace is to be guarded by what holds of all that it can be given.
     if not known or value < low or (isinstance(value, int) and value >= 2**63):
@@ -206,7 +208,7 @@ def integer(op: str, name: str, value: int, least: int | None = None) -> None:
 
 def one_of(op: str, name: str, value: str | None, known: Iterable[str | None]) -> None:
     """Raises ValueError unless value is one of the words that are known."""
-    if not isinstance(value, str | None) or value not in known:
+    if not (value is None or isinstance(value, str)) or value not in known:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, known))}, got {value!r}")
 
 
