@@ -46,23 +46,19 @@ def of_all_ranks(mean, variance, count, group):
     return center.float(), variance.float(), total.float(), (count / total).float()
 
 
-def arguments(op, x, weight, bias, running_mean, running_var, residual, activation, momentum, eps):
-    """Checks the arguments; gives x and residual in one dtype."""
+def arguments(op, x, weight, bias, running_mean, running_var, residual, activation, momentum, eps, norm=""):
+    """Checks the arguments, weight and bias by the names that begin with norm; gives x and residual in one
+    dtype."""
     if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"{op}: x must be a floating-point tensor (N, C, ...), got {checks.kind(x)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{op}: activation must be one of {', '.join(map(str, ACTIVATIONS))}, got {activation!r}"
-        )
+    checks.one_of(op, "activation", activation, ACTIVATIONS)
     if not isinstance(momentum, int | float) or not 0 <= momentum <= 1:
         raise ValueError(f"{op}: momentum must be at least 0 and at most 1, got {momentum!r}")
     statistics_and_eps(op, running_mean, running_var, eps)
     if residual is not None:
-        checks.like(op, "residual", residual, x)
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
-    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, t in named.items():
+        x, residual = checks.residual(op, residual, x)
+    parameters = {f"{norm}weight": weight, f"{norm}bias": bias}
+    for name, t in (parameters | {"running_mean": running_mean, "running_var": running_var}).items():
         if t is not None:
             checks.parameter(op, name, t, x.shape[1], x.device, (x.dtype, torch.float32))
     return x, residual

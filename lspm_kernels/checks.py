@@ -1,6 +1,7 @@
 """Checks of arguments that several ops make: a message names the op, the argument, the rule and the value."""
 
 import numbers
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -100,6 +101,17 @@ def like(op: str, name: str, t: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}")
 
 
+def residual(op: str, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks what is added to x; gives x and t in the dtype that torch promotes them to."""
+    like(op, "residual", t, x)
+    if t.dtype == x.dtype:
+        return x, t
+    if not t.is_floating_point():
+        raise ValueError(f"{op}: residual must be a floating-point tensor, got {kind(t)}")
+    dtype = torch.promote_types(x.dtype, t.dtype)
+    return x.to(dtype), t.to(dtype)
+
+
 def rows(x: Tensor) -> Tensor:
     """x with a contiguous last dimension: itself wherever it can be."""
     return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
@@ -159,6 +171,14 @@ def number(op: str, name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{op}: {name} must {rule}, got {value!r}")
 
 
+def betas(op: str, values: tuple[float, float]) -> None:
+    """Raises ValueError unless these are two numbers, each at least 0 and below 1."""
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise ValueError(f"{op}: betas must be two numbers, got {values!r}")
+    for beta in values:
+        number(op, "betas", beta, 0, 1)
+
+
 def eps(op: str, value: float | Tensor) -> float:
     """Gives what is added to a variance as a number; raises ValueError unless it is finite and at least 0."""
     if isinstance(value, Tensor) and value.numel() == 1:
@@ -174,10 +194,22 @@ def rms_eps(op: str, x: Tensor, value: float | Tensor | None) -> float:
     return eps(op, value)
 
 
-def integer(op: str, name: str, value: int) -> None:
-    """Raises ValueError unless value is a whole number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
-        raise ValueError(f"{op}: {name} must be an integer, got {value!r}")
+def integer(op: str, name: str, value: int, least: int | None = None) -> None:
+    """Raises ValueError unless value is a whole number of 64 bits, from `least` on where that is given"""
+    known = type(value) is int  # asked first, as the others take as long as some ops
+    if not known:
+        known = isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
+    low = -(2**63) if least is None else least
+    # No trace is to be guarded by what holds of all that it can be given.
+    if not known or value < low or (isinstance(value, int) and value >= 2**63):
+        rule = "of 64 bits" if least is None else f"from {least} to 2 ** 63 - 1"
+        raise ValueError(f"{op}: {name} must be an integer {rule}, got {value!r}")
+
+
+def one_of(op: str, name: str, value: str | None, known: Iterable[str | None]) -> None:
+    """Raises ValueError unless value is one of the words that are known."""
+    if not (value is None or isinstance(value, str)) or value not in known:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, known))}, got {value!r}")
 
 
 def probability(op: str, name: str, value: float) -> None:
@@ -190,14 +222,8 @@ def seed(op: str, value: int | None) -> Tensor:
     """A seed, an int64 on the CPU; one of torch's default generator where value is None."""
     if value is None:
         return torch.randint(2**63 - 1, (), device="cpu")
-    seed_number(op, value)
+    integer(op, "seed", value, 0)
     return torch.tensor(value, dtype=torch.int64, device="cpu")
-
-
-def seed_number(op: str, value: int) -> None:
-    """Raises ValueError unless value can be a seed."""
-    if not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"{op}: seed must be an integer from 0 to 2 ** 63 - 1, got {value!r}")
 
 
 def autocasts(device: torch.device) -> bool:

@@ -12,12 +12,11 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 def pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
     """An int, or one for rows and one for columns, as two; ValueError unless both are at least `least`."""
-    both = (
-        (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    )
+    both = tuple(value) if isinstance(value, tuple | list) else (value,)
     if len(both) == 1:
         both *= 2
-    if len(both) != 2 or not all(isinstance(v, int | torch.SymInt) and v >= least for v in both):
+    whole = all(isinstance(v, int | torch.SymInt) and not isinstance(v, bool) and v >= least for v in both)
+    if len(both) != 2 or not whole:
         raise ValueError(f"{op}: {name} must be an integer of at least {least}, or two, got {value!r}")
     return both
 
@@ -124,8 +123,6 @@ def residual(op: str, t: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> No
 
 
 def activation(op: str, name: str | None) -> int:
-    """The number of an activation."""
-    if name not in ACTIVATIONS:
-        names = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"{op}: activation must be one of {names}, got {name!r}")
+    """The number of an activation; ValueError where there is none of that name."""
+    checks.one_of(op, "activation", name, ACTIVATIONS)
     return ACTIVATIONS.index(name)

@@ -57,8 +57,7 @@ def bags(
         count = offsets.numel() - bool(include_last_offset)
         if offsets.dtype != indices.dtype:
             indices, offsets = indices.long(), offsets.long()
-    if mode not in _MODES:
-        raise ValueError(f"{op}: mode must be one of {', '.join(_MODES)}, got {mode!r}")
+    checks.one_of(op, "mode", mode, _MODES)
     if per_sample_weights is not None:
         per_sample_weights = _weights(op, weight, indices, per_sample_weights, mode)
     given = {"indices": indices, "offsets": offsets, "per_sample_weights": per_sample_weights}
@@ -152,12 +151,8 @@ def step(
             raise ValueError(f"{op}: {name} must be on weight's device {weight.device}, got {t.device}")
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
         checks.number(op, name, value, 0, float("inf"))
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"{op}: betas must be two numbers, got {betas!r}")
-    for beta in betas:
-        checks.number(op, "betas", beta, 0, 1)
-    if not isinstance(number, int) or number < 1:
-        raise ValueError(f"{op}: step must be an integer from 1 on, got {number!r}")
+    checks.betas(op, betas)
+    checks.integer(op, "step", number, 1)
 
 
 def _state(op, name, state, weight, rule):

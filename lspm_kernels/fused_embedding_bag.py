@@ -106,14 +106,11 @@ class FusedEmbeddingBag(torch.nn.EmbeddingBag):
             raise ValueError(f"{_OP}: max_norm must be None, got {max_norm!r}")
         if scale_grad_by_freq:
             raise ValueError(f"{_OP}: scale_grad_by_freq must be False, got {scale_grad_by_freq!r}")
-        if mode not in ("sum", "mean"):
-            raise ValueError(f"{_OP}: mode must be one of sum, mean, got {mode!r}")
-        if optimizer not in _STATES:
-            raise ValueError(f"{_OP}: optimizer must be one of {', '.join(_STATES)}, got {optimizer!r}")
+        checks.one_of(_OP, "mode", mode, ("sum", "mean"))
+        checks.one_of(_OP, "optimizer", optimizer, _STATES)
         for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
             checks.number(_OP, name, value, 0, float("inf"))
-        for beta in betas:
-            checks.number(_OP, "betas", beta, 0, 1)
+        checks.betas(_OP, betas)
         super().__init__(
             num_embeddings, embedding_dim, None, norm_type, False, mode, sparse, _weight, include_last_offset,
             padding_idx, device, dtype,

@@ -56,8 +56,7 @@ def check(
     checks.number(_OP, "z_loss", z_loss, 0, math.inf)
     if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < math.inf):
         raise ValueError(f"{_OP}: softcap must be positive and finite, or None, got {softcap!r}")
-    if reduction not in reductions:
-        raise ValueError(f"{_OP}: reduction must be one of {', '.join(reductions)}, got {reduction!r}")
+    checks.one_of(_OP, "reduction", reduction, reductions)
     return _as_autocast_has_them(hidden, weight, bias)
 
 

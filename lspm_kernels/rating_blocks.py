@@ -106,28 +106,24 @@ def rating_blocks(
         ValueError: an argument has the wrong shape, dtype or device, an id is outside its table, or a rating
             or weight is not finite.
     """
-    ids = {"users": users, "items": items}
-    values = {"ratings": ratings} if weight is None else {"ratings": ratings, "weight": weight}
-    for name, t in (ids | values).items():
-        _check_vector(name, t, ratings, (torch.int32, torch.int64) if name in ids else (torch.float32,))
-    sizes = [_size(name, t, n) for (name, t), n in zip(ids.items(), (num_users, num_items), strict=True)]
-    for name, t in values.items():
-        if t.numel() and not all(torch.isfinite(bound) for bound in t.aminmax()):
-            raise ValueError(f"rating_blocks: {name} must be finite, got {_first(t, ~torch.isfinite(t))}")
-    if weight is not None and weight.numel() and weight.min() < 0:
-        raise ValueError(f"rating_blocks: weight must be at least 0, got {_first(weight, weight < 0)}")
+    return sort_ratings("rating_blocks", users, items, ratings, weight, num_users, num_items, grid, seed, out)
+
+
+def sort_ratings(op, users, items, ratings, weight, num_users, num_items, grid, seed=None, out=None):
+    """rating_blocks, as part of the op that messages name."""
+    sizes = _check(op, users, items, ratings, weight, num_users, num_items)
     grid = _PARTS if grid is None else grid
     if not isinstance(grid, int) or not 1 <= grid <= 256:
-        raise ValueError(f"rating_blocks: grid must be an integer from 1 to 256, got {grid!r}")
+        raise ValueError(f"{op}: grid must be an integer from 1 to 256, got {grid!r}")
+    if seed is not None:
+        checks.integer(op, "seed", seed, 0)
     users, items, ratings = users.to(torch.int32), items.to(torch.int32), ratings.contiguous()
     given = users.contiguous(), items.contiguous(), ratings, None if weight is None else weight.contiguous()
     out = (
         tuple(None if t is None else torch.empty_like(t) for t in given)
         if out is None
-        else _check_out(out, given)
+        else _check_out(op, out, given)
     )
-    if seed is not None:
-        checks.seed_number("rating_blocks", seed)
     generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
     parts = [_parts(t, size, grid, generator) for t, size in zip(given, sizes, strict=False)]
     # Whatever torch's default device is.
@@ -173,32 +169,51 @@ def _parts(ids: Tensor, size: int, grid: int, generator: torch.Generator | None)
     return parts.repeat_interleave(together)[:size].contiguous()
 
 
-def _check_vector(name, t, ratings, dtypes):
+def _check(op, users, items, ratings, weight, num_users, num_items):
+    """Checks the ratings; gives how many rows the two tables have."""
+    values = {"ratings": ratings} if weight is None else {"ratings": ratings, "weight": weight}
+    for name, t in values.items():
+        _check_vector(op, name, t, ratings, (torch.float32,))
+        if t.numel() and not all(torch.isfinite(bound) for bound in t.aminmax()):
+            raise ValueError(f"{op}: {name} must be finite, got {_first(t, ~torch.isfinite(t))}")
+    if weight is not None and weight.numel() and weight.min() < 0:
+        raise ValueError(f"{op}: weight must be at least 0, got {_first(weight, weight < 0)}")
+    for name, t in (("users", users), ("items", items)):
+        _check_vector(op, name, t, ratings, (torch.int32, torch.int64))
+    return _size(op, "users", users, num_users), _size(op, "items", items, num_items)
+
+
+def _check_vector(op, name, t, ratings, dtypes):
     if not isinstance(t, Tensor) or t.dim() != 1 or t.dtype not in dtypes or t.device.type != "cpu":
         got = f"{tuple(t.shape)} {t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
         kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"rating_blocks: {name} must be a vector of {kinds} on the CPU, got {got}")
+        raise ValueError(f"{op}: {name} must be a vector of {kinds} on the CPU, got {got}")
     if t.numel() != ratings.numel():
-        raise ValueError(f"rating_blocks: {name} must have {ratings.numel()} elements, got {t.numel()}")
+        raise ValueError(f"{op}: {name} must have {ratings.numel()} elements, got {t.numel()}")
 
 
-def _size(name, ids, size):
+def _size(op, name, ids, size):
+    if size is not None:
+        checks.integer(op, f"num_{name}", size, 0)
     low, high = (int(v) for v in ids.aminmax()) if ids.numel() else (0, -1)
     limit = 2**31 - 1 if size is None else size
     if low < 0 or high >= limit:
         got = low if low < 0 else high
-        raise ValueError(f"rating_blocks: {name} must be from 0 to {limit - 1}, got {got}")
+        raise ValueError(f"{op}: {name} must be from 0 to {limit - 1}, got {got}")
     return high + 1 if size is None else size
 
 
-def _check_out(out, given):
+def _check_out(op, out, given):
+    if not isinstance(out, tuple | list) or len(out) != len(given):
+        rule = "be tensors for users, items, ratings and weight"
+        raise ValueError(f"{op}: out must {rule}, got {type(out).__name__}")
     for t, like in zip(out, given, strict=True):
         if (t is None) != (like is None) or (
             t is not None and (t.shape != like.shape or t.dtype != like.dtype or not t.is_contiguous())
         ):
             got = "None" if t is None else f"{tuple(t.shape)} {t.dtype}"
             rule = "be contiguous, int32 and float32 as users and items, ratings and weight are, and as long"
-            raise ValueError(f"rating_blocks: out must {rule}, got {got}")
+            raise ValueError(f"{op}: out must {rule}, got {got}")
     return out
 
 

@@ -41,6 +41,9 @@ class WeightOnlyLinear(nn.Module):
             raise ValueError(f"WeightOnlyLinear: dtype must be {rule}, got {dtype}")
         if group_size is not None and dtype != torch.int8:
             raise ValueError(f"WeightOnlyLinear: group_size must be None beside {dtype}, got {group_size!r}")
+        checks.matrix("WeightOnlyLinear", "weight", weight)
+        if bias is not None:
+            checks.vector("WeightOnlyLinear", "bias", bias, len(weight), (*FLOATS, weight.dtype))
         weight = weight.detach()
         small, scales = quantize_int8(weight, group_size) if dtype == torch.int8 else (weight.to(dtype), None)
         self.register_buffer("weight", small)
@@ -95,7 +98,15 @@ def weight_only_(
 
     Returns:
         model.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: dtype or group_size breaks its rule.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"weight_only_: model must be a torch.nn.Module, got {type(model).__name__}")
+    if group_size is not None:
+        checks.integer("weight_only_", "group_size", group_size, 1)
     if original(model) in _LINEARS and getattr(model, "activation", None) is None:
         fits = group_size is not None and model.in_features % group_size == 0
         size = group_size if fits else None

@@ -25,9 +25,8 @@ def main() -> int:
         if "init" in arguments:
             init = job.find(arguments.init)
             defaults = job.fine_tuning_defaults(init)
-        with opened_run(arguments, print, job, init=init and str(init), defaults=defaults) as run:
-            if run.init is None:
-                raise ValueError(f"run: {run.folder} must be a run of finetune.py, got one of pretrain.py")
+        init = init and str(init)
+        with opened_run(arguments, print, job, fine_tuning=True, init=init, defaults=defaults) as run:
             init = Path(run.init)
             if "init" in arguments:
                 job.adopt(run, init)

@@ -16,8 +16,6 @@ def main() -> int:
     job.add_options(parser)
     arguments = parser.parse_args()
     with errors_in_one_line(parser.prog), opened_run(arguments, print, job) as run:
-        if run.init is not None:
-            raise ValueError(f"run: {run.folder} must be a run of pretrain.py, got one of finetune.py")
         task, data = job.prepare(run)
     return train(parser.prog, run, job, task, data)
 

@@ -28,7 +28,7 @@ struct Ids {
                                     : static_cast<const int32_t*>(lookup.ids)[r];
   }
   void check() const {
-    if (!lookup.table || !lookup.ids) return;
+    if (!lookup.ids) return;  // not by the table, which is null where it has no rows
     for (int64_t r = 0; r < s.rows; ++r)
       if (const int64_t id = (*this)[r]; id < 0 || id >= lookup.rows)
         throw std::invalid_argument("embedding: " + std::string(lookup.name) + " must be from 0 to " +

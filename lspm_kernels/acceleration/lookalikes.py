@@ -30,9 +30,12 @@ _ROWS = 3
 
 @dataclass(frozen=True)
 class Meaning:
-    """kind "activation": `activation` names it as bias_act does. "linear": `weight` (out, in), transposed:
+    """What a module computes; weight and bias are the names of its parameters.
+
+    kind "activation": `activation` names it as bias_act does. "linear": `weight` (out, in), transposed:
     (in, out), and `bias`. "layer_norm" and "rms_norm", over the last dimension: weight + offset, `bias`, and
-    eps, the attribute that holds it. weight and bias are names of the module's parameters."""
+    eps, the attribute that holds it.
+    """
 
     kind: str
     activation: str | None = None

@@ -6,14 +6,13 @@ here, attributes of its module, and its methods and functions that are proven al
 reads is kept, so that a call can tell whether they are what they were.
 """
 
-import ast
 import inspect
-import textwrap
 import types
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from lspm_kernels.acceleration import source
 from lspm_kernels.acceleration.statements import ABSENT, CONTAINERS, Body, Unproven
 
 
@@ -90,10 +89,4 @@ class _Reader:
         self.seen.add(function)
         if function.__closure__ or hasattr(function, "__wrapped__"):
             raise Unproven(f"{function.__qualname__} has a decorator or a closure")
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-        except (OSError, TypeError, SyntaxError, IndexError):
-            raise Unproven(f"{function.__qualname__} has no source to read") from None
-        if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
-            raise Unproven(f"{function.__qualname__} has a decorator or is no plain function")
-        Body(self, function, tree, is_method).read()
+        Body(self, function, source.tree_of(function, changing=False), is_method).read()

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Report:
-    """Attributes:
+    """What accelerate did to the modules of a model; those that it knows nothing about are in neither.
 
-    replaced: path of a module -> what it is now.
-    left: path of a module -> why it is as it was; modules that nothing was known about are in neither.
+    Attributes:
+        replaced: path of a module -> what it is now.
+        left: path of a module -> why it is as it was.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)

@@ -48,8 +48,11 @@ _PARTIAL = [(2, 4, 2, 5, 12, 8, 2), (3, 2, 2, 3, 10, 4, 1)]
 
 @dataclass(frozen=True)
 class Rotation:
-    """interleaved as in rotary; form: how tables repeat angles; partial: they may be narrower than q;
-    contiguous: whether the outputs always are, or else lie as the inputs do."""
+    """How a function rotates.
+
+    interleaved: as in rotary; form: how tables repeat angles; partial: they may be narrower than q;
+    contiguous: whether the outputs always are, or else lie as the inputs do.
+    """
 
     interleaved: bool
     form: str

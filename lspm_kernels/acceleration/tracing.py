@@ -168,8 +168,9 @@ def code(module: nn.Module, graph: fx.Graph) -> Callable:
     for node in graph.nodes:
         if node.op == "placeholder":
             continue
+        itself, args = (node.args[0], node.args[1:]) if node.op == "call_method" else (None, node.args)
         arguments = ", ".join(
-            [_text(a, constants) for a in node.args]
+            [_text(a, constants) for a in args]
             + [f"{name}={_text(a, constants)}" for name, a in node.kwargs.items()]
         )
         if node.op == "output":
@@ -180,9 +181,7 @@ def code(module: nn.Module, graph: fx.Graph) -> Callable:
         elif node.op == "get_attr":
             value = _member(node.target, _kind(module, node.target))
         elif node.op == "call_method":
-            first, *_ = node.args
-            rest = arguments.split(", ", 1)[1] if ", " in arguments else ""
-            value = f"{_text(first, constants)}.{node.target}({rest})"
+            value = f"{_text(itself, constants)}.{node.target}({arguments})"
         else:
             value = f"{_text(node.target, constants)}({arguments})"
         done = [n.name for n in node.all_input_nodes if last[n] is node and n.op != "output"]

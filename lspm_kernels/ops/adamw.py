@@ -1,6 +1,6 @@
 """AdamW's step over a list of tensors, in place, and the norm of their gradients, by which it clips them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -117,7 +117,10 @@ def adamw_(
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2; Reddi, Kale
     and Kumar, "On the Convergence of Adam and Beyond" (2018), algorithm 2.
     """
-    lists = [_listed(t) for t in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, master_params)]
+    given = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs,
+             "max_exp_avg_sqs": () if max_exp_avg_sqs is None else max_exp_avg_sqs,
+             "master_params": () if master_params is None else master_params}  # fmt: skip
+    lists = [_listed("adamw_", name, tensors) for name, tensors in given.items()]
     if not lists[0]:
         return params
     steps = list(step) if isinstance(step, tuple | list) else [step] * len(lists[0])
@@ -140,7 +143,7 @@ def update_(lists, scale, steps, numbers, stochastic_rounding=False, seed=None, 
     elif stochastic_rounding:
         raise NotImplementedError("adamw_: reference needs stochastic_rounding=False, got True")
     else:
-        reference.adamw_(*lists, scale, steps, *numbers)
+        reference.adamw_(*lists, scale if scale is None else scale.view(()), steps, *numbers)
 
 
 @torch.no_grad()
@@ -161,7 +164,7 @@ def adamw_norm(grads: Tensor | Sequence[Tensor], *, backend: str | None = None) 
         ValueError: an argument is not as said above.
         NotImplementedError: the backend asked for does not take this call.
     """
-    grads = _listed(grads)
+    grads = _listed("adamw_norm", "grads", grads)
     kinds: dict[tuple, list[Tensor]] = {}
     for i, grad in enumerate(grads):
         if not isinstance(grad, Tensor) or not grad.is_floating_point():
@@ -179,8 +182,12 @@ def adamw_norm(grads: Tensor | Sequence[Tensor], *, backend: str | None = None) 
     return reference.adamw_norm([n.to(grads[0].device) for n in norms]) if norms else torch.zeros(())
 
 
-def _listed(tensors):
-    return [] if tensors is None else [tensors] if isinstance(tensors, Tensor) else list(tensors)
+def _listed(op, name, tensors):
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    if not isinstance(tensors, Iterable):
+        raise ValueError(f"{op}: {name} must be a tensor or a list of them, got {type(tensors).__name__}")
+    return list(tensors)
 
 
 def _has_no_gaps(t: Tensor) -> bool:
@@ -189,9 +196,10 @@ def _has_no_gaps(t: Tensor) -> bool:
 
 def _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, master_params):
     """Raises ValueError unless the lists go together."""
+    for i, param in enumerate(params):
+        if not isinstance(param, Tensor) or not param.is_floating_point():
+            raise ValueError(f"adamw_: params[{i}] must be a floating-point tensor, got {checks.kind(param)}")
     first = params[0]
-    if not isinstance(first, Tensor) or not first.is_floating_point():
-        raise ValueError(f"adamw_: params[0] must be a floating-point tensor, got {checks.kind(first)}")
     state = exp_avgs[0].dtype if exp_avgs and isinstance(exp_avgs[0], Tensor) else first.dtype
     if state not in (first.dtype, torch.float32):
         rule = f"have params' dtype {first.dtype} or torch.float32"
@@ -221,14 +229,10 @@ def _check_numbers(count, device, steps, lr, betas, eps, weight_decay, scale):
     if len(steps) != count:
         raise ValueError(f"adamw_: step must be one or {count}, as params are, got {len(steps)}")
     for step in steps:
-        if not isinstance(step, int | torch.SymInt) or step < 1:
-            raise ValueError(f"adamw_: step must be an integer from 1 on, got {step!r}")
+        checks.integer("adamw_", "step", step, 1)
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         checks.number("adamw_", name, value, 0, _INFINITY)
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"adamw_: betas must be two numbers, got {betas!r}")
-    for beta in betas:
-        checks.number("adamw_", "betas", beta, 0, 1)
+    checks.betas("adamw_", betas)
     if scale is not None:
         if not isinstance(scale, Tensor) or scale.numel() != 1 or scale.dtype != torch.float32:
             raise ValueError(f"adamw_: scale must be one torch.float32, got {checks.kind(scale)}")

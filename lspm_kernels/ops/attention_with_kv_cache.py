@@ -77,21 +77,20 @@ def attention_with_kv_cache(
     """
     _check(q, k_cache, v_cache, k, v)
     B, H, T_q, D = q.shape
-    new = 0 if k is None else k.shape[2]
     heads = B, H
-    table, counts, begins, longest = _places(
-        q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_leftpad
-    )
     left, right, slopes, sinks = attention_checks.options(
         _OP, heads, q.device, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
         softcap=softcap,
     )  # fmt: skip
+    steps = left is not None or right is not None
+    last_angle = _last_angle(q, k, cos, sin, steps)
+    new = 0 if k is None else k.shape[2]
+    table, counts, begins, longest = _places(
+        q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, last_angle
+    )
     scale = attention_checks.scale(_OP, scale, D)
     first = dense.first_for(q, q.shape[2])
     row = dispatch.pick(_OP, BACKENDS, backend, q, k_cache, v_cache, heads, None, first=first)
-    if (cos is None) != (sin is None) or (cos is not None and k is None):
-        raise ValueError(f"{_OP}: cos must come with sin and k, got {checks.shape(cos)}")
-    steps = left is not None or right is not None
     given = q, k_cache, v_cache, k, v, counts, table, cos, sin
     if k is not None and row is not None and row.device == "cpu" and checks.plain(*given):
         q = _append_at_once(*given, bool(interleaved), steps)
@@ -117,7 +116,6 @@ def _append_at_once(q, k_cache, v_cache, k, v, counts, table, cos, sin, interlea
     """_append by one kernel, which saves a step of decoding most of its torch operations."""
     turned = None
     if cos is not None:
-        rotation.check(q if steps else k, cos, sin)
         cos, sin, turned = cos.contiguous(), sin.contiguous(), dense.empty_rows(q, q.shape[-1])
     _append_on_cpu(
         checks.rows(q), checks.rows(k), checks.rows(v), turned, k_cache, v_cache, counts, table, cos, sin,
@@ -178,7 +176,18 @@ def _check(q, k_cache, v_cache, k, v):
     attention_checks.without_gradient(_OP, {"q": q} | caches | new)
 
 
-def _places(q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_leftpad):
+def _last_angle(q, k, cos, sin, steps):
+    """Checks cos and sin; gives how many keys may be there before the new ones, None: any number."""
+    if (cos is None) != (sin is None) or (cos is not None and k is None):
+        raise ValueError(f"{_OP}: cos must come with sin and k, got {checks.shape(cos)}")
+    if cos is None:
+        return None
+    longer = q if steps and q.shape[2] > k.shape[2] else k
+    rotation.check(_OP, longer, cos, sin)
+    return len(cos) - longer.shape[2]
+
+
+def _places(q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, last_angle):
     """Checks where keys lie: table, keys of each sequence after the call, where they begin, the longest."""
     B, (N, _, room, _) = q.shape[0], k_cache.shape
     table = rows = None
@@ -201,6 +210,10 @@ def _places(q, k_cache, new, cache_seqlens, block_table, cache_batch_idx, cache_
         return table, _with_new(counts, new), begins, room
     for length, pad in zip(lengths, pads, strict=True):
         _check_length(length, room, new)
+        if last_angle is not None and length > last_angle:
+            raise ValueError(
+                f"{_OP}: cache_seqlens must be at most {last_angle} by the rows of cos, got {length}"
+            )
         if not 0 <= pad <= length + new:
             raise ValueError(f"{_OP}: cache_leftpad must be from 0 to the keys {length + new}, got {pad}")
     attention_checks.pages(_OP, rows, [length + new for length in lengths], k_cache)

@@ -124,11 +124,6 @@ def gelu(op: str, approximate: str) -> str:
 
 
 def activation_number(op: str, name: str, known: tuple[str, ...] = tuple(ACTIVATIONS)) -> int:
-    """The number of an activation.
-
-    Raises:
-        ValueError: it is none of those known.
-    """
-    if name not in known:
-        raise ValueError(f"{op}: activation must be one of {', '.join(map(repr, known))}, got {name!r}")
+    """The number of an activation; ValueError where it is none of those known."""
+    checks.one_of(op, "activation", name, known)
     return ACTIVATIONS[name]

@@ -8,7 +8,7 @@ from torch import Tensor
 from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import InPlaceOperator
-from lspm_kernels.rating_blocks import RatingBlocks, parts_on_gpu, parts_to_draw_from, rating_blocks
+from lspm_kernels.rating_blocks import RatingBlocks, parts_on_gpu, parts_to_draw_from, sort_ratings
 from lspm_kernels.reference import bpr as reference
 
 _IN_REGISTERS = Limit("at most 512 factors", lambda p: p.shape[1] <= 512, lambda p: p.shape[1])
@@ -103,7 +103,7 @@ def bpr_(
         checks.number("bpr_", name, value, 0, math.inf)
     if not lr:
         raise ValueError(f"bpr_: lr must be positive, got {lr!r}")
-    checks.seed_number("bpr_", seed)
+    checks.integer("bpr_", "seed", seed, 0)
     blocks = _blocks(users, items, sizes)
     indptr, indices = (None, None) if seen is None else _seen(seen, sizes[0])
     for name, t in (("users", blocks.users), ("seen[0]", indptr), ("seen[1]", indices)):
@@ -146,7 +146,7 @@ def _blocks(users, items, sizes):
                 raise ValueError(f"bpr_: {name} must be a tensor, got {type(t).__name__}")
         pairs = users.cpu(), items.cpu(), torch.ones(users.shape, device="cpu")
         grid = parts_to_draw_from(sizes[1], *([parts_on_gpu(*sizes)] if users.is_cuda else []))
-        return rating_blocks(*pairs, num_users=sizes[0], num_items=sizes[1], grid=grid).to(users.device)
+        return sort_ratings("bpr_", *pairs, None, *sizes, grid).to(users.device)
     if items is not None:
         raise ValueError("bpr_: items must be None beside RatingBlocks, which hold them")
     users.check_rows("bpr_", *sizes)

@@ -71,7 +71,7 @@ def conv2d_batch_norm(
     running = running_mean, running_var
     batch_norm.arguments(
         _OP, x.new_empty(()).expand(shape), norm_weight, norm_bias, *running, residual, activation, momentum,
-        eps,
+        eps, "norm_",
     )  # fmt: skip
     of_batch = bool(training) or running_mean is None
     group = batch_norm.group_name(_OP, process_group) if of_batch else ""

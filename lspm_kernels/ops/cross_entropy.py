@@ -194,8 +194,7 @@ def _check(logits, target, weight, ignore_index, reduction, label_smoothing):
     checks.integer(op, "ignore_index", ignore_index)
     if probabilities and ignore_index >= 0:
         raise ValueError(f"{op}: ignore_index must be below 0 beside probabilities, got {ignore_index}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    checks.one_of(op, "reduction", reduction, _REDUCTIONS)
     checks.probability(op, "label_smoothing", label_smoothing)
     if torch.is_autocast_enabled(logits.device.type) and logits.dtype in _FLOATS:  # as torch's own
         logits = logits.float()

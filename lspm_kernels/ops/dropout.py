@@ -87,15 +87,10 @@ def dropout(
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f"{_OP}: x must be a floating-point tensor, got {checks.kind(x)}")
     if residual is not None:
-        checks.like(_OP, "residual", residual, x)
-        if not residual.is_floating_point():
-            raise ValueError(f"{_OP}: residual must be a floating-point tensor, got {checks.kind(residual)}")
-        if residual.dtype != x.dtype:
-            dtype = torch.promote_types(x.dtype, residual.dtype)
-            x, residual = x.to(dtype), residual.to(dtype)
+        x, residual = checks.residual(_OP, residual, x)
     checks.probability(_OP, "p", p)
     if seed is not None:
-        checks.seed_number(_OP, seed)
+        checks.integer(_OP, "seed", seed, 0)
     row = dispatch.pick(_OP, BACKENDS, backend, x)
     if not training or not p:
         return x if residual is None else residual + x

@@ -78,7 +78,7 @@ def _gradient(ctx, dout, _):
             _row(layer_norm, ctx), dout, None, total, statistics, scaled, bias, wants[6], True
         )
         of_norm = [(grad * scale).to(norm_weight.dtype) if ctx.p else grad for grad in of_norm]
-    rows = dout.reshape(-1, dout.shape[-1])
+    rows = dout.reshape(tokens.numel(), dout.shape[-1])
     bags = _row(embedding_bag, ctx)
 
     def of_table(table, ids, wanted, padding=-1):

@@ -163,5 +163,5 @@ def embedding_bag(
     checks.values(_OP, weight.shape[0], *bags[:2], count)
     return reference.embedding_bag(
         weight, indices, offsets, mode=mode, per_sample_weights=per_sample_weights, padding_idx=padding_idx,
-        include_last_offset=include_last_offset,
+        include_last_offset=bool(include_last_offset),
     )  # fmt: skip

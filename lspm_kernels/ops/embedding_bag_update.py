@@ -231,5 +231,5 @@ def _run(
     return reference.embedding_bag_update_(
         weight, tuple(states.values()), dout, indices, offsets, optimizer, lr, eps, betas, weight_decay, step,
         mode=mode, per_sample_weights=per_sample_weights, padding_idx=padding_idx,
-        include_last_offset=include_last_offset,
+        include_last_offset=bool(include_last_offset),
     )  # fmt: skip

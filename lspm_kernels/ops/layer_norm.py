@@ -228,11 +228,10 @@ def add_rms_norm(
 
 def _check_sum(op, x, residual, weight, bias):
     x, weight, bias = _check(op, x, weight, bias)
-    checks.like(op, "residual", residual, x)
-    if residual.dtype != x.dtype:
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual, weight, bias = (t if t is None else t.to(dtype) for t in (x, residual, weight, bias))
-    return x, residual, weight, bias
+    total, residual = checks.residual(op, residual, x)
+    if total.dtype != x.dtype:
+        weight, bias = (t if t is None else t.to(total.dtype) for t in (weight, bias))
+    return total, residual, weight, bias
 
 
 def _check(op, x, weight, bias):

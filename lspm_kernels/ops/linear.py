@@ -152,7 +152,7 @@ def quantize_int8(weight: Tensor, group_size: int | None = None) -> tuple[Tensor
     ):
         rule = f"be a multiple of {_LEAST_GROUP} that divides weight's {K} columns"
         raise ValueError(f"{op}: group_size must {rule}, got {group_size!r}")
-    if not weight.isfinite().all():
+    if checks.readable(weight) and not weight.isfinite().all():
         raise ValueError(f"{op}: weight must be finite, got {weight[~weight.isfinite()][0].item()}")
     size = min(group_size or K, K)
     groups = weight.detach().float().view(N, K // size if K else 1, size)

@@ -218,7 +218,8 @@ def linear_cross_entropy(
             *given, ignore_index=ignore_index, reduction=reduction, **options
         )
         return (loss, lse) if return_lse else loss
-    rows, classes = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).to(torch.int64).contiguous()
+    classes = target.reshape(-1).to(torch.int64).contiguous()
+    rows = hidden.reshape(len(classes), hidden.shape[-1])
     if class_weight is not None:
         class_weight = class_weight.to(_F32).contiguous()
     once = reduction != "none" and not return_lse and _in_one_pass(hidden, weight, bias)

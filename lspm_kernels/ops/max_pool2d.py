@@ -132,7 +132,7 @@ def max_pool2d(
     row = dispatch.pick("max_pool2d", BACKENDS, backend, x)
     if row is None:
         return reference.max_pool2d(
-            x, *map(tuple, _pairs(window)), ceil_mode=ceil_mode, return_indices=return_indices
+            x, *map(tuple, _pairs(window)), ceil_mode=bool(ceil_mode), return_indices=bool(return_indices)
         )
     images = x if x.dim() == 4 else x[None]
     y, positions = _pool(row, images, window, bool(ceil_mode), bool(return_indices))

@@ -71,6 +71,10 @@ def _loss(row, factors, other_factors, *entries_and_options, saves=True):
     return loss
 
 
+def _gradient(ctx, dloss):
+    raise NotImplementedError('mf_als_loss: backend must be "reference" for a gradient, got a kernel')
+
+
 _als = InPlaceOperator(
     "mf_als(Tensor(a!) factors, Tensor other_factors, Tensor indptr, Tensor indices, Tensor? values,"
     " Tensor? weight, float reg, float reg_exponent, float alpha, bool implicit, int steps) -> ()",
@@ -82,6 +86,7 @@ _als_loss = Operator(
     " Tensor? weight, float reg, float reg_exponent, float alpha, bool implicit) -> Tensor",
     LOSS_BACKENDS,
     _loss,
+    backward=_gradient,
 )
 
 
@@ -163,10 +168,8 @@ def mf_als_(
     matrix = factors, other_factors, indptr, indices, values, weight
     tensors, options = _checked("mf_als_", *matrix, reg, alpha, implicit, weighted_reg)
     csr_checks.changed("mf_als_", factors, other_factors)
-    if solver not in _SOLVERS:
-        raise ValueError(f"mf_als_: solver must be cholesky or cg, got {solver!r}")
-    if not isinstance(cg_steps, int) or cg_steps < 1:
-        raise ValueError(f"mf_als_: cg_steps must be an integer from 1 on, got {cg_steps!r}")
+    checks.one_of("mf_als_", "solver", solver, _SOLVERS)
+    checks.integer("mf_als_", "cg_steps", cg_steps, 1)
     steps = cg_steps if solver == "cg" else 0
     row = dispatch.pick("mf_als_", BACKENDS, backend, factors, steps)
     if row is None:

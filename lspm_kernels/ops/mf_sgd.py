@@ -8,7 +8,7 @@ from torch import Tensor
 from lspm_kernels import checks, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import InPlaceOperator
-from lspm_kernels.rating_blocks import RatingBlocks, parts_on_gpu, rating_blocks
+from lspm_kernels.rating_blocks import RatingBlocks, parts_on_gpu, sort_ratings
 from lspm_kernels.reference import mf_sgd as reference
 
 LOSSES = ("squared", "logistic")
@@ -122,9 +122,8 @@ def mf_sgd_(
             if t.shape[0] != size:
                 raise ValueError(f"mf_sgd_: {name} must have {size} elements, got {t.shape[0]}")
     step = _numbers(mean, lr, reg, l1)
-    if loss not in LOSSES:
-        raise ValueError(f"mf_sgd_: loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    checks.seed_number("mf_sgd_", seed)
+    checks.one_of("mf_sgd_", "loss", loss, LOSSES)
+    checks.integer("mf_sgd_", "seed", seed, 0)
     blocks = _blocks(users, items, ratings, weight, sizes)
     if blocks.ratings.device != user_factors.device:
         got = blocks.ratings.device
@@ -189,7 +188,7 @@ def _blocks(users, items, ratings, weight, sizes):
                 raise ValueError(f"mf_sgd_: {name} must be a tensor beside users, got {type(t).__name__}")
         on_cpu = (t.cpu() if isinstance(t, Tensor) else t for t in (users, items, ratings, weight))
         grid = parts_on_gpu(*sizes) if ratings.is_cuda else None
-        blocks = rating_blocks(*on_cpu, num_users=sizes[0], num_items=sizes[1], grid=grid)
+        blocks = sort_ratings("mf_sgd_", *on_cpu, *sizes, grid)
         return blocks.to(ratings.device)
     if items is not None or ratings is not None or weight is not None:
         raise ValueError(

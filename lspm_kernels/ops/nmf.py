@@ -89,9 +89,9 @@ def nmf_(
         csr_checks.finite("nmf_", name, t, negative=False)
     csr_checks.changed("nmf_", factors, other_factors)
     checks.number("nmf_", "reg", reg, 0, _INFINITY)
-    if not isinstance(eps, float) or not 0 < eps < _INFINITY:
+    if not isinstance(eps, int | float) or not 0 < eps < _INFINITY:
         raise ValueError(f"nmf_: eps must be finite and positive, got {eps!r}")
-    options = float(reg), eps
+    options = float(reg), float(eps)
     row = dispatch.pick("nmf_", BACKENDS, backend, factors)
     if row is None:
         factors.copy_(reference.nmf(factors, other_factors, indptr, indices, values, *options))

@@ -102,7 +102,7 @@ def rotary(
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), equation 34.
     """
-    check(x, cos, sin)
+    check("rotary", x, cos, sin)
     last = cos.shape[0] - x.shape[2]
     offset, offsets = _check_offsets(offsets, x, last)
     row = dispatch.pick("rotary", BACKENDS, backend, x)
@@ -114,33 +114,31 @@ def rotary(
     return _rotary(row, x, cos, sin, offsets, offset, bool(interleaved))
 
 
-def check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Raises ValueError unless x (B, H, T, D) can be rotated by rows of cos and sin."""
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"rotary: x must be a floating-point tensor (B, H, T, D), got {checks.kind(x)}")
+        raise ValueError(f"{op}: x must be a floating-point tensor (B, H, T, D), got {checks.kind(x)}")
     if not isinstance(cos, Tensor) or cos.dim() != 2:
-        raise ValueError(f"rotary: cos must be a tensor (S, R / 2), got {checks.shape(cos)}")
+        raise ValueError(f"{op}: cos must be a tensor (S, R / 2), got {checks.shape(cos)}")
     if not isinstance(sin, Tensor) or sin.shape != cos.shape:
         raise ValueError(
-            f"rotary: sin must be a tensor of cos's shape {tuple(cos.shape)}, got {checks.shape(sin)}"
+            f"{op}: sin must be a tensor of cos's shape {tuple(cos.shape)}, got {checks.shape(sin)}"
         )
     T, D = x.shape[2:]
     if not 1 <= cos.shape[1] <= D // 2:
-        raise ValueError(f"rotary: cos must have 1 to D / 2 = {D // 2} columns, got {cos.shape[1]}")
+        raise ValueError(f"{op}: cos must have 1 to D / 2 = {D // 2} columns, got {cos.shape[1]}")
     if cos.shape[0] < T:
-        raise ValueError(f"rotary: cos must have a row for each of T = {T} positions, got {cos.shape[0]}")
+        raise ValueError(f"{op}: cos must have a row for each of T = {T} positions, got {cos.shape[0]}")
     if cos.dtype not in (x.dtype, torch.float32):
         rule = " or ".join(dict.fromkeys(map(str, (x.dtype, torch.float32))))
-        raise ValueError(f"rotary: cos must have dtype {rule}, got {cos.dtype}")
+        raise ValueError(f"{op}: cos must have dtype {rule}, got {cos.dtype}")
     if sin.dtype != cos.dtype:
-        raise ValueError(f"rotary: sin must have cos's dtype {cos.dtype}, got {sin.dtype}")
+        raise ValueError(f"{op}: sin must have cos's dtype {cos.dtype}, got {sin.dtype}")
     for name, t in (("cos", cos), ("sin", sin)):
         if t.device != x.device:
-            raise ValueError(f"rotary: {name} must be on x's device {x.device}, got {t.device}")
-        if (
-            t.requires_grad and torch.is_grad_enabled()
-        ):  # a gradient that is not computed must not look like 0
-            raise ValueError(f"rotary: {name} must be without a gradient, got requires_grad=True")
+            raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}")
+        if t.requires_grad and torch.is_grad_enabled():  # one that is not computed must not look like 0
+            raise ValueError(f"{op}: {name} must be without a gradient, got requires_grad=True")
 
 
 def _check_offsets(offsets, x, last):

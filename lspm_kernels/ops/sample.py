@@ -151,8 +151,8 @@ def _check(logits, temperature, top_k, top_p, min_p, repetition_penalty, previou
         _check_temperatures(temperature, rows, logits.device)
     else:
         checks.number(op, "temperature", temperature, 0, float("inf"))
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"{op}: top_k must be an integer of at least 1, got {top_k!r}")
+    if top_k is not None:
+        checks.integer(op, "top_k", top_k, 1)
     if top_p is not None and not (isinstance(top_p, int | float) and 0 < top_p <= 1):
         raise ValueError(f"{op}: top_p must be in (0, 1], got {top_p!r}")
     if min_p is not None and not (isinstance(min_p, int | float) and 0 <= min_p <= 1):
@@ -160,8 +160,7 @@ def _check(logits, temperature, top_k, top_p, min_p, repetition_penalty, previou
     penalty = repetition_penalty
     if not (isinstance(penalty, int | float) and 0 < penalty < float("inf")):
         raise ValueError(f"{op}: repetition_penalty must be above 0 and finite, got {penalty!r}")
-    if method not in _METHODS:
-        raise ValueError(f"{op}: method must be one of {', '.join(_METHODS)}, got {method!r}")
+    checks.one_of(op, "method", method, _METHODS)
     if previous is not None:
         _check_previous(previous, rows.numel(), logits.device)
 

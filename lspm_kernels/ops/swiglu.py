@@ -118,9 +118,9 @@ def _call(op, gate, up, activation, backend):
                 f"{op}: gate must have an even last dimension where up is None, got {gate.shape[-1]}"
             )
     else:
-        if not isinstance(up, Tensor) or up.shape != gate.shape:
-            rule = f"be a tensor of gate's shape {tuple(gate.shape)}"
-            raise ValueError(f"{op}: up must {rule}, got {checks.shape(up)}")
+        if not isinstance(up, Tensor) or up.shape != gate.shape or not up.is_floating_point():
+            rule = f"be a floating-point tensor of gate's shape {tuple(gate.shape)}"
+            raise ValueError(f"{op}: up must {rule}, got {checks.kind(up)}")
         if up.device != gate.device:
             raise ValueError(f"{op}: up must be on gate's device {gate.device}, got {up.device}")
         if up.dtype != gate.dtype:

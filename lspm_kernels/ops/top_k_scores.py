@@ -129,8 +129,7 @@ def _check(queries, items, k, item_bias, exclude_indptr, exclude_indices):
         raise ValueError(f"{op}: items must {rule}, got {tuple(items.shape)}")
     if items.dtype != queries.dtype:
         raise ValueError(f"{op}: items must have queries' dtype {queries.dtype}, got {items.dtype}")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"{op}: k must be an integer of at least 1, got {k!r}")
+    checks.integer(op, "k", k, 1)
     if item_bias is not None:
         checks.vector(op, "item_bias", item_bias, len(items), (queries.dtype, torch.float32))
     if (exclude_indptr is None) != (exclude_indices is None):

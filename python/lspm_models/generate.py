@@ -37,7 +37,7 @@ def generate(
     Args:
         task: a language model; it runs in eval mode and gets its own mode back.
         prompt: (T,) ids, 1 <= T <= context.
-        max_new_tokens: most tokens to add.
+        max_new_tokens: how many tokens are added at most.
         temperature: 0 takes the most probable token.
         temperature, top_k, top_p, min_p, repetition_penalty: see lspm_kernels.sample. The penalty is for the
             tokens of the text so far, of which the prompt is part.
@@ -57,7 +57,7 @@ def generate(
     """
     text = _as_text(prompt, task)
     stops = {stop} if isinstance(stop, int) else set(stop or ())
-    _check_counts(max_new_tokens=max_new_tokens, top_k=top_k, sequences=sequences)
+    _check_counts(max_new_tokens=max_new_tokens, sequences=sequences, top_k=1 if top_k is None else top_k)
     _check_sampling(temperature, top_p, min_p, repetition_penalty, seed)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -190,10 +190,10 @@ def _as_text(prompt: Sequence[int] | Tensor, task: LanguageModelling) -> Tensor:
     return text[None]
 
 
-def _check_counts(**counts: int | None) -> None:
+def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"generate: {name} must be at least 1, got {value}")
+        if type(value) is not int or value < 1:
+            raise ValueError(f"generate: {name} must be an integer of at least 1, got {value!r}")
 
 
 def _check_sampling(
@@ -207,5 +207,5 @@ def _check_sampling(
         raise ValueError(f"generate: min_p must be in [0, 1], got {min_p}")
     if not 0 < repetition_penalty < math.inf:
         raise ValueError(f"generate: repetition_penalty must be finite and above 0, got {repetition_penalty}")
-    if seed is not None and not 0 <= seed < 2**64:
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
         raise ValueError(f"generate: seed must be in [0, 2**64), got {seed}")

@@ -99,6 +99,7 @@ def opened_run(
     report: Callable[[str], None],
     job: Job,
     *,
+    fine_tuning: bool = False,
     init: str | None = None,
     defaults: dict | None = None,
 ) -> Iterator[Run]:
@@ -108,11 +109,13 @@ def opened_run(
         arguments: of training_parser with the job's options.
         report: takes lines for the reader.
         job: has the config classes.
+        fine_tuning: whether the run is one of finetune.py, which alone has an init.
         init: checkpoint the weights come from.
         defaults: options by section, below config file and flags.
 
     Raises:
-        ValueError: an option breaks its rule, or differs from that of the run to resume.
+        ValueError: an option breaks its rule, or differs from that of the run to resume; that is a run of
+            another script.
     """
     resume, processes = "resume" in arguments, Processes.join()
     if resume and "out" in arguments:
@@ -126,6 +129,9 @@ def opened_run(
         folder = Path(arguments.resume)
         stored = read_run(folder)
         init = stored.pop("init", None)
+        if (init is not None) != fine_tuning:
+            rule = "be" if fine_tuning else "not be"
+            raise ValueError(f"run: {folder} must {rule} a run of finetune.py, got init {init!r}")
         configs = _configs(job.sections, [stored, *asked])
         refuse_mismatch(_plain(_configs(job.sections, [stored])), _plain(configs), str(folder), FREE)
     else:

@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import inspect
 
 import pytest
 import torch
 import torch.nn.functional as F
+from acceleration.test_graphs_left_alone import ByGlobal, Net, is_traced
 from acceleration.test_own_attention import NanoGPT, X, pair
 
 import lspm_kernels as lk
@@ -72,6 +74,19 @@ def test_a_forward_that_is_not_its_source_is_left_alone(make):
     lk.accelerate(net)
     assert not is_swapped(net)
     torch.testing.assert_close(net(X), plain(X))
+
+
+def test_a_forward_that_is_not_its_source_is_not_traced():
+    code = ByGlobal.forward.__code__.replace(co_firstlineno=Net.forward.__code__.co_firstlineno)
+
+    class OtherNet(Net):
+        forward = type(Net.forward)(code, ByGlobal.forward.__globals__, "forward")
+
+    assert inspect.getsource(OtherNet.forward) == inspect.getsource(Net.forward)
+    net, other = Net().eval(), OtherNet().eval()
+    lk.accelerate(net)
+    lk.accelerate(other)
+    assert is_traced(net) and not is_traced(other)
 
 
 def test_a_decorator_that_hides_its_function_is_left_alone():

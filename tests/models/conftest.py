@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from lspm_models.data import corpus
 from lspm_models.data.tokenizers import ByteBpe, Characters
 
 
 @pytest.fixture(scope="session")
 def sample():
-    return Path(corpus.__file__).read_text(encoding="utf-8")
+    """Some Python in a file of its own, as each of its characters counts for the ids of tokens."""
+    return (Path(__file__).parent / "sample.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -185,10 +185,10 @@ def test_help_is_a_page_with_every_option(run):
     [
         (["--tokns", "3"], "unknown option --tokns; did you mean --tokens?"),
         (["--tokens", "many"], "--tokens: must be a whole number, got 'many'"),
-        (["--tokens", "0"], "generate: max_new_tokens must be at least 1, got 0"),
-        (["--sequences", "0"], "generate: sequences must be at least 1, got 0"),
+        (["--tokens", "0"], "generate: max_new_tokens must be an integer of at least 1, got 0"),
+        (["--sequences", "0"], "generate: sequences must be an integer of at least 1, got 0"),
         (["--temperature", "-1"], "generate: temperature must be finite and at least 0, got -1.0"),
-        (["--top-k", "0"], "generate: top_k must be at least 1, got 0"),
+        (["--top-k", "0"], "generate: top_k must be an integer of at least 1, got 0"),
         (["--top-p", "1.5"], "generate: top_p must be in (0, 1], got 1.5"),
         (["--min-p", "-1"], "generate: min_p must be in [0, 1], got -1.0"),
         (["--repetition-penalty", "0"], "generate: repetition_penalty must be finite and above 0, got 0.0"),

@@ -109,7 +109,7 @@ def test_fine_tuning_begins_where_pretraining_ended(run, trained, tmp_path):
         finetune, "--init", folder, "--corpus", tmp_path / "fox.txt", *SHORT, "--out", tmp_path / "fox"
     )
     assert float(losses(tmp_path / "fox")[0][2]) == pytest.approx(float(losses(folder)[-1][2]), abs=0.2)
-    message = rf"pretrain\.py: run: {tmp_path}/cat must be a run of pretrain\.py, got one of finetune\.py"
+    message = rf"pretrain\.py: run: {tmp_path}/cat must not be a run of finetune\.py, got init '.*-00000006'"
     refused(run(pretrain, "--resume", tmp_path / "cat"), message)
     assert run(finetune, "--resume", tmp_path / "cat", "--steps", 8)[0] == 0
     assert len(losses(tmp_path / "cat")) == 9
@@ -244,7 +244,7 @@ def test_a_run_is_not_resumed_with_another_text_or_a_broken_checkpoint(run, trai
     (path / "model.safetensors").write_bytes(b"short")
     message = r"checkpoint: .*model\.safetensors must be a whole safetensors file, got .*"
     refused(run(pretrain, "--resume", folder), rf"pretrain\.py: {message}")
-    message = rf"run: {folder} must be a run of finetune\.py, got one of pretrain\.py"
+    message = rf"run: {folder} must be a run of finetune\.py, got init None"
     refused(run(finetune, "--resume", folder), rf"finetune\.py: {message}")
     (folder / "config.json").write_text("[]")
     message = rf"json: {folder}/config\.json must be an object, got list"

@@ -14,6 +14,10 @@ ONES = torch.ones(2, 3)
 BAD = {
     "params[0] must be a floating-point tensor, got (2, 3) torch.int64": {"params": [ONES.long()] * 2},
     "params[0] must be a floating-point tensor, got int": {"params": [3]},
+    "params[1] must be a floating-point tensor, got int": {"params": [ONES, 3]},
+    "params must be a tensor or a list of them, got NoneType": {"params": None},
+    "grads must be a tensor or a list of them, got int": {"grads": 3},
+    "max_exp_avg_sqs must be a tensor or a list of them, got bool": {"max_exp_avg_sqs": True},
     "params[1] must be a tensor of shape (3, 2) and dtype torch.float32, got (3, 2) torch.bfloat16": None,
     "grads must be 2, as params are, got 1": {"grads": ONES},
     "grads[1] must be a tensor of shape (2, 3) and dtype torch.float32, got (3,) torch.float32": {
@@ -35,8 +39,9 @@ BAD = {
     "stochastic_rounding must be False beside master_params, got True": {
         "master_params": [ONES] * 2, "stochastic_rounding": True, **HALF
     },
-    "step must be an integer from 1 on, got 0": {"step": 0},
-    "step must be an integer from 1 on, got 1.5": {"step": 1.5},
+    "step must be an integer from 1 to 2 ** 63 - 1, got 0": {"step": 0},
+    "step must be an integer from 1 to 2 ** 63 - 1, got 1.5": {"step": 1.5},
+    f"step must be an integer from 1 to 2 ** 63 - 1, got {2**63}": {"step": [1, 2**63]},
     "step must be one or 2, as params are, got 3": {"step": [1, 2, 3]},
     "scale must be one torch.float32, got (2,) torch.float32": {"scale": torch.ones(2)},
     "scale must be on device cpu, got meta": {"scale": torch.ones((), device="meta")},
@@ -68,6 +73,8 @@ def test_what_norms_and_rows_refuse():
         ValueError, match=r"^adamw_norm: grads\[1\] must be a floating-point tensor, got int$"
     ):
         lk.adamw_norm([ONES, 3])
+    with pytest.raises(ValueError, match=r"^adamw_norm: grads must be a tensor or a list of them, got None"):
+        lk.adamw_norm(None)
     stochastic = GOOD | {"stochastic_rounding": True}
     with pytest.raises(NotImplementedError, match="cpu needs bfloat16 for stochastic rounding, got float32"):
         lk.adamw_(**stochastic, backend="cpu")

@@ -87,11 +87,23 @@ def test_bad_arguments(message):
     assert (CACHE == 1).all() and (PAGES == 1).all()
 
 
-def test_a_position_without_an_angle_appends_nothing():
-    with pytest.raises(ValueError, match="rotary: offsets must lie in 0 to S - T = 45, got 47"):
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(
+    ("message", "wrong"),
+    [
+        ("cache_seqlens must be at most 45 by the rows of cos, got 47", {"cos": COS[:48], "sin": COS[:48]}),
+        ("cos must be a tensor (S, R / 2), got list", {"cos": [1.0]}),
+        ("cos must have a row for each of T = 3 positions, got 2", {"cos": COS[:2], "sin": COS[:2]}),
+        ("sin must have cos's dtype torch.float32, got torch.float64", {"sin": COS.double()}),
+    ],
+)
+def test_without_an_angle_nothing_is_appended(message, wrong, backend):
+    angles = {"cos": COS, "sin": COS} | wrong
+    with pytest.raises(ValueError) as error:
         lk.attention_with_kv_cache(
-            Q, CACHE, CACHE, NEW * 2, NEW * 2, cache_seqlens=AT, cos=COS[:48], sin=COS[:48], causal=True
+            Q, CACHE, CACHE, NEW * 2, NEW * 2, cache_seqlens=AT, causal=True, **angles, backend=backend
         )
+    assert str(error.value) == f"attention_with_kv_cache: {message}"
     assert (CACHE == 1).all()
 
 

@@ -13,6 +13,7 @@ WRONG = {
     "x must be a floating-point tensor (N, C, ...), got (4,) torch.float32": {"x": torch.ones(4)},
     "x must be a floating-point tensor (N, C, ...), got (2, 4) torch.int64": {"x": torch.ones(2, 4).long()},
     "activation must be one of None, relu, relu6, silu, gelu, got 'tanh'": {"activation": "tanh"},
+    "activation must be one of None, relu, relu6, silu, gelu, got ['relu']": {"activation": ["relu"]},
     "momentum must be at least 0 and at most 1, got None": {"momentum": None},
     "momentum must be at least 0 and at most 1, got 1.5": {"momentum": 1.5},
     "eps must be finite and at least 0, got -1": {"eps": -1},
@@ -29,6 +30,9 @@ WRONG = {
     },
     "residual must be a tensor of x's shape (2, 4, 3, 3), got (2, 4)": {"residual": torch.ones(2, 4)},
     "residual must be on x's device cpu, got meta": {"residual": X.to("meta")},
+    "residual must be a floating-point tensor, got (2, 4, 3, 3) torch.complex64": {
+        "residual": X.to(torch.complex64)
+    },
     "x must have more than one value per channel to take statistics of, got (1, 4, 1, 1)": {
         "x": torch.ones(1, 4, 1, 1)
     },

@@ -207,8 +207,8 @@ BAD = {
     "bias_act: bias must be on x's device cpu, got meta": lambda: lk.bias_act(
         ONES, torch.ones(4, device="meta")
     ),
-    "bias_act: activation must be one of 'relu', 'silu', 'gelu', 'gelu_tanh', got 'gelu_new'": lambda: (
-        lk.bias_act(ONES, None, "gelu_new")
+    "bias_act: activation must be one of relu, silu, gelu, gelu_tanh, got 'gelu_new'": lambda: lk.bias_act(
+        ONES, None, "gelu_new"
     ),
     "bias_gelu: approximate must be 'none' or 'tanh', got 'erf'": lambda: lk.bias_gelu(
         ONES, approximate="erf"

@@ -171,6 +171,12 @@ def test_folded_weights_are_the_two_in_one(present):
     assert folded[0].dtype == folded[1].dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["norm_weight", "norm_bias"])
+def test_bad_parameters_of_the_norm_are_named(name):
+    with pytest.raises(ValueError, match=rf"^conv2d_batch_norm: {name} must be a tensor of shape \(16,\)"):
+        lk.conv2d_batch_norm(X, W, **{name: torch.ones(3)}, training=True)
+
+
 def test_folding_refuses_what_is_no_statistic():
     with pytest.raises(ValueError, match=r"fold_batch_norm: running_var must"):
         lk.fold_batch_norm(W, None, None, None, torch.zeros(16), torch.full((16,), float("inf")))

@@ -33,6 +33,7 @@ BAD = {
         torch.ones(16).long(),
     ),
     "conv2d: stride must be an integer of at least 1, or two, got 0": (X, W, None, 0),
+    "conv2d: stride must be an integer of at least 1, or two, got True": (X, W, None, True),
     "conv2d: stride must be an integer of at least 1, or two, got (1, 2, 3)": (X, W, None, (1, 2, 3)),
     "conv2d: padding must be an integer of at least 0, or two, got (0, -1)": (X, W, None, 1, (0, -1)),
     "conv2d: padding must be 'same', 'valid', an integer or two, got 'sane'": (X, W, None, 1, "sane"),
@@ -42,9 +43,7 @@ BAD = {
     "conv2d: x with its padding must be at least the kernel's (9, 9), got (7, 6)": (X, W, None, 1, 0, 4),
 }
 BAD_OPTIONS = {
-    "conv2d: activation must be one of None, 'relu', 'relu6', 'silu', 'gelu', got 'tanh'": {
-        "activation": "tanh"
-    },
+    "conv2d: activation must be one of None, relu, relu6, silu, gelu, got 'tanh'": {"activation": "tanh"},
     "conv2d: residual must be a tensor of y's shape (2, 16, 5, 4), got (2, 8, 7, 6)": {"residual": X},
     "conv2d: residual must be a tensor of y's shape (2, 16, 5, 4), got int": {"residual": 1},
     "conv2d: residual must have x's dtype torch.float32, got torch.float64": {

@@ -191,3 +191,10 @@ def test_nothing_of_the_outputs_size_is_kept(kind):
         y = bound(lk.embedding, kind, tokens, dropout_p=0.1)(*tensors)
     own = {t.data_ptr() for t in (*tensors, tokens)}
     assert sum(t.nbytes for t in kept if t.data_ptr() not in own) < y.nbytes / 8
+
+
+def test_a_table_without_columns_has_an_empty_gradient():
+    weight = torch.zeros(4, 0, requires_grad=True)
+    out = lk.embedding(torch.tensor([[0, 3]]), weight, backend="cpu")
+    out.sum().backward()
+    assert out.shape == (1, 2, 0) and weight.grad.shape == (4, 0)

@@ -185,6 +185,11 @@ def test_bad_arguments(message, backend):
     assert str(error.value) == f"embedding_bag: {message}"
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_flag_may_be_anything_that_is_true_or_false(backend):
+    assert lk.embedding_bag(**GOOD, include_last_offset=None, backend=backend).shape == (2, 3)
+
+
 def test_the_binding_refuses_what_would_touch_other_memory():
     weight, indices, offsets, out = torch.ones(5, 3), *list(GOOD.values())[1:], torch.empty(2, 3)
     for message, wrong in {

@@ -217,7 +217,7 @@ BAD_STATES = {
         "exp_avg_sq must be a tensor of shape (5, 3), got (5,)": {"exp_avg_sq": torch.zeros(5)},
         "betas must be at least 0 and below 1, got 1.0": {"betas": (0.9, 1.0)},
         "betas must be two numbers, got 0.9": {"betas": 0.9},
-        "step must be an integer from 1 on, got 0": {"step": 0},
+        "step must be an integer from 1 to 2 ** 63 - 1, got 0": {"step": 0},
     },
 }  # fmt: skip
 NAMED = {"sgd": {}, "adagrad": {"state_sum": torch.zeros(5)},

@@ -97,6 +97,25 @@ def test_bad_arguments(message):
     assert str(error.value) == f"embedding: {message}"
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("message", "given"),
+    [
+        ("tokens must be from 0 to -1, got 0", {"weight": TABLE[:0]}),
+        ("positions must be from 0 to -1, got 0", {"position_weight": TABLE[:0], "positions": TOKENS * 0}),
+        (
+            "token_types must be from 0 to -1, got 0",
+            {"token_type_weight": TABLE[:0], "token_types": TOKENS * 0},
+        ),
+    ],
+)
+def test_a_table_without_rows_has_none_to_give(message, given, backend):
+    """Its memory is nowhere, as is that of a table that is not given."""
+    with pytest.raises(ValueError) as error:
+        lk.embedding(TOKENS * 0, **{"weight": TABLE} | given, backend=backend)
+    assert str(error.value) == f"embedding: {message}"
+
+
 def test_the_binding_refuses_what_would_touch_other_memory():
     def forward(
         tokens=TOKENS, weight=TABLE, position_weight=None, out=None, statistics=None, first=0, types=None

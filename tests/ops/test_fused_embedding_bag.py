@@ -173,6 +173,8 @@ BAD = {
     "eps must be finite and at least 0, got -1": {"eps": -1},
     "weight_decay must be finite and at least 0, got nan": {"weight_decay": float("nan")},
     "betas must be at least 0 and below 1, got 1": {"betas": (0.9, 1)},
+    "betas must be two numbers, got 0.9": {"betas": 0.9},
+    "betas must be two numbers, got (0.9, 0.9, 0.9)": {"betas": (0.9, 0.9, 0.9)},
 }
 
 

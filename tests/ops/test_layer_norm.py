@@ -239,10 +239,11 @@ def test_bad_arguments(message):
 
 def test_bad_residual():
     x, residual, weight, bias = tensors()
-    with pytest.raises(
-        ValueError, match=r"add_layer_norm: residual must be a tensor of x's shape \(6, 40\), got \(40,\)"
-    ):
+    message = r"add_layer_norm: residual must be a tensor of x's shape \(6, 40\), got \(40,\)"
+    with pytest.raises(ValueError, match=message):
         lk.add_layer_norm(x, residual[0], weight, bias)
+    with pytest.raises(ValueError, match="add_layer_norm: residual must be a floating-point tensor, got"):
+        lk.add_layer_norm(x, residual.long(), weight, bias)
     with pytest.raises(ValueError, match="add_rms_norm: residual must be on x's device cpu, got meta"):
         lk.add_rms_norm(x, residual.to("meta"), weight)
 

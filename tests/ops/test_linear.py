@@ -181,6 +181,21 @@ def test_quantize_int8(group_size):
     assert (error.amax(2) <= scales * 0.5001).all()
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (0, 0)])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_quantize_int8_of_nothing(shape, group_size):
+    small, scales = lk.quantize_int8(torch.zeros(shape), group_size)
+    groups = shape[1] // (group_size or shape[1]) if shape[1] else 1
+    assert small.shape == shape and small.dtype == torch.int8 and scales.shape == (shape[0], groups)
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.int8], ids=str)
+def test_without_inputs_the_bias_is_left(dtype):
+    scales = torch.ones(3, 1) if dtype == torch.int8 else None
+    x, weight, bias = torch.zeros(2, 0), torch.zeros(3, 0, dtype=dtype), torch.randn(3)
+    assert torch.equal(lk.linear(x, weight, bias, scales=scales, backend="cpu"), bias.expand(2, 3))
+
+
 X, W = torch.zeros(2, 64), torch.zeros(5, 64)
 I8, S = torch.zeros(5, 64, dtype=torch.int8), torch.ones(5, 2)
 FLOATS = "torch.float32, torch.bfloat16, torch.float16"

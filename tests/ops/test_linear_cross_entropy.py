@@ -289,3 +289,9 @@ def test_gradients_are_scaled_only_where_that_changes_them():
         for t, gradient in zip(tensors, expected, strict=True):
             torch.testing.assert_close(t.grad, gradient)
             t.grad = None
+
+
+def test_without_features_all_classes_are_alike():
+    hidden, weight = torch.zeros(3, 0), torch.zeros(5, 0)
+    loss = lk.linear_cross_entropy(hidden, weight, torch.tensor([0, 4, 2]), backend="cpu")
+    torch.testing.assert_close(loss, torch.tensor(5.0).log())

@@ -167,7 +167,7 @@ OPTIONS = {
     },
     "label_smoothing must be from 0 to 1, got -0.5": {"label_smoothing": -0.5},
     "label_smoothing must be from 0 to 1, got None": {"label_smoothing": None},
-    "ignore_index must be an integer, got None": {"ignore_index": None},
+    "ignore_index must be an integer of 64 bits, got None": {"ignore_index": None},
     "z_loss must be finite and at least 0, got -1.0": {"z_loss": -1.0},
     "softcap must be positive and finite, or None, got 0": {"softcap": 0},
     "reduction must be one of none, mean, sum, got 'average'": {"reduction": "average"},

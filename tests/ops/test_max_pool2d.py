@@ -166,6 +166,11 @@ def test_bad_arguments(message, backend):
     assert str(error.value) == f"max_pool2d: {message}"
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_flag_may_be_anything_that_is_true_or_false(backend):
+    assert lk.max_pool2d(X, 3, 2, ceil_mode=1, return_indices=0, backend=backend).shape == (2, 3, 4, 4)
+
+
 def test_the_binding_refuses_what_would_touch_other_memory():
     x, y, bytes_ = torch.ones(2, 8, 8, 3), torch.empty(2, 4, 4, 3), torch.empty(2, 4, 4, 3, dtype=torch.uint8)
     window = [2, 2, 2, 2, 0, 0, 1, 1]

@@ -87,9 +87,9 @@ ALS = {
     "values must be at least 0, got -1.0": {"values": -torch.ones(3), "implicit": True},
 }
 SOLVING = {
-    "solver must be cholesky or cg, got 'lu'": {"solver": "lu"},
-    "cg_steps must be an integer from 1 on, got 0": {"cg_steps": 0, "solver": "cg"},
-    "cg_steps must be an integer from 1 on, got 1.5": {"cg_steps": 1.5, "solver": "cg"},
+    "solver must be one of cholesky, cg, got 'lu'": {"solver": "lu"},
+    "cg_steps must be an integer from 1 to 2 ** 63 - 1, got 0": {"cg_steps": 0, "solver": "cg"},
+    "cg_steps must be an integer from 1 to 2 ** 63 - 1, got 1.5": {"cg_steps": 1.5, "solver": "cg"},
     "backend must be one of cpu, cuda, triton, reference, got 'gpu'": {"backend": "gpu"},
 }
 NMF = {
@@ -194,3 +194,13 @@ def test_the_bindings_refuse_what_would_touch_other_memory():
     ):
         with pytest.raises(ValueError, match=message):
             compiled.cpu.mf_als_update(*good[:at], wrong, *good[at + 1 :], *last)
+
+
+def test_only_the_reference_gives_the_loss_a_gradient():
+    factors = torch.ones(3, 2, requires_grad=True)
+    lk.mf_als_loss(**given(factors=factors), backend="reference").backward()
+    assert factors.grad.any()
+    with pytest.raises(
+        NotImplementedError, match=r'^mf_als_loss: backend must be "reference" for a gradient'
+    ):
+        lk.mf_als_loss(**given(factors=factors)).backward()

@@ -64,6 +64,8 @@ MISUSES = {
         (*TABLES, IDS[0], IDS[1], torch.tensor([0.0, 2.0])),
         {"loss": "logistic"},
     ),
+    "users must be from 0 to 3, got 4": ((*TABLES, torch.tensor([0, 4]), *IDS[1:]), {}),
+    "weight must be a vector of float32 on the CPU, got float": ((*TABLES, *IDS), {"weight": 1.0}),
     "backend must be one of cpu, triton, cuda, reference, got 'tpu'": ((*TABLES, *IDS), {"backend": "tpu"}),
 }
 
@@ -74,11 +76,6 @@ def test_misuse(message):
     with pytest.raises(ValueError) as error:
         lk.mf_sgd_(*arguments, **({"lr": 0.1} | options))
     assert str(error.value).removeprefix("mf_sgd_: ").removeprefix("mf_sgd: ").startswith(message)
-
-
-def test_ids_are_those_of_rating_blocks():
-    with pytest.raises(ValueError, match="rating_blocks: users must be from 0 to 3, got 4"):
-        lk.mf_sgd_(*TABLES, torch.tensor([0, 4]), *IDS[1:], lr=0.1)
 
 
 def test_a_table_whose_gradient_is_recorded_is_refused():

@@ -135,7 +135,7 @@ BAD = {
     "mlp: bias_out must have dtype torch.float32, got torch.float16": lambda: lk.mlp(
         X, IN, BIAS, OUT, BIAS[:3].half()
     ),
-    "mlp: activation must be one of 'relu', 'silu', 'gelu', 'gelu_tanh', got None": lambda: lk.mlp(
+    "mlp: activation must be one of relu, silu, gelu, gelu_tanh, got None": lambda: lk.mlp(
         X, IN, BIAS, OUT, None, activation=None
     ),
     "gated_mlp: weight_up must be a tensor of shape (6, 4), got (5, 4)": lambda: lk.gated_mlp(
@@ -144,7 +144,7 @@ BAD = {
     "gated_mlp: weight_down must be a tensor of shape (*, 6), got float": lambda: lk.gated_mlp(
         X, IN, IN, 1.0
     ),
-    "gated_mlp: activation must be one of 'silu', 'gelu', 'gelu_tanh', got 'relu'": lambda: lk.gated_mlp(
+    "gated_mlp: activation must be one of silu, gelu, gelu_tanh, got 'relu'": lambda: lk.gated_mlp(
         X, IN, IN, OUT, activation="relu"
     ),
 }

@@ -83,6 +83,12 @@ def test_same_bits_for_any_number_of_threads():
     assert same_for_any_number_of_threads(lambda: lk.nmf_(x.clone(), y, *entries, reg=0.1))
 
 
+def test_eps_may_be_an_integer():
+    (indptr, indices, values), x, y = matrix(4, 5, 9), torch.rand(4, 3), torch.rand(5, 3)
+    found = [lk.nmf_(x.clone(), y, indptr, indices, values, eps=eps) for eps in (1, 1.0)]
+    assert torch.equal(*found)
+
+
 def test_strides_and_dtypes():
     x, y, (indptr, indices, values) = torch.rand(9, 6), torch.rand(20, 6), matrix(9, 20, 200)
     expected = lk.nmf_(x.clone(), y, indptr, indices, values)

@@ -134,7 +134,7 @@ WRONG = {
     "bias must be a tensor of shape (3,), got (4,)": (
         lambda: lk.PackedConv2d(torch.ones(3, 4, 1, 1), bias=torch.ones(4))
     ),
-    "activation must be one of None, 'relu', 'relu6', 'silu', 'gelu', got 'tanh'": (
+    "activation must be one of None, relu, relu6, silu, gelu, got 'tanh'": (
         lambda: lk.PackedConv2d(torch.ones(3, 4, 1, 1), activation="tanh")
     ),
     "running_mean and running_var must be given together, got running_mean alone": (

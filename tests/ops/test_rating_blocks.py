@@ -105,6 +105,15 @@ MISUSES = {
         {},
     ),
     "items must have 2 elements, got 1": ((USERS, ITEMS[:1], RATINGS), {}),
+    "ratings must be a vector of float32 on the CPU, got NoneType": ((USERS, ITEMS, None), {}),
+    "num_users must be an integer from 0 to 2 ** 63 - 1, got 'x'": (
+        (USERS, ITEMS, RATINGS),
+        {"num_users": "x"},
+    ),
+    "out must be tensors for users, items, ratings and weight, got int": (
+        (USERS, ITEMS, RATINGS),
+        {"out": 3},
+    ),
     "ratings must be finite, got nan": ((USERS, ITEMS, torch.tensor([1.0, float("nan")])), {}),
     "weight must be finite, got inf": ((USERS, ITEMS, RATINGS, torch.tensor([1.0, float("inf")])), {}),
     "weight must be at least 0, got -1.0": ((USERS, ITEMS, RATINGS, torch.tensor([1.0, -1.0])), {}),

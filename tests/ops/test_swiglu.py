@@ -174,14 +174,16 @@ def test_outputs_that_are_streamed(dtype, backend_of_test):
     assert torch.equal(again, lk.swiglu(gate, up))
 
 
+UP = "up must be a floating-point tensor of gate's shape (2, 4), got"
 ONES = torch.ones(2, 4)
 NO_TENSOR = "gate must be a floating-point tensor of one dimension or more, got"
 BAD = {
     f"swiglu: {NO_TENSOR} list": lambda: lk.swiglu([1.0], ONES),
     f"geglu: {NO_TENSOR} () torch.float32": lambda: lk.geglu(torch.ones(())),
     "swiglu: gate must have an even last dimension where up is None, got 3": lambda: lk.swiglu(ONES[:, :3]),
-    "swiglu: up must be a tensor of gate's shape (2, 4), got (4,)": lambda: lk.swiglu(ONES, ONES[0]),
-    "geglu: up must be a tensor of gate's shape (2, 4), got float": lambda: lk.geglu(ONES, 1.0),
+    f"swiglu: {UP} (4,) torch.float32": lambda: lk.swiglu(ONES, ONES[0]),
+    f"swiglu: {UP} (2, 4) torch.complex64": lambda: lk.swiglu(ONES, ONES.to(torch.complex64)),
+    f"geglu: {UP} float": lambda: lk.geglu(ONES, 1.0),
     "swiglu: up must be on gate's device cpu, got meta": lambda: lk.swiglu(ONES, ONES.to("meta")),
     "geglu: approximate must be 'none' or 'tanh', got 'erf'": lambda: lk.geglu(ONES, ONES, approximate="erf"),
 }

@@ -97,11 +97,21 @@ ERRORS = {
     "WeightOnlyLinear: group_size must be None beside torch.float32, got 32": (
         lambda: WeightOnlyLinear(W, dtype=torch.float32, group_size=32)
     ),
+    "WeightOnlyLinear: weight must be a floating-point tensor of two dimensions, got NoneType": (
+        lambda: WeightOnlyLinear(None)
+    ),
+    "WeightOnlyLinear: bias must be a tensor of shape (4,), got (3,)": (
+        lambda: WeightOnlyLinear(W, torch.zeros(3))
+    ),
+    "weight_only_: group_size must be an integer from 1 to 2 ** 63 - 1, got 0": (
+        lambda: weight_only_(torch.nn.Linear(64, 4), group_size=0)
+    ),
+    "weight_only_: model must be a torch.nn.Module, got NoneType": lambda: weight_only_(None),
 }
 
 
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors(message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, TypeError)) as error:
         ERRORS[message]()
     assert str(error.value) == message

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lspm_kernels import checks
 from lspm_kernels.compat.logit_losses import logit_losses, reduced
 from lspm_kernels.compat.refusals import refuse
 from lspm_kernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -150,8 +151,7 @@ def liger_fused_linear_cross_entropy(
 
 def check_reduction(op: str, reduction: str) -> None:
     """Raises ValueError unless reduction is known."""
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    checks.one_of(op, "reduction", reduction, _REDUCTIONS)
 
 
 def _share(target, weight, counts):

@@ -15,6 +15,8 @@ from lspm_models.data.tokenizers import KINDS, Tokenizer, load_tokenizer, save_t
 from lspm_models.data.tokens import Tokens, tokens_for
 from lspm_models.progress import counted
 
+SPLITS = ("auto", "document", "tail")
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -40,7 +42,7 @@ class TextConfig:
         default="auto",
         metadata={
             "help": "keep whole documents or the tail of the text; auto: documents where there are enough",
-            "choices": ("auto", "document", "tail"),
+            "choices": SPLITS,
         },
     )
 
@@ -54,7 +56,7 @@ class TextConfig:
             raise ValueError(f"data: tokenizer_sample must be at least 1, got {self.tokenizer_sample}")
         if not 0 <= self.validation < 1:
             raise ValueError(f"data: validation must be at least 0 and less than 1, got {self.validation}")
-        for name, choices in (("tokenizer", tuple(KINDS)), ("split", ("auto", "document", "tail"))):
+        for name, choices in (("tokenizer", tuple(KINDS)), ("split", SPLITS)):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"data: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"

@@ -283,6 +283,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def checked_ids(ids: Iterable[int], vocabulary_size: int) -> list[int]:
+    """Returns ids as a list; ValueError unless all are of the vocabulary."""
     ids = [int(index) for index in ids]
     for index in ids:
         if not 0 <= index < vocabulary_size:
