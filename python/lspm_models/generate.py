@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
+from operator import is_
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as modules
 
 import lspm_kernels
 from lspm_kernels.recording import Recording
@@ -122,7 +125,8 @@ class _Step:
     Of a model of a hundred million weights Python takes as long as the kernels that it calls. So the first
     step is recorded, and the next one, of another token, made both ways: where a replay gives the same bits
     it makes all that follow. What torch computes, and what hooks do, is in no recording: a model that has
-    either goes on by itself.
+    either goes on by itself, and so does one whose parts or weights are replaced meanwhile. Values that
+    change in place are those that kernels read.
     """
 
     def __init__(self, task: LanguageModelling, cache: KeyValueCache):
@@ -130,17 +134,27 @@ class _Step:
         self.tokens: Tensor | None = None  # (B, 1), of the recording
         self.recording = Recording()
         self.found: Tensor | None = None  # logits, of the recording
-        is_watched = any(module._forward_hooks or module._forward_pre_hooks for module in task.modules())
+        hooks = [[modules._global_forward_hooks, modules._global_forward_pre_hooks]]
+        hooks += [[module._forward_hooks, module._forward_pre_hooks] for module in task.modules()]
+        held = [[module._modules, module._parameters, module._buffers] for module in task.modules()]
+        self.holders = list(chain(*hooks, *held))
+        self.parts = self._parts()
+        is_watched = any(chain(*hooks))
         self.is_proven: bool | None = False if is_watched else None  # None: not tried yet
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, V) of tokens (B, 1), until the next call."""
-        if self.is_proven is False or not tokens.is_cpu:
+        if self.is_proven is not False:
+            parts = self._parts()
+            if not (tokens.is_cpu and len(parts) == len(self.parts) and all(map(is_, parts, self.parts))):
+                self.is_proven = False
+        if self.is_proven is False:
             return _last_logits(self.task, tokens, self.cache)
         if self.tokens is None:
             self.tokens = tokens.clone()
             with self.recording:
                 self.found = _last_logits(self.task, self.tokens, self.cache)
+            self.is_proven = False if self.recording.missed else None
             return self.found
         is_another = not (self.tokens == tokens).any()
         self.tokens.copy_(tokens)
@@ -154,6 +168,10 @@ class _Step:
         if is_another:
             self.is_proven = torch.equal(logits, self.found)
         return logits
+
+    def _parts(self) -> list:
+        """What the model consists of, to be told from others by what they are, not by their values."""
+        return [self.task.training, *chain.from_iterable(map(dict.values, self.holders))]
 
 
 def _last_logits(task: LanguageModelling, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
