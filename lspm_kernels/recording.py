@@ -17,7 +17,7 @@ _MAKES |= {"fill_", "zero_"}
 _READS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "data_ptr"}
 _READS |= {f"__{name}__" for name in "bool int float complex index contains array dlpack".split()}
 _WRITES = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
-_WRITES |= {"__set__", "__setitem__"}
+_WRITES |= {"__set__", "__setitem__", "backward"}
 
 
 class Recording:

@@ -135,6 +135,13 @@ def test_what_a_replay_misses_is_named(function, missed):
     assert recording.missed == missed
 
 
+def test_gradients_are_missed():
+    x, dy, weight = torch.randn(3, 64), torch.ones(3, 64), torch.randn(64, requires_grad=True)
+    with Recording() as recording:
+        lspm_kernels.layer_norm(x, weight).backward(dy)
+    assert "backward" in recording.missed
+
+
 @torch.no_grad()
 def test_modes_that_would_miss_a_replay_are_named():
     with TorchDispatchMode(), Recording() as recording:
