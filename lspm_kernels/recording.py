@@ -35,7 +35,8 @@ class Recording:
     a value, so that a replay is no whole step. While it records, ops check no values that tensors hold;
     kernels do, at each replay.
 
-    Calls of other threads are not recorded.
+    Calls of other threads are not recorded, but for those that run in a copy of the block's context, as
+    asyncio.to_thread has it.
     """
 
     def __init__(self):
@@ -73,6 +74,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._missed = missed
 
+    @torch.compiler.disable  # which compiles no mode: a compiled step runs as it is while it is recorded
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)

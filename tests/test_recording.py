@@ -143,6 +143,18 @@ def test_gradients_are_missed():
 
 
 @torch.no_grad()
+def test_a_compiled_function_in_a_recording():
+    def scaled(x):
+        return lspm_kernels.layer_norm(x).view(x.shape[1], x.shape[0]) * 2
+
+    x = torch.randn(3, 64)
+    with Recording() as recording:
+        y = torch.compile(scaled, backend="eager")(x)
+    assert "mul" in recording.missed
+    assert torch.equal(y, scaled(x))
+
+
+@torch.no_grad()
 def test_modes_that_would_miss_a_replay_are_named():
     with TorchDispatchMode(), Recording() as recording:
         pass

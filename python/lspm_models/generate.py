@@ -6,7 +6,7 @@ from itertools import chain
 from operator import is_
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 import lspm_kernels
@@ -125,8 +125,8 @@ class _Step:
     Of a model of a hundred million weights Python takes as long as the kernels that it calls. So the first
     step is recorded, and the next one, of another token, made both ways: where a replay gives the same bits
     it makes all that follow. What torch computes, and what hooks do, is in no recording: a model that has
-    either goes on by itself, and so does one whose parts or weights are replaced meanwhile. Values that
-    change in place are those that kernels read.
+    either, or is compiled, goes on by itself, and so does one whose parts or weights are replaced meanwhile.
+    Values that change in place are those that kernels read.
     """
 
     def __init__(self, task: LanguageModelling, cache: KeyValueCache):
@@ -139,7 +139,7 @@ class _Step:
         held = [[module._modules, module._parameters, module._buffers] for module in task.modules()]
         self.holders = list(chain(*hooks, *held))
         self.parts = self._parts()
-        is_watched = any(chain(*hooks))
+        is_watched = any(chain(*hooks)) or any(map(_has_another_forward, task.modules()))
         self.is_proven: bool | None = False if is_watched else None  # None: not tried yet
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -172,6 +172,11 @@ class _Step:
     def _parts(self) -> list:
         """What the model consists of, to be told from others by what they are, not by their values."""
         return [self.task.training, *chain.from_iterable(map(dict.values, self.holders))]
+
+
+def _has_another_forward(module: nn.Module) -> bool:
+    """Whether a module is wrapped or compiled, and so may be more than its class."""
+    return "forward" in vars(module) or module._compiled_call_impl is not None
 
 
 def _last_logits(task: LanguageModelling, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:

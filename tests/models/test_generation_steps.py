@@ -150,6 +150,15 @@ def test_a_model_that_decides_by_values_runs_by_itself(seed):
     assert generate(task, PROMPT, max_new_tokens=20, seed=seed) == tokens
 
 
+@pytest.mark.parametrize("part", ["model", "model.h.1.mlp"])
+def test_a_model_with_compiled_parts(part):
+    task = make_task()
+    arguments = {"max_new_tokens": 20, "seed": 5}
+    tokens = generate(task, PROMPT, **arguments)
+    task.get_submodule(part).compile(backend="eager")
+    assert generate(task, PROMPT, **arguments) == tokens
+
+
 def test_numbers_that_change_are_found_by_the_comparison(monkeypatch):
     begin = KeyValueCache.begin
 
@@ -164,6 +173,15 @@ def test_numbers_that_change_are_found_by_the_comparison(monkeypatch):
 def test_hooks_see_each_token(monkeypatch):
     task, seen = make_task(), []
     task.model.h[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs))
+    assert runs_of_the_model(monkeypatch, task) == 20
+    assert len(seen) == 40
+
+
+def test_a_forward_of_the_module_itself_sees_each_token(monkeypatch):
+    task, seen = make_task(), []
+    block = task.model.h[0]
+    forward = block.forward
+    block.forward = lambda *args: seen.append(args) or forward(*args)
     assert runs_of_the_model(monkeypatch, task) == 20
     assert len(seen) == 40
 
