@@ -1,9 +1,8 @@
 """Generation: tokens that a language model believes come next, one by one, by a key-value cache."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
-from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -134,19 +133,21 @@ class _Step:
         self.tokens: Tensor | None = None  # (B, 1), of the recording
         self.recording = Recording()
         self.found: Tensor | None = None  # logits, of the recording
-        hooks = [[modules._global_forward_hooks, modules._global_forward_pre_hooks]]
-        hooks += [[module._forward_hooks, module._forward_pre_hooks] for module in task.modules()]
-        held = [[module._modules, module._parameters, module._buffers] for module in task.modules()]
-        self.holders = list(chain(*hooks, *held))
-        self.parts = self._parts()
-        is_watched = any(chain(*hooks)) or any(map(_has_another_forward, task.modules()))
-        self.is_proven: bool | None = False if is_watched else None  # None: not tried yet
+        parts = list(task.modules())
+        self.hooks = [modules._global_forward_hooks, modules._global_forward_pre_hooks]
+        self.hooks += chain.from_iterable((part._forward_hooks, part._forward_pre_hooks) for part in parts)
+        held = chain.from_iterable((part._modules, part._parameters, part._buffers) for part in parts)
+        self.holders = list(filter(None, held))  # most are empty, and a step may take 100 microseconds
+        self.held = list(self._held())  # which keeps them, so that their ids stay theirs
+        self.ids, self.training = list(map(id, self.held)), task.training
+        is_more = any(map(_has_another_forward, parts))
+        self.is_proven: bool | None = False if is_more else None  # None: not tried yet
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, V) of tokens (B, 1), until the next call."""
         if self.is_proven is not False:
-            parts = self._parts()
-            if not (tokens.is_cpu and len(parts) == len(self.parts) and all(map(is_, parts, self.parts))):
+            is_same = list(map(id, self._held())) == self.ids and self.task.training == self.training
+            if not is_same or any(self.hooks) or not tokens.is_cpu:
                 self.is_proven = False
         if self.is_proven is False:
             return _last_logits(self.task, tokens, self.cache)
@@ -169,9 +170,9 @@ class _Step:
             self.is_proven = torch.equal(logits, self.found)
         return logits
 
-    def _parts(self) -> list:
-        """What the model consists of, to be told from others by what they are, not by their values."""
-        return [self.task.training, *chain.from_iterable(map(dict.values, self.holders))]
+    def _held(self) -> Iterator[nn.Module | Tensor | None]:
+        """What the model consists of: its parts and their tensors."""
+        return chain.from_iterable(map(dict.values, self.holders))
 
 
 def _has_another_forward(module: nn.Module) -> bool:

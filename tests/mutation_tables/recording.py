@@ -119,8 +119,8 @@ MUTATIONS = [
     ),
     in_generate(
         name="recording: hooks are left out",
-        old="False if is_watched else None",
-        new="None",
+        old="or any(self.hooks) ",
+        new="",
     ),
     in_generate(
         name="recording: what torch computes is left out",
@@ -129,12 +129,12 @@ MUTATIONS = [
     ),
     in_generate(
         name="recording: parts that are replaced meanwhile stay",
-        old="all(map(is_, parts, self.parts))",
+        old="list(map(id, self._held())) == self.ids",
         new="True",
     ),
     in_generate(
         name="recording: tensors that are replaced meanwhile stay",
-        old="[module._modules, module._parameters, module._buffers]",
-        new="[module._modules]",
+        old="(part._modules, part._parameters, part._buffers)",
+        new="(part._modules,)",
     ),
 ]
