@@ -107,10 +107,16 @@ def cpu_kernel(name: str) -> Callable[..., None]:
 
 
 def call(function: Callable[..., object], *args: object) -> None:
-    """Calls function, and again at each replay of the recording that is on."""
-    function(*args)
-    if (calls := recorded.get()) is not None:
-        calls.append((function, args))
+    """Calls function, and again at each replay of the recording that is on, which has none of its calls."""
+    if (calls := recorded.get()) is None:
+        function(*args)
+        return
+    token = recorded.set(None)
+    try:
+        function(*args)
+    finally:
+        recorded.reset(token)
+    calls.append((function, args))
 
 
 def cuda_kernel(name: str) -> Callable[..., None]:

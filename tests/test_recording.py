@@ -1,10 +1,13 @@
 """Recording: kernels that are called again on the same tensors do what the ops do of what these then hold."""
 
+import os
+import signal
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lspm_kernels
 from lspm_kernels import compiled
@@ -82,7 +85,9 @@ def test_a_replay_within_a_replay():
         y = lspm_kernels.bias_act(x)
     with Recording() as outer:
         compiled.call(inner.replay)
+        compiled.call(lambda: lspm_kernels.layer_norm(x))  # whose call it makes itself
         z = lspm_kernels.layer_norm(y)
+    assert len(outer.calls) == 3
     x.copy_(torch.randn(400, 300))
     outer.replay()
     assert torch.equal(z, lspm_kernels.layer_norm(lspm_kernels.bias_act(x)))
@@ -93,10 +98,89 @@ def test_a_replay_makes_nothing_of_torchs_again():
     x = torch.randn(3, 64)
     with Recording() as recording:
         y = lspm_kernels.layer_norm(F.relu(x))
+    assert recording.missed == ["relu"]
     before = y.clone()
     x.copy_(torch.randn(3, 64))
     recording.replay()
     assert torch.equal(y, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("function", "missed"),
+    [
+        (lambda x: x + 1, ["add"]),
+        (lambda x: x.to(torch.float64), ["to"]),
+        (lambda x: x.t().contiguous(), ["contiguous"]),
+        (lambda x: x.mul_(2), ["mul_"]),
+        (lambda x: torch.exp(x, out=x), ["exp"]),
+        (lambda x: x.__setitem__(0, x[1]), ["__setitem__"]),
+        (lambda x: torch.rand(3), ["rand"]),
+        (lambda x: torch.topk(x, 2), ["topk"]),
+        (lambda x: x[0, 0].item(), ["item"]),
+        (lambda x: bool(x[0, 0]), ["__bool__"]),
+        (lambda x: x.numpy(), ["numpy"]),
+        (lambda x: x.view(-1)[3:].float().contiguous().unflatten(0, (-1, 1)).requires_grad, []),
+        (lambda x: torch.empty_like(x).fill_(3).shape, []),
+        (lambda x: compiled.call(lambda: x.mul_(2)), []),
+    ],
+    ids=str,
+)
+def test_what_a_replay_misses_is_named(function, missed):
+    x = torch.randn(3, 64)
+    with Recording() as recording:
+        function(lspm_kernels.layer_norm(x))
+    assert recording.missed == missed
+    function(x)
+    assert recording.missed == missed
+
+
+def test_gradients_are_missed():
+    x, dy, weight = torch.randn(3, 64), torch.ones(3, 64), torch.randn(64, requires_grad=True)
+    with Recording() as recording:
+        lspm_kernels.layer_norm(x, weight).backward(dy)
+    assert "backward" in recording.missed
+
+
+@torch.no_grad()
+def test_a_compiled_function_in_a_recording():
+    def scaled(x):
+        return lspm_kernels.layer_norm(x).view(x.shape[1], x.shape[0]) * 2
+
+    x = torch.randn(3, 64)
+    with Recording() as recording:
+        y = torch.compile(scaled, backend="eager")(x)
+    assert "mul" in recording.missed
+    assert torch.equal(y, scaled(x))
+
+
+@torch.no_grad()
+def test_modes_that_would_miss_a_replay_are_named():
+    with TorchDispatchMode(), Recording() as recording:
+        pass
+    assert recording.missed == ["what traces, transforms or intercepts calls"]
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_replay_after_a_fork_waits_for_no_thread():
+    x = torch.randn(3, 64)  # so small that each kernel runs on one thread
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with Recording() as recording:
+            y = lspm_kernels.layer_norm(x)
+    finally:
+        torch.set_num_threads(before)
+    recording.replay()
+    expected = y.clone()
+    y.zero_()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that hangs
+        recording.replay()
+        os._exit(0 if torch.equal(y, expected) else 3)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @torch.no_grad()
@@ -109,6 +193,7 @@ def test_a_replay_appends_to_a_cache_where_its_lengths_say(rotated):
     options = {"causal": True, **({"cos": angles.cos(), "sin": angles.sin()} if rotated else {})}
     with Recording() as recording:
         out = lspm_kernels.attention_with_kv_cache(q, *caches, k, v, cache_seqlens=lengths, **options)
+    assert recording.missed == []
     for step in range(4):
         given = q, *expected, k, v
         wanted = lspm_kernels.attention_with_kv_cache(*given, cache_seqlens=lengths, **options)

@@ -1,12 +1,17 @@
 #include "cpu/team.h"
 
 #include <omp.h>
+#include <pthread.h>
 
 #include <exception>
 
 namespace lspm::cpu {
 
 constexpr int kSpins = 512;  // 10 to 25 microseconds: on processors that others use too, more do harm
+
+// A child of fork has none of OpenMP's threads, for which a region would wait.
+static bool is_forked = false;
+static const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
 
 template <class Done>
 void Team::wait_until(Done done) {
@@ -37,8 +42,14 @@ void Team::call(InEachThread call, void* body) {
   busy_ = threads_ - 1;
   ++posted_;
   wake();
-  if (call) call(body, 0, threads_);
+  std::exception_ptr thrown;  // once no other thread works at body any more
+  try {
+    if (call) call(body, 0, threads_);
+  } catch (...) {
+    thrown = std::current_exception();
+  }
   wait_until([&] { return busy_ == 0; });
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 void Team::follow(int thread) {
@@ -52,7 +63,7 @@ void Team::follow(int thread) {
 }
 
 void Team::run(int threads, const std::function<void()>& main) {
-  if (threads <= 1 || mine) return main();
+  if (threads <= 1 || mine || is_forked) return main();
   Team team;
   std::exception_ptr thrown;  // none may leave a parallel region
 #pragma omp parallel num_threads(threads)

@@ -79,7 +79,10 @@ def read_state(path: Path) -> dict:
     file = Path(path) / "state.json"
     if not file.exists():
         raise ValueError(f"checkpoint: {path} must be a checkpoint folder, got no state.json in it")
-    return read_object(file)
+    content = read_object(file)
+    if not isinstance(settings := content.get("settings", {}), dict):
+        raise ValueError(f"checkpoint: {file} must have an object as settings, got {settings!r}")
+    return content
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

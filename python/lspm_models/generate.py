@@ -1,10 +1,12 @@
 """Generation: tokens that a language model believes come next, one by one, by a key-value cache."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 import lspm_kernels
 from lspm_kernels.recording import Recording
@@ -122,7 +124,8 @@ class _Step:
     Of a model of a hundred million weights Python takes as long as the kernels that it calls. So the first
     step is recorded, and the next one, of another token, made both ways: where a replay gives the same bits
     it makes all that follow. What torch computes, and what hooks do, is in no recording: a model that has
-    either goes on by itself.
+    either, or is compiled, goes on by itself, and so does one whose parts or weights are replaced meanwhile.
+    Values that change in place are those that kernels read.
     """
 
     def __init__(self, task: LanguageModelling, cache: KeyValueCache):
@@ -130,17 +133,29 @@ class _Step:
         self.tokens: Tensor | None = None  # (B, 1), of the recording
         self.recording = Recording()
         self.found: Tensor | None = None  # logits, of the recording
-        is_watched = any(module._forward_hooks or module._forward_pre_hooks for module in task.modules())
-        self.is_proven: bool | None = False if is_watched else None  # None: not tried yet
+        parts = list(task.modules())
+        self.hooks = [modules._global_forward_hooks, modules._global_forward_pre_hooks]
+        self.hooks += chain.from_iterable((part._forward_hooks, part._forward_pre_hooks) for part in parts)
+        held = chain.from_iterable((part._modules, part._parameters, part._buffers) for part in parts)
+        self.holders = list(filter(None, held))  # most are empty, and a step may take 100 microseconds
+        self.held = list(self._held())  # which keeps them, so that their ids stay theirs
+        self.ids, self.training = list(map(id, self.held)), task.training
+        is_more = any(map(_has_another_forward, parts))
+        self.is_proven: bool | None = False if is_more else None  # None: not tried yet
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, V) of tokens (B, 1), until the next call."""
-        if self.is_proven is False or not tokens.is_cpu:
+        if self.is_proven is not False:
+            is_same = list(map(id, self._held())) == self.ids and self.task.training == self.training
+            if not is_same or any(self.hooks) or not tokens.is_cpu:
+                self.is_proven = False
+        if self.is_proven is False:
             return _last_logits(self.task, tokens, self.cache)
         if self.tokens is None:
             self.tokens = tokens.clone()
             with self.recording:
                 self.found = _last_logits(self.task, self.tokens, self.cache)
+            self.is_proven = False if self.recording.missed else None
             return self.found
         is_another = not (self.tokens == tokens).any()
         self.tokens.copy_(tokens)
@@ -154,6 +169,15 @@ class _Step:
         if is_another:
             self.is_proven = torch.equal(logits, self.found)
         return logits
+
+    def _held(self) -> Iterator[nn.Module | Tensor | None]:
+        """What the model consists of: its parts and their tensors."""
+        return chain.from_iterable(map(dict.values, self.holders))
+
+
+def _has_another_forward(module: nn.Module) -> bool:
+    """Whether a module is wrapped or compiled, and so may be more than its class."""
+    return "forward" in vars(module) or module._compiled_call_impl is not None
 
 
 def _last_logits(task: LanguageModelling, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:

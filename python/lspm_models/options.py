@@ -87,6 +87,13 @@ class Parser(argparse.ArgumentParser):
                 keywords |= {"type": {int: _whole, float: _number, str: str}[kind], "metavar": metavar}
             group.add_argument(f"--{item.name.replace('_', '-')}", **keywords)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            value = self._get_value(action, "--")  # of --option=--, which argparse takes for a mark
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with code 2."""
         prefix, unknown = "unrecognized arguments: ", ""

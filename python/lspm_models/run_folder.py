@@ -13,6 +13,7 @@ from lspm_models.data.tokenizers import Tokenizer, load_tokenizer
 from lspm_models.files import write_atomically
 from lspm_models.json_files import read_object
 from lspm_models.models import lora
+from lspm_models.training_state import as_written
 from lspm_models.tuning import Tuning
 
 
@@ -81,7 +82,8 @@ class RunCheckpoint:
         self.path = find_checkpoint(folder).resolve()
         self.where = str(self.path)
         settings = checkpoint.read_state(self.path).get("settings", {})
-        self._init, self._tuning = settings.get("init"), Tuning(**settings.get("tuning", {}))
+        with as_written(self.path):
+            self._init, self._tuning = settings.get("init"), Tuning(**settings.get("tuning", {}))
         self._read(settings.get("model"))
 
     def _read(self, settings: Any) -> None:

@@ -26,6 +26,9 @@ class RunLog:
         step: rows after this step, of a process that was killed behind its last checkpoint, are removed.
         unit: what is counted: token, image.
         metrics: names of what is measured beside the validation loss.
+
+    Raises:
+        ValueError: a log that goes on is not one, or of other columns.
     """
 
     def __init__(
@@ -36,7 +39,8 @@ class RunLog:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path, self._unit, self._columns = self.folder / "log.csv", unit, columns(unit, metrics)
-        rows = [row for row in read_log(self.path) if step and int(row["step"]) <= step]
+        rows = _checked(self.path, self._columns) if step else []
+        rows = [row for row in rows if int(row["step"]) <= step]
         lines = [",".join(self._columns), *(",".join(row[name] for name in self._columns) for row in rows)]
         write_atomically(self.path, ("\n".join(lines) + "\n").encode())
         self._file = self.path.open("a")
@@ -75,6 +79,34 @@ def read_log(path: Path) -> list[dict[str, str]]:
         return []
     text = Path(path).read_text()
     return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+
+def _checked(path: Path, names: Sequence[str]) -> list[dict[str, str]]:
+    """Returns the rows of a log that goes on; a ValueError where someone else has written into it."""
+    try:
+        rows = read_log(path)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"log: {path} must be a CSV file in UTF-8, got {error}") from None
+    for row in rows:
+        if missing := [name for name in names if row.get(name) is None]:
+            raise ValueError(f"log: {path} must have {missing[0]} in each row, got {_shown(row)}")
+        for name in names:
+            if not _is_number(row[name], whole=name == "step") and (row[name] or name == "step"):
+                kind = "a whole number" if name == "step" else "a number or nothing"
+                raise ValueError(f"log: {path} must have {kind} as {name}, got {row[name]!r}")
+    return rows
+
+
+def _shown(row: dict[str, str]) -> str:
+    return repr(",".join(str(value) for value in row.values() if value is not None)[:60])
+
+
+def _is_number(text: str, *, whole: bool) -> bool:
+    try:
+        int(text) if whole else float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def plot_losses(log: Path, image: Path, title: str, unit: str = "token") -> None:

@@ -21,6 +21,7 @@ from lspm_models.fit_config import FREE, PRECISIONS, FitConfig, learning_rate
 from lspm_models.interruption import Interruption
 from lspm_models.progress import Progress, quantity
 from lspm_models.run_log import RunLog
+from lspm_models.training_state import as_written, checked
 
 
 @dataclass(frozen=True)
@@ -276,17 +277,16 @@ class _Fit:
             self.log.plot()
 
     def load(self, path: Path) -> None:
-        checkpoint.refuse_mismatch(checkpoint.read_state(path)["settings"], self.settings, str(path), FREE)
-        state = checkpoint.load_training(path, self.task, self.optimizer)
-        self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
-        self.train_loss, self.validation_loss, self.saved = (
-            state["train_loss"],
-            state["validation_loss"],
-            path,
-        )
-        self.recent = state.get("recent", self.recent)  # which older checkpoints have not
-        self.data.training.restore(state["data"])
-        checkpoint.restore_random_state(state["random"][self.processes.rank], self.device)
+        with as_written(path):
+            settings = checkpoint.read_state(path)["settings"]
+            checkpoint.refuse_mismatch(settings, self.settings, str(path), FREE)
+            state = checked(checkpoint.load_training(path, self.task, self.optimizer), path)
+            self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
+            self.train_loss, self.validation_loss = state["train_loss"], state["validation_loss"]
+            self.recent = state.get("recent", self.recent)  # which older checkpoints have not
+            self.data.training.restore(state["data"])
+            checkpoint.restore_random_state(state["random"][self.processes.rank], self.device)
+        self.saved = path
 
 
 class _Loss(nn.Module):

@@ -7,7 +7,6 @@ import torch
 from tiny_gpt import BOTH, CONFIG, make_task
 
 from lspm_models.generate import generate
-from lspm_models.models.lora import add_lora, lora_layers
 
 PROMPT = [7, 3, 60, 0, 21]
 
@@ -57,41 +56,6 @@ def test_cached_tokens_are_those_of_the_full_loop(context, sampling, config):
     assert (
         len(set(cached[0])) > 5 or context == 1
     )  # with one token to look at, greedy text soon repeats itself
-
-
-def runs_of_the_model(monkeypatch, task, **arguments):
-    """How often the model's forward ran, and the tokens, which are those of the full loop."""
-    forward, runs = type(task.model).forward, []
-    full = generate(task, PROMPT[:4], max_new_tokens=20, seed=5, **arguments, use_cache=False)
-    monkeypatch.setattr(type(task.model), "forward", lambda *args: runs.append(0) or forward(*args))
-    assert generate(task, PROMPT[:4], max_new_tokens=20, seed=5, **arguments) == full
-    return len(runs)
-
-
-@pytest.mark.parametrize("read_only", [False, True])
-@pytest.mark.parametrize("sequences", [1, 2])
-@pytest.mark.parametrize("config", BOTH.values(), ids=BOTH)
-def test_steps_run_by_their_kernels_once_a_replay_was_right(monkeypatch, config, sequences, read_only):
-    task = make_task(config)
-    if read_only:
-        task.read_only_(torch.int8)
-    # The prompt, what is recorded, and what it is compared with, which waits for another token in each row.
-    assert 3 <= runs_of_the_model(monkeypatch, task, sequences=sequences) < 8
-
-
-def test_steps_that_torch_takes_part_in_run_by_the_model(monkeypatch):
-    task = make_task()
-    layers = lora_layers(add_lora(task, 4, targets=["*c_attn"])).values()
-    for layer in layers:
-        torch.nn.init.normal_(layer.lora_B)
-    assert runs_of_the_model(monkeypatch, task) == 20
-
-
-def test_hooks_see_each_token(monkeypatch):
-    task, seen = make_task(), []
-    task.model.h[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs))
-    assert runs_of_the_model(monkeypatch, task) == 20
-    assert len(seen) == 40
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ import torch
 from lspm_models.image_job import ImageJob
 from lspm_models.jobs import job_of
 from lspm_models.models.resnet import ResNet
-from lspm_models.options import merge, read_config
+from lspm_models.options import Parser, merge, read_config
 from lspm_models.scene_job import JOBS
 from lspm_models.text_job import TextJob
+from lspm_models.text_options import Text
 
 CONFIGS = Path(pretrain.__file__).parent / "configs"
 SECTIONS = TextJob.sections
@@ -55,6 +56,20 @@ def test_a_name_that_is_no_text(tmp_path):
     (tmp_path / "c.toml").write_text("[model]\nmodel = ['gpt']")
     with pytest.raises(ValueError, match=r"""^model: name must be one of gpt, .*, got "\['gpt'\]"$"""):
         job_of(["--config", str(tmp_path / "c.toml")])
+
+
+def test_a_value_of_two_dashes(capsys):
+    parser = Parser("", [])
+    parser.add_config("text", Text)
+    parser.add_config("model", TextJob.sections["model"])
+    assert vars(parser.parse_args(["--prompt=--"])) == {"prompt": "--"}
+    for option in ("--tokens", "--model"):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args([f"{option}=--"])
+        assert end.value.code == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith(": --tokens: must be a whole number, got '--'")
+    assert "--model: invalid choice: '--'" in second
 
 
 def test_the_bundled_configs_are_valid():

@@ -9,7 +9,13 @@ PACKAGE, MODELS = "lspm_kernels", "python/lspm_models"
 SETUP = f"LSPM_ISAS=base LSPM_CUDA=0 {sys.executable} setup.py build_ext --inplace"
 BUILD = ("sh", "-c", f"rm -rf lspm_kernels/_cpu && {SETUP}")
 REPLAYS = ("tests/test_recording.py", "-x")
-STEPS = ("tests/models/test_generate.py", "-x", "-k", "steps or hooks or full_loop")
+STEPS = (
+    "tests/models/test_generation_steps.py",
+    "tests/models/test_generate.py",
+    "-x",
+    "-k",
+    "steps or full_loop",
+)
 in_recording = partial(Mutation, file=f"{PACKAGE}/recording.py", tests=REPLAYS)
 in_cached_attention = partial(Mutation, file=f"{PACKAGE}/ops/attention_with_kv_cache.py", tests=REPLAYS)
 in_cache = partial(Mutation, file=f"{MODELS}/models/cache.py", tests=STEPS)
@@ -19,13 +25,47 @@ MUTATIONS = [
     in_recording(
         name="recording: nothing is recorded",
         file=f"{PACKAGE}/compiled.py",
-        old="        calls.append((function, args))",
-        new="        pass",
+        old="    calls.append((function, args))",
+        new="    pass",
     ),
     in_recording(
         name="recording: it goes on behind the block",
         old="        compiled.recorded.reset(self._token)",
         new="        pass",
+    ),
+    in_recording(
+        name="recording: what torch computes is not told",
+        old="or _storages(result) - _storages((args, kwargs))",
+        new="",
+    ),
+    in_recording(
+        name="recording: what is read is not told",
+        old="name in _READS or ",
+        new="",
+    ),
+    in_recording(
+        name="recording: what is written is not told",
+        old=" or _writes(name, kwargs)",
+        new="",
+    ),
+    in_recording(
+        name="recording: modes are not asked for",
+        old="if not checks.plain():",
+        new="if False:",
+    ),
+    in_recording(
+        name="recording: a recorded call records what it calls",
+        file=f"{PACKAGE}/compiled.py",
+        old="    token = recorded.set(None)",
+        new="    token = recorded.set(calls)",
+    ),
+    Mutation(
+        name="recording: a team waits for threads that a fork has not",
+        file="csrc/cpu/team.cpp",
+        old=" || is_forked) return main();",
+        new=") return main();",
+        tests=REPLAYS,
+        command=BUILD,
     ),
     Mutation(
         name="recording: a team's other threads do nothing",
@@ -79,7 +119,22 @@ MUTATIONS = [
     ),
     in_generate(
         name="recording: hooks are left out",
-        old="False if is_watched else None",
+        old="or any(self.hooks) ",
+        new="",
+    ),
+    in_generate(
+        name="recording: what torch computes is left out",
+        old="False if self.recording.missed else None",
         new="None",
+    ),
+    in_generate(
+        name="recording: parts that are replaced meanwhile stay",
+        old="list(map(id, self._held())) == self.ids",
+        new="True",
+    ),
+    in_generate(
+        name="recording: tensors that are replaced meanwhile stay",
+        old="(part._modules, part._parameters, part._buffers)",
+        new="(part._modules,)",
     ),
 ]
