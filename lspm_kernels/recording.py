@@ -78,9 +78,9 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        name = getattr(function, "__name__", str(function))
-        if compiled.recorded.get() is not None and name not in _MAKES:
-            if name in _READS or _writes(name, kwargs) or _storages(result) - _storages((args, kwargs)):
+        name = getattr(function, "__name__", "") or str(function)
+        if name != "__get__" and compiled.recorded.get() is not None and name not in _MAKES:
+            if name in _READS or _writes(name, kwargs) or _computes(result, args, kwargs):
                 self._missed.append(name)
         return result
 
@@ -88,6 +88,12 @@ class _Watch(TorchFunctionMode):
 def _writes(name: str, kwargs: dict) -> bool:
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in _WRITES or kwargs.get("out") is not None
+
+
+def _computes(result: object, args: tuple, kwargs: dict) -> bool:
+    if not isinstance(result, Tensor | tuple | list | dict) or any(result is arg for arg in args):
+        return False
+    return bool(_storages(result) - _storages((args, kwargs)))
 
 
 def _storages(tree: object) -> set[int]:
