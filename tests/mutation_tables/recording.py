@@ -35,7 +35,7 @@ MUTATIONS = [
     ),
     in_recording(
         name="recording: what torch computes is not told",
-        old="or _storages(result) - _storages((args, kwargs))",
+        old="or _computes(result, args, kwargs)",
         new="",
     ),
     in_recording(
