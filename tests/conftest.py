@@ -26,6 +26,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
+    if named := next((item.nodeid for item in items if " at 0x" in item.nodeid), None):
+        raise pytest.UsageError(f"a test must have the same name in every process, got {named}")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -124,7 +124,6 @@ def test_a_replay_makes_nothing_of_torchs_again():
         (lambda x: torch.empty_like(x).fill_(3).shape, []),
         (lambda x: compiled.call(lambda: x.mul_(2)), []),
     ],
-    ids=str,
 )
 def test_what_a_replay_misses_is_named(function, missed):
     x = torch.randn(3, 64)
