@@ -1,4 +1,4 @@
-"""Linear for few rows of GPT-2's sizes, and for a prompt, by floats and 8-bit integers, against PyTorch's own.
+"""Linear for few rows of GPT-2's sizes, and a prompt, by floats and 8-bit integers, against PyTorch's own.
 
 Beside integers PyTorch multiplies by the same weight written out in x's dtype, and where x is bfloat16 by its
 own product of integers with a scale to a row.
