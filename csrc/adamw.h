@@ -25,11 +25,11 @@ struct AdamwStep {
   DType dtype, state_dtype;  // of param and grad, and of the moments: that or f32
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize;
-  bool
-      stochastic;  // bf16 alone: round up as often as the part that is lost is of the step between two values
-  uint64_t seed;   // element e of tensor t takes word e / 16 % 4 of the counter c = e / 64 * 16 + e % 16,
-                   // which is (c, t, 0, c >> 32), of Philox4x32-10; its high half is not below the part lost
-                   // where it rounds down
+  // bf16 alone: rounds up as often as the part that is lost is of the step between two values. Element e of
+  // tensor t takes word e / 16 % 4 of the counter c = e / 64 * 16 + e % 16, which is (c, t, 0, c >> 32), of
+  // Philox4x32-10; its high half is not below the part lost where it rounds down.
+  bool stochastic;
+  uint64_t seed;
 };
 
 struct AdamwGrad {

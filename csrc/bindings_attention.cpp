@@ -52,6 +52,7 @@ using Sequences =
 struct AttentionCall {
   lspm::AttentionShape shape;
   const int32_t *starts = nullptr, *pages = nullptr;
+  bool paged = false;  // pages is null where they are none
   int64_t key_batches, page_columns = 0;
 
   AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const Sequences& sequences,
@@ -116,7 +117,7 @@ void check_cache(const AttentionCall& call, const TensorView& k) {
   const int64_t rows = k.size(2);
   for (int64_t b = 0; b < s.batch; ++b) {
     const int64_t begin = call.starts ? call.starts[b] : 0, count = s.key_counts[b];
-    const int64_t places = call.pages ? call.page_columns * rows : rows;
+    const int64_t places = call.paged ? call.page_columns * rows : rows;
     if (begin < 0) refuse_value("key_starts", "be at least 0", begin);
     if (count < 0 || count > s.keys || begin + count > places)
       refuse_value("key_counts", "be at least 0 and within the cache", count);
@@ -149,6 +150,7 @@ void AttentionCall::set_sequences(const Sequences& sequences, const TensorView& 
   if (page_table) {
     if (!key_counts || page_table->dim() != 2)
       TensorView::refuse("pages", "have key_counts and two dimensions");
+    paged = true;
     page_columns = page_table->size(1);
     if (key_starts && page_columns != 1)
       TensorView::refuse("key_starts", "be None where a sequence has several pages");

@@ -17,18 +17,23 @@ using lspm::TensorView;
 
 namespace {
 
-// That the new keys lie in the cache and have an angle: positions rows of one.
+// That the new keys lie in the cache and have an angle: positions rows of one. Messages as Python has them
+// where it can read the counts.
 void check_counts(const int32_t* counts, const HeadsView& cache, int64_t rows, int64_t batches,
                   int64_t positions, const lspm::AppendShape& s) {
-  const int64_t places = cache.pages ? cache.page_columns * rows : rows;
+  constexpr auto kName = "attention_with_kv_cache: cache_seqlens";
+  // Not by cache.pages, which is null where a table has no columns.
+  const int64_t places = cache.page_rows ? cache.page_columns * rows : rows;
   const int64_t last = positions - std::max(s.keys, s.steps ? s.queries : 1);
   for (int64_t b = 0; b < s.batch; ++b) {
     const int64_t first = counts[b] - s.keys;
     if (first < 0 || counts[b] > places)
-      refuse_value("counts", "be at least the new keys and within the cache", counts[b]);
+      refuse_value(kName,
+                   "be from 0 to the cache's room of " + std::to_string(places) + " less " +
+                       std::to_string(s.keys) + " new keys",
+                   first);
     if (s.half && first > last)
-      throw std::invalid_argument("rotary: offsets must lie in 0 to S - T = " + std::to_string(last) +
-                                  ", got " + std::to_string(first));
+      refuse_value(kName, "be at most " + std::to_string(last) + " by the rows of cos", first);
     for (int64_t row = first; cache.pages && row < counts[b]; row = (row / rows + 1) * rows) {
       const int64_t page = cache.pages[b * cache.page_columns + row / rows];
       if (page < 0 || page >= batches)

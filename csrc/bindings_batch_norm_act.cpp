@@ -55,6 +55,7 @@ void check_running(const BatchNormActChannels& known, int64_t channels) {
 void batch_norm_act_statistics(const OptionalView& x, const TensorView& partial, const TensorView& mean,
                                const TensorView& variance, [[maybe_unused]] int threads) {
   if (partial.dim() != 3) TensorView::refuse("partial", "have 3 dimensions");
+  if (x && !x->numel()) TensorView::refuse("x", "have elements, or be None where partial is filled");
   const int64_t partials = partial.size(0), channels = partial.size(2);
   const TensorView& first = x ? *x : partial;
   auto s = shape_of(first, partials, 0, 0);

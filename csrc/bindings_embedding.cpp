@@ -34,14 +34,14 @@ void dropout_forward(const TensorView& x, const OptionalView& residual, const Te
 }
 
 // A table beside `out` and its ids, or none.
-Lookup lookup_of(const OptionalView& table, const OptionalView& ids, const char* name, const TensorView& out,
-                 const EmbeddingShape& s) {
+Lookup lookup_of(const OptionalView& table, const char* table_name, const OptionalView& ids, const char* name,
+                 const TensorView& out, const EmbeddingShape& s) {
   if (!table) return {};
-  if (table->dim() != 2 || table->size(1) != s.dim) TensorView::refuse("a table", "have out's columns");
+  if (table->dim() != 2 || table->size(1) != s.dim) TensorView::refuse(table_name, "have out's columns");
   const int64_t rows = table->size(0);
   if (!ids && (s.first < 0 || s.length < 1 || s.first + s.length > rows) && s.rows)
     TensorView::refuse("first", "leave length positions of the table");
-  return {table->contiguous("a table", out, s.dtype, rows * s.dim),
+  return {table->contiguous(table_name, out, s.dtype, rows * s.dim),
           optional(ids, name, out, s.id_dtype, s.rows), rows, name};
 }
 
@@ -60,9 +60,10 @@ void embedding_forward(const TensorView& tokens, const TensorView& weight, const
   if (norm != DType::f32 && norm != type) TensorView::refuse("norm_weight", "have out's dtype or float32");
   const EmbeddingShape s{tokens.numel(),          weight.size(-1), length, first, type, ids, norm, eps,
                          drops_of(p, scale, seed)};
-  const Lookup lookups[3] = {lookup_of(weight, tokens, "tokens", out, s),
-                             lookup_of(position_weight, positions, "positions", out, s),
-                             lookup_of(token_type_weight, token_types, "token_types", out, s)};
+  const Lookup lookups[3] = {
+      lookup_of(weight, "weight", tokens, "tokens", out, s),
+      lookup_of(position_weight, "position_weight", positions, "positions", out, s),
+      lookup_of(token_type_weight, "token_type_weight", token_types, "token_types", out, s)};
   void* pw = optional(norm_weight, "norm_weight", out, norm, s.dim);
   void* pb = optional(norm_bias, "norm_bias", out, norm, s.dim);
   void* po = out.contiguous("out", out, type, s.rows * s.dim);

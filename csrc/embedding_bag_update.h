@@ -4,8 +4,8 @@
 //   g = sum over p with indices[p] = row of s[p] * dout[bag of p] + weight_decay * weight[row]
 //   sgd:      weight[row] -= lr * g
 //   adagrad:  first[row] += mean(g ** 2);  weight[row] -= lr * g / (sqrt(first[row]) + eps)
-//   adam:     first[row] += (1 - beta1) * (g - first[row]);  second[row] += (1 - beta2) * (g ** 2 -
-//   second[row])
+//   adam:     first[row] += (1 - beta1) * (g - first[row])
+//             second[row] += (1 - beta2) * (g ** 2 - second[row])
 //             weight[row] -= lr / (1 - beta1 ** step) * first[row]
 //                            / (sqrt(second[row] / (1 - beta2 ** step)) + eps)
 #pragma once
@@ -21,10 +21,11 @@ struct RowStep {
   RowOptimizer optimizer;
   double lr, eps, beta1, beta2, weight_decay;
   int64_t step;  // from 1 on
-  bool
-      stochastic;  // bf16 alone: round up as often as the part that is lost is of the step between two values
-  uint64_t seed;   // element d of a row takes word d / 16 % 4 of the counter (d / 64 * 16 + d % 16, row) of
-                   // Philox4x32-10; its high half is not below the part lost where it rounds down
+  // bf16 alone: rounds up as often as the part that is lost is of the step between two values. Element d of a
+  // row takes word d / 16 % 4 of the counter (d / 64 * 16 + d % 16, row) of Philox4x32-10; its high half is
+  // not below the part lost where it rounds down.
+  bool stochastic;
+  uint64_t seed;
 };
 
 namespace cpu {

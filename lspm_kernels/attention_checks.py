@@ -9,6 +9,7 @@ from torch import Tensor
 from lspm_kernels import checks
 
 _LARGEST = torch.finfo(torch.float32).max
+_FAR = 2**62  # a side of a window that hides nothing; kernels add places to it in 64 bits
 
 
 def head_sizes(op: str, given: dict[str, Tensor], max_dim: int, paged: bool = False) -> None:
@@ -87,7 +88,8 @@ def sides(
     for side in window:
         if side is not None and (not isinstance(side, int) or side < 0):
             raise ValueError(f"{op}: window must have sides that are None or at least 0, got {tuple(window)}")
-    return window[0], 0 if causal else window[1]
+    left, right = (None if side is None or side >= _FAR else side for side in window)
+    return left, 0 if causal else right
 
 
 def options(

@@ -195,7 +195,7 @@ def rms_eps(op: str, x: Tensor, value: float | Tensor | None) -> float:
 
 
 def integer(op: str, name: str, value: int, least: int | None = None) -> None:
-    """Raises ValueError unless value is a whole number of 64 bits, from `least` on where that is given"""
+    """Raises ValueError unless value is a whole number of 64 bits, from `least` on where that is given."""
     known = type(value) is int  # asked first, as the others take as long as some ops
     if not known:
         known = isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)

@@ -3,8 +3,8 @@
 //
 // A thread owns up to kBlock queries of one head. It packs a tile of keys and values once for all of them,
 // and for each kForwardQueries of them computes scores, softmax and the product with the values while these
-// lie in the cache. Tiles that the window leaves nothing of are skipped, as are columns at a tile's begin and
-// end. Nothing is ever as large as queries x keys.
+// lie in the cache. Tiles that the window leaves nothing of are skipped, as are columns at a tile's ends.
+// Nothing is ever as large as queries x keys.
 #include "attention.h"
 
 #include <cmath>

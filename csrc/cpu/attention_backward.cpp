@@ -20,9 +20,8 @@ constexpr int64_t kBackwardQueries = 64;  // queries in a tile, and the depth of
 template <class O>
 struct BackwardScratch {
   alignas(64) O q[kBackwardQueries * kStride<O>], dout[kBackwardQueries * kStride<O>];
-  O k_transposed[kKeys * kMaxDim], v_transposed[kKeys * kMaxDim];  // right sides
-  O k[kKeys * kMaxDim], p[kBackwardQueries * kKeys],
-      ds[kBackwardQueries * kKeys];  // also
+  O k_transposed[kKeys * kMaxDim], v_transposed[kKeys * kMaxDim];                   // right sides
+  O k[kKeys * kMaxDim], p[kBackwardQueries * kKeys], ds[kBackwardQueries * kKeys];  // also
   O ds_left[kBackwardQueries * kStride<O>], transposed[kMaxDim * kStride<O>];
   float scores[kBackwardQueries * kScores], dscores[kBackwardQueries * kScores];
   float keep[kBackwardQueries * kScores], cap_slope[kBackwardQueries * kScores];

@@ -12,7 +12,7 @@ namespace lspm::cpu {
 constexpr int64_t kKeys = 256;  // keys in a tile: many, which spares passes over queries and sums
 constexpr int64_t kMaxDim = kMaxDepth;
 constexpr int64_t kScores = kStride<float>;  // elements from row to row of all that is float in scratch
-constexpr int64_t kSkip = 64;  // what a window hides at the begin of a tile is left out in such steps
+constexpr int64_t kSkip = 64;  // what a window hides at the beginning of a tile is left out in such steps
 
 // Whether q is multiplied by the scale as it is packed; bf16 would round it again, so there the scores are.
 template <class O>

@@ -292,7 +292,7 @@ struct Backward {
     return {g, d};
   }
 
-  // stream: by a branch, which costs nothing measurable here, as it does in rows().
+  // stream: by a branch, which costs nothing measurable here, unlike in rows().
   void sums_of_run(int64_t from, int64_t to, float* gradients, float* products, bool stream) const {
     const Backward self = *this;
     const float *const mean = known.mean(), *const scale = known.scale(), *const shift = known.shift();
@@ -353,6 +353,7 @@ void for_rows(const Shape& s, const Lines& lines, int threads, Body body) {
 // Calls body(p, from, to, room) for every run of rows; room: 4 * size() floats for the thread that calls.
 template <class Body>
 void for_runs(const Shape& s, const Lines& lines, int threads, Body body) {
+  if (!s.channels) return;  // a line would have no columns, and walk() no end
   const int64_t run = s.rows_per_partial();
   parallel_for(s.partials, s.rows * s.channels, threads, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> room(new float[4 * lines.size()]);

@@ -1,9 +1,9 @@
 // What the passes of conv2d have in common: how input and weight lie in scratch, and the tiles multiplied.
 //
-// The input's pixels are copied once, with
-// zeros around the image, so that each tap is one offset for all pixels of a row, and rows of a tile lie a
-// stride apart: an implicit GEMM, whose left side is read where the copy lies. Pixels lie an odd number of
-// cache lines apart, for else rows of a tile would share few sets of the cache.
+// The input's pixels are copied once, with zeros around the image, so that each tap is one offset for all
+// pixels of a row, and rows of a tile lie a stride apart: an implicit GEMM, whose left side is read where the
+// copy lies. Pixels lie an odd number of cache lines apart, for else rows of a tile would share few sets of
+// the cache.
 #pragma once
 #include "cpu/correlation.h"
 #include "cpu/gemm_bf16.h"

@@ -5,7 +5,6 @@
 // Bytes per logit, in sizes of T: forward 1, backward 2; with probabilities one more.
 #include "cross_entropy.h"
 
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -71,7 +70,7 @@ struct Forward : Job<T> {
   using Job<T>::Job;
   T* loss;  // of each row, or null
   float* statistics;
-  std::atomic<int64_t>* unknown;  // the first row whose class is none
+  First* unknown;  // the first row whose class is none
 
   struct Total {
     double loss = 0, weight = 0;
@@ -90,11 +89,7 @@ struct Forward : Job<T> {
 
   Total of_row(int64_t row) const {
     const CrossEntropyShape& s = this->shape;
-    if (!this->known(row)) {
-      int64_t first = unknown->load();
-      while (row < first && !unknown->compare_exchange_weak(first, row)) {
-      }
-    }
+    if (!this->known(row)) unknown->report(row);
     if (!this->known(row) || this->ignored(row)) {
       keep(row, 0, 0, 0);
       return {};
@@ -131,7 +126,7 @@ void forward(const void* logits, const void* target, const float* weight, void* 
              const CrossEntropyShape& s, int threads) {
   using Run = Forward<T>;
   Run job(logits, target, weight, s);
-  std::atomic<int64_t> unknown{s.rows};
+  First unknown;
   const bool reduced = s.reduction != Reduction::none;
   job.loss = reduced ? nullptr : static_cast<T*>(loss);
   job.statistics = statistics;
@@ -140,10 +135,10 @@ void forward(const void* logits, const void* target, const float* weight, void* 
   parallel_for(int64_t(runs.size()), s.rows * s.classes, threads, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) runs[begin] = job.run(begin * kRun, std::min((begin + 1) * kRun, s.rows));
   });
-  if (unknown < s.rows)
+  if (const int64_t row = unknown.get(); row >= 0)
     throw std::invalid_argument("cross_entropy: target must be from 0 to " + std::to_string(s.classes - 1) +
                                 " or " + std::to_string(s.ignore_index) + ", got " +
-                                std::to_string(job.classes[unknown]));
+                                std::to_string(job.classes[row]));
   typename Run::Total total;
   for (const auto& run : runs) {
     total.loss += run.loss;

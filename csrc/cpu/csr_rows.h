@@ -5,7 +5,6 @@
 // zeros.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -151,20 +150,6 @@ void add_scaled(const float* const* rows, const F (&scales)[kTargets], float* co
   for (; c < stride; c += kLanes) add_scaled_block<1, kTargets>(rows, lanes, to, c);
 }
 
-// Keeps the smallest row of those that threads report, or -1.
-class FirstRow {
- public:
-  void report(int64_t row) {
-    int64_t seen = row_.load(std::memory_order_relaxed);
-    while (uint64_t(row) < uint64_t(seen) && !row_.compare_exchange_weak(seen, row)) {
-    }
-  }
-  int64_t get() const { return row_.load(); }
-
- private:
-  std::atomic<int64_t> row_{-1};
-};
-
 // Hands out runs of rows of about the same cost to work = make(), one for each thread: work(begin, end). An
 // entry costs 1, a row kRowCost besides. Which runs there are depends on the matrix alone.
 template <class Make>
@@ -176,7 +161,10 @@ void for_runs_of_rows(const Csr& csr, int64_t k, int threads, Make make) {
     int64_t low = 0, high = csr.rows;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      (csr.indptr[middle] + middle* kRowCost < run* size ? low = middle + 1 : high = middle);
+      if (csr.indptr[middle] + middle * kRowCost < run * size)
+        low = middle + 1;
+      else
+        high = middle;
     }
     return low;
   };

@@ -1,21 +1,11 @@
 // What dropout leaves of vectors, and of rows that begin anywhere.
 #pragma once
 #include "../dropout.h"
+#include "cpu/exact.h"
 #include "cpu/pairs.h"
 #include "cpu/philox.h"
 
 namespace lspm::cpu {
-
-// v, of which the compiler knows no more: it fuses no product with the sum behind it, so that both round
-// alike on every instruction set.
-inline F unfused(F v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#else
-  asm("" : "+x"(v));
-#endif
-  return v;
-}
 
 // Drops as the loops take them.
 struct Dropper {

@@ -67,8 +67,9 @@ struct Rows {
 
 template <class W>
 struct Job {
-  // Turns of kOutputs rows until a line that is fetched is read: where rows are short, the next is too soon.
-  static constexpr int64_t kFetched = 16 << 10;  // bytes
+  // Bytes from a line that is read to the one that is fetched: where rows are short, the next turn of
+  // kOutputs rows would be too soon.
+  static constexpr int64_t kFetched = 16 << 10;
 
   const Rows<W> x;
   const void* bias;

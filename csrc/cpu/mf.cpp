@@ -7,7 +7,6 @@
 #include "mf.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -34,8 +33,7 @@ void prefetch_row(const T* row, int64_t dim) {
 // The first position of ids that are none.
 class Unknown {
  public:
-  Unknown(const char* name, const int64_t* ids, int64_t pairs, int64_t rows)
-      : name_(name), ids_(ids), pairs_(pairs), rows_(rows), first_(pairs) {}
+  Unknown(const char* name, const int64_t* ids, int64_t rows) : name_(name), ids_(ids), rows_(rows) {}
 
   // Whether all of [begin, end) are rows.
   bool known(int64_t begin, int64_t end) {
@@ -43,22 +41,20 @@ class Unknown {
     for (int64_t p = begin; p < end; ++p) largest = std::max(largest, uint64_t(ids_[p]));
     if (begin == end || largest < uint64_t(rows_)) return true;
     while (uint64_t(ids_[begin]) < uint64_t(rows_)) ++begin;
-    int64_t first = first_.load();
-    while (begin < first && !first_.compare_exchange_weak(first, begin)) {
-    }
+    first_.report(begin);
     return false;
   }
   void refuse() const {
-    if (first_ < pairs_)
+    if (const int64_t first = first_.get(); first >= 0)
       throw std::invalid_argument(std::string("mf: ") + name_ + " must be from 0 to " +
-                                  std::to_string(rows_ - 1) + ", got " + std::to_string(ids_[first_]));
+                                  std::to_string(rows_ - 1) + ", got " + std::to_string(ids_[first]));
   }
 
  private:
   const char* name_;
   const int64_t* ids_;
-  int64_t pairs_, rows_;
-  std::atomic<int64_t> first_;
+  int64_t rows_;
+  First first_;
 };
 
 template <class T>
@@ -114,7 +110,7 @@ void forward(const MfTables<const void>& tables, const int64_t* users, const int
   job.mean = mean;
   job.ratings = static_cast<T*>(ratings);
   job.dim = s.dim;
-  Unknown unknown_users("users", users, s.pairs, s.users), unknown_items("items", items, s.pairs, s.items);
+  Unknown unknown_users("users", users, s.users), unknown_items("items", items, s.items);
   const int64_t blocks = (s.pairs + kBlock - 1) / kBlock;
   parallel_for(blocks, s.pairs * (s.dim + 1), threads, [&](int64_t block, int64_t last) {
     for (; block < last; ++block) {
@@ -255,7 +251,7 @@ void one_table(const T* dratings, const int64_t* ids, const int64_t* other_ids, 
 template <class T>
 void backward(const void* dratings, const MfTables<const void>& tables, const int64_t* users,
               const int64_t* items, const MfTables<void>& gradients, const MfShape& s, int threads) {
-  Unknown unknown_users("users", users, s.pairs, s.users), unknown_items("items", items, s.pairs, s.items);
+  Unknown unknown_users("users", users, s.users), unknown_items("items", items, s.items);
   parallel_for(s.pairs, s.pairs, threads, [&](int64_t begin, int64_t end) {
     unknown_users.known(begin, end);
     unknown_items.known(begin, end);

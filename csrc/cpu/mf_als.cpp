@@ -230,8 +230,8 @@ class ConjugateGradient {
 // What a thread does with its runs of rows.
 class Worker {
  public:
-  Worker(const Problem& p, const Rows& table, const float* gram, float* factors, FirstRow& no_row,
-         FirstRow& not_definite)
+  Worker(const Problem& p, const Rows& table, const float* gram, float* factors, First& no_row,
+         First& not_definite)
       : p_(p),
         table_(table),
         factors_(factors),
@@ -272,7 +272,7 @@ class Worker {
   const Problem& p_;
   const Rows& table_;
   float* const factors_;
-  FirstRow &no_row_, &not_definite_;
+  First &no_row_, &not_definite_;
   const std::unique_ptr<Cholesky> exact_;
   const std::unique_ptr<ConjugateGradient> stepped_;
   std::vector<const float*> rows_;  // that the waiting rows' entries name
@@ -310,7 +310,7 @@ void mf_als_update(float* factors, const float* other_factors, const Csr& csr, c
   check(csr);
   const Rows table(other_factors, k, csr, threads);
   const Floats whole = options.implicit ? gram(other_factors, csr.columns, k, threads) : nullptr;
-  FirstRow no_row, not_definite;
+  First no_row, not_definite;
   for_runs_of_rows(csr, k, threads,
                    [&] { return Worker(problem, table, whole.get(), factors, no_row, not_definite); });
   failed[0] = no_row.get();
@@ -324,7 +324,7 @@ void mf_als_loss(const float* factors, const float* other_factors, const Csr& cs
   const Rows table(other_factors, k, csr, threads);
   const int64_t stride = table.stride;
   std::vector<double> of_rows(csr.rows);
-  FirstRow no_row;
+  First no_row;
   for_runs_of_rows(csr, k, threads, [&] {
     return [&, rows = std::vector<const float*>(), x = zeros(stride)](int64_t begin, int64_t end) mutable {
       for (int64_t row = begin; row < end; ++row) {

@@ -1,5 +1,8 @@
 // Sorts ratings into the blocks of a Latin square and, within a block, deals them from kHands hands.
 #include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -58,6 +61,10 @@ void mf_sgd_blocks(const MfSgdRatings& from, const uint8_t* user_part, const uin
   for (int64_t b = 0; b < blocks; ++b) {
     offsets[b] = total;
     for (int64_t r = 0; r < runs; ++r) total += std::exchange(next[b * runs + r], total);
+    if (total - offsets[b] > std::numeric_limits<int32_t>::max())  // Dealer's places have 32 bits
+      throw std::invalid_argument("rating_blocks: grid must part ratings into fewer than 2 ** 31, got " +
+                                  std::to_string(grid) + " with a block of " +
+                                  std::to_string(total - offsets[b]));
   }
   offsets[blocks] = total;
   for_each_run([&](int64_t j, int64_t& place) {

@@ -13,7 +13,7 @@ void nmf_update(float* factors, const float* other_factors, const Csr& csr, cons
   check(csr);
   const Rows table(other_factors, k, csr, threads);
   const int64_t stride = table.stride;
-  FirstRow no_row;
+  First no_row;
   for_runs_of_rows(csr, k, threads, [&] {
     return [&, rows = std::vector<const float*>(), room = zeros(3 * stride)](int64_t begin,
                                                                              int64_t end) mutable {

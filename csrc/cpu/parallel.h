@@ -74,6 +74,20 @@ void parallel_claim(int64_t n, int64_t work, int threads, Body body) {
   in_each_thread(alone ? 1 : threads, [&](int thread, int) { body(next, thread); });
 }
 
+// Keeps the smallest of the places that threads report, or -1.
+class First {
+ public:
+  void report(int64_t place) {
+    int64_t seen = place_.load(std::memory_order_relaxed);
+    while (uint64_t(place) < uint64_t(seen) && !place_.compare_exchange_weak(seen, place)) {
+    }
+  }
+  int64_t get() const { return place_.load(); }
+
+ private:
+  std::atomic<int64_t> place_{-1};
+};
+
 // Turns that threads take at what they share, each thing with turns of its own.
 struct Turns {
   std::vector<std::atomic<int64_t>> turns;

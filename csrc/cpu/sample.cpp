@@ -26,7 +26,7 @@ namespace lspm::cpu {
 namespace {
 
 constexpr int64_t kBlock = 512;  // tokens that are summed in 32 bits: at most 2 ** 31 in a lane of four
-constexpr uint32_t kAll = kLanes == 32 ? ~0u : (1u << kLanes) - 1;
+constexpr uint32_t kAll = (1u << kLanes) - 1;
 constexpr float kNone = 0x1p-41f;  // below every weight but 0
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 

@@ -58,8 +58,8 @@ inline bool has_extras(const ScoresTile& t, const AttentionShape& s, const Atten
          s.first_key(t.query + t.rows - 1) > t.key;
 }
 
-// Turns products, times `scale`, into scores: -inf where the window's begin or a mask hides them. cap_slope,
-// or null: what of a score's gradient the cap leaves.
+// Turns products, times `scale`, into scores: -inf where the window's left side or a mask hides them.
+// cap_slope, or null: what of a score's gradient the cap leaves.
 inline void add_extras(float* scores, float* cap_slope, int64_t stride, const ScoresTile& t, float scale,
                        const AttentionShape& s, const AttentionExtras& x) {
   F lane;

@@ -246,12 +246,16 @@ inline void stream_fence() {
 // Begins to bring the line at p, maybe past the end of anything, into the first-level cache or, which lets
 // more be on their way at once, the second. GCC leaves out calls of what does nothing but __builtin_prefetch.
 template <class T>
-inline void prefetch(const T* p) {
+inline void prefetch([[maybe_unused]] const T* p) {
+#if defined(__x86_64__)
   asm volatile("prefetcht0 %0" ::"m"(*reinterpret_cast<const char*>(p)));
+#endif
 }
 template <class T>
-inline void prefetch_far(const T* p) {
+inline void prefetch_far([[maybe_unused]] const T* p) {
+#if defined(__x86_64__)
   asm volatile("prefetcht1 %0" ::"m"(*reinterpret_cast<const char*>(p)));
+#endif
 }
 
 // The lanes of a and of b, one after the other, that a shuffle takes. As constants: the compiler would else

@@ -10,7 +10,6 @@
 #include "top_k_scores.h"
 
 #include <algorithm>
-#include <atomic>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -206,19 +205,17 @@ void check(const Exclusions& x, const TopKScoresShape& s, int threads) {
              std::to_string(x.indptr[b]) + " after " + std::to_string(x.indptr[b - 1]));
   }
   const int64_t first = x.indptr[0], last = x.indptr[s.queries];
-  std::atomic<int64_t> wrong{last};
+  First wrong;
   parallel_for(last - first, last - first, threads, [&](int64_t begin, int64_t end) {
     for (begin += first, end += first; begin < end; ++begin) {
       if (uint64_t(x.indices[begin]) < uint64_t(s.items)) continue;
-      int64_t known = wrong.load();
-      while (begin < known && !wrong.compare_exchange_weak(known, begin)) {
-      }
+      wrong.report(begin);
       return;
     }
   });
-  if (wrong < last)
+  if (const int64_t place = wrong.get(); place >= 0)
     refuse("exclude_indices", "be from 0 to " + std::to_string(s.items - 1),
-           std::to_string(x.indices[wrong]));
+           std::to_string(x.indices[place]));
 }
 
 template <class T>

@@ -18,7 +18,8 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, alibi_slopes=None, 
         if block_table is None:
             keys, values = k[begin:end], v[begin:end]
         else:
-            keys, values = (x[block_table[b]].flatten(0, 1)[: end - begin] for x in (k, v))
+            pages = block_table[b, : -(-(end - begin) // max(k.shape[1], 1))]  # others may name none
+            keys, values = (x[pages].flatten(0, 1)[: end - begin] for x in (k, v))
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
         out, lse = attention(
             *(x.transpose(0, 1)[None] for x in (q[q_ends[b] : q_ends[b + 1]], keys, values)),

@@ -8,12 +8,15 @@ from lspm_kernels.reference.attention import attention
 def attention_with_kv_cache(q, k_cache, v_cache, begins, counts, block_table=None, *, alibi_slopes=None,
                             return_lse=False, **options):  # fmt: skip
     """Each sequence's attention to rows begins[b] to begins[b] + counts[b] of its cache, or of its pages."""
-    found = []
+    if not len(q):
+        return attention(q, k_cache[:0], v_cache[:0], return_lse=return_lse, **options)
+    found, rows = [], max(k_cache.shape[2], 1)
     for b, (begin, count) in enumerate(zip(begins, counts, strict=True)):
-        k, v = (
-            cache[b] if block_table is None else torch.cat([*cache[block_table[b]]], 1)  # (H_kv, rows, dim)
-            for cache in (k_cache, v_cache)
-        )
+        if block_table is None:
+            k, v = k_cache[b], v_cache[b]
+        else:
+            pages = block_table[b, : -(-(begin + count) // rows)]  # others may name none
+            k, v = (cache[pages].transpose(0, 1).flatten(1, 2) for cache in (k_cache, v_cache))
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
         keys, values = (x[None, :, begin : begin + count] for x in (k, v))
         found.append(

@@ -11,7 +11,10 @@ def conv2d(
     activation: str | None = None, residual: Tensor | None = None, scale=None, shift=None,
 ) -> Tensor:  # fmt: skip
     """y = activation((conv(x, weight) + bias) * scale + shift + residual)."""
-    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    beside = bias is not None and bias.dtype != x.dtype  # float32, which F.conv2d does not take
+    z = F.conv2d(x, weight, None if beside else bias, stride, padding, dilation, groups)
+    if beside:
+        z = z + bias.view(-1, 1, 1)
     if scale is not None:
         z = z * scale.view(-1, 1, 1)
     if shift is not None:

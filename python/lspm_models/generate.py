@@ -140,6 +140,7 @@ class _Step:
         self.holders = list(filter(None, held))  # most are empty, and a step may take 100 microseconds
         self.held = list(self._held())  # which keeps them, so that their ids stay theirs
         self.ids, self.training = list(map(id, self.held)), task.training
+        self.dtype = task.head_weight.dtype  # which changes in place, as by task.half()
         is_more = any(map(_has_another_forward, parts))
         self.is_proven: bool | None = False if is_more else None  # None: not tried yet
 
@@ -147,6 +148,7 @@ class _Step:
         """(B, V) of tokens (B, 1), until the next call."""
         if self.is_proven is not False:
             is_same = list(map(id, self._held())) == self.ids and self.task.training == self.training
+            is_same = is_same and self.task.head_weight.dtype == self.dtype
             if not is_same or any(self.hooks) or not tokens.is_cpu:
                 self.is_proven = False
         if self.is_proven is False:

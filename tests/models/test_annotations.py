@@ -72,11 +72,11 @@ def packed(lengths):
     return text
 
 
-def coco(tmp_path, annotations):
+def coco(tmp_path, annotations, width=6):
     content = {
         "categories": [{"id": 7, "name": "owl"}, {"id": 3, "name": "cat"}],
         "images": [
-            {"id": 50, "file_name": "a.jpg", "width": 6, "height": 4},
+            {"id": 50, "file_name": "a.jpg", "width": width, "height": 4},
             {"id": 51, "file_name": "b.jpg", "width": 6, "height": 4},
         ],
         "annotations": annotations,
@@ -109,6 +109,14 @@ def test_coco(tmp_path):
     mask = mask_of(found.images[0])
     assert mask[:3, :3].tolist() == [[2] * 3] * 3  # a polygon's corners are in it
     assert mask.sum() == 18
+
+
+def test_sizes_of_coco_may_be_whole_floats(tmp_path):
+    found = coco(tmp_path, [], width=6.0)
+    assert mask_of(found.images[0]).shape == (4, 6)
+    for width in (6.5, math.nan):
+        with pytest.raises(ValueError, match=rf"must be COCO's JSON, got ValueError\('width is {width}'\)$"):
+            coco(tmp_path, [], width=width)
 
 
 @pytest.mark.parametrize("compressed", [True, False])

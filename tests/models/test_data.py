@@ -34,8 +34,11 @@ def test_the_tail_of_a_single_file_is_set_aside(tmp_path, characters):
     corpus = corpus_of(tmp_path, ["return " * 100])
     tokens = tokens_for(corpus, characters, tmp_path / "t", validation=0.25, split="auto")
     assert (len(tokens.ids), tokens.boundary) == (701, 701 - 175)
-    with pytest.raises(ValueError, match=r"^corpus: split=document must have at least 5 documents .* got 1$"):
+    with pytest.raises(ValueError, match=r"^corpus: split=document must have at least 4 documents .* got 1$"):
         tokens_for(corpus, characters, tmp_path / "t", validation=0.25, split="document")
+    corpus = corpus_of(tmp_path, ["return "] * 4)
+    tokens = tokens_for(corpus, characters, tmp_path / "t", validation=0.25, split="document")
+    assert (len(tokens.ids), tokens.boundary) == (32, 24)
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path):

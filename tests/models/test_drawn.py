@@ -155,6 +155,11 @@ def test_missing_images_are_left_out_and_a_wrong_size_is_an_error(tmp_path):
     found = Annotations([images[2], other], NAMES)
     assert agreeing(found, masks=True) == [other]
     assert found.skipped == {str(images[2].path): "has boxes without masks"}
+    many = tuple(map(str, range(255)))
+    assert agreeing(Annotations([other], many), masks=False) == [other]
+    assert agreeing(Annotations([other], many[1:]), masks=True) == [other]
+    with pytest.raises(ValueError, match=r"^annotations: classes must be fewer than 255 for masks, got 255$"):
+        agreeing(Annotations([other], many), masks=True)
 
 
 def test_a_turned_photo_may_be_annotated_either_way(tmp_path):

@@ -116,6 +116,13 @@ def test_a_model_that_changes_meanwhile(change):
     check_change(make_task, change)
 
 
+@pytest.mark.parametrize("by_the_model", [False, True])
+def test_another_dtype_meanwhile_is_not_the_caches(by_the_model):
+    rule = r"^attention_with_kv_cache: k_cache must have q's dtype torch\.float16, got torch\.float32$"
+    with pytest.raises(ValueError, match=rule):
+        changed_behind_a_token(make_task, torch.nn.Module.half, by_the_model)
+
+
 def test_adapters_that_leave_the_weights_meanwhile():
     def make():
         task = adapted(make_task())

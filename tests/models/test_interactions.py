@@ -186,6 +186,7 @@ def test_ids_go_both_ways():
     ids = Ids()
     assert [ids.add(name) for name in (3.0, 3, "3", "x", np.int64(4))] == [0, 0, 0, 1, 2]
     assert [type(name) for name in ids.names] == [int, str, int]  # which JSON keeps
+    assert (ids.place(4.0, -1), 4.0 in ids, ids.internal([4.0, "3"]).tolist()) == (2, True, [2, 0])
     offsets, places = found.by_user()
     assert (offsets.tolist(), places.tolist(), found.popularity().tolist()) == ([0, 2, 3], [0, 2, 1], [2, 1])
 

@@ -32,6 +32,8 @@ def test_tables_and_json_lines_are_read(tmp_path):
         found = open_texts(str(tmp_path / name), **columns)
         assert sorted(item[:2] for item in found.training) == expected, name
         assert (found.held_out, found.labels) == ((), ("no", "yes"))
+    with pytest.raises(ValueError, match=r"^data: columns must be numbered from 1, got 0$"):
+        open_texts(str(tmp_path / "b.tsv"), text="0", label="1")
     (tmp_path / "e.jsonl").write_text('{"text": "a", "label": 3}\n{"text": "b", "label": 4}')
     assert open_texts(str(tmp_path / "e.jsonl")).labels == ("3", "4")
 

@@ -46,6 +46,7 @@ def test_ratings_take_the_place_of_others_but_of_nothing_else(tmp_path):
         ([drawn()[:3], drawn()], "batches must all have 3 columns, got 4"),
         ([drawn()[:2]], "a batch must be 3 or 4 columns of one length"),
         ([(torch.tensor([2**31]), torch.tensor([0]), torch.tensor([1.0]))], "users must fit 32 bits"),
+        ([(torch.tensor([0]), torch.tensor([1.5]), torch.tensor([1.0]))], "items must be integers"),
         ([(torch.tensor([-1]), torch.tensor([0]), torch.tensor([1.0]))], "users must be from 0 to"),
     ],
 )

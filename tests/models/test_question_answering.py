@@ -108,6 +108,8 @@ def test_windows_cover_the_text_and_answers_stand_in_them(tokenizer, tmp_path, c
         for start in range(len(context))
         if context.startswith(text, start)
     ] + [Question("none", "Where?", context)]
+    with pytest.raises(ValueError, match=r"^data: stride must be at least 1, got 0$"):
+        windows(questions, tokenizer, length=60, stride=0)
     for kind, length in ((tokenizer, 60), (characters, 70), (characters, 300)):
         found = windows(questions, kind, length=length, stride=10)
         end = kind.end_of_text

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lspm_models.data.mask_tokenizer import MaskTokenizer
+from lspm_models.data.pretrained_tokenizer import PretrainedTokenizer
 from lspm_models.data.tokenizers import (
     ByteBpe,
     Characters,
@@ -15,6 +17,7 @@ from lspm_models.data.tokenizers import (
     without_surrogates,
 )
 
+MARKS = {"vocabulary_size": 300, "end_of_text": 299, "stops": [299]}
 ANY_TEXT = st.text(st.characters(exclude_categories=[]))  # surrogates too
 
 
@@ -39,6 +42,17 @@ def test_characters_give_known_text_back_and_mark_the_rest(sample, characters, t
 def test_a_surrogate_pair_is_its_character_and_a_lone_one_is_marked():
     assert without_surrogates("a\ud83d\ude00b") == "a\U0001f600b"
     assert without_surrogates("\ude00a\ud83d") == "\ufffda\ufffd"
+
+
+@given(ANY_TEXT)
+@example("a\ud83d\ude00b \ud800")
+def test_spans_are_those_of_the_text_that_is_encoded(bpe, characters, text):
+    shown = without_surrogates(text)
+    ours = MaskTokenizer.of(bpe), PretrainedTokenizer.from_json(bpe.to_json() | {"marks": MARKS})
+    for tokenizer in (bpe, characters, *ours):
+        ((ids, spans),) = tokenizer.encode_with_spans([text])
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+        assert "".join(shown[first:last] for first, last in dict.fromkeys(map(tuple, spans))) == shown
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

@@ -56,8 +56,9 @@ MUTATIONS = [
     ),
     in_cpu(
         name="cross_entropy, cpu: the last of several wrong classes is named",
-        old="while (row < first &&",
-        new="while (row != first &&",
+        file="csrc/cpu/parallel.h",
+        old="while (uint64_t(place) < uint64_t(seen) &&",
+        new="while (place != seen &&",
     ),
     in_cpu(
         name="cross_entropy, cpu: the mean over rows, whatever they weigh",

@@ -27,7 +27,7 @@ in_triton = partial(
 MUTATIONS = [
     in_exact(
         name="sample, cpu: products are added unrounded where there is an instruction for it",
-        old='  asm("" : "+v"(product));\n',
+        old='  asm("" : "+v"(v));\n',
         new="",
     ),
     in_exact(

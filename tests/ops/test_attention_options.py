@@ -264,3 +264,12 @@ def test_a_head_without_its_sink():
         lambda q, k, v, sinks: reference.attention(q, k, v, mask=mask, sinks=sinks),
         [*torch.randn(3, 1, 2, 6, 16), torch.tensor([-torch.inf, 0.3])],
     )
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("side", [2**62 - 1, 2**63 - 1, 2**70])
+def test_a_window_wider_than_any_text_hides_nothing(side):
+    q, k, v = torch.randn(3, 2, 4, 40, 16)
+    expected = lk.attention(q, k, v)
+    for window in ((side, side), (None, side), (side, None)):
+        assert torch.equal(lk.attention(q, k, v, window=window), expected)

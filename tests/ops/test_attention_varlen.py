@@ -174,6 +174,17 @@ def test_a_table_without_pages():
     assert torch.equal(out, torch.zeros(5, 4, 16)) and (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize("unused", [-9, 99])
+def test_a_table_names_pages_where_keys_are(unused):
+    q, pages = torch.randn(5, 4, 16), torch.randn(6, 8, 2, 16)
+    starts, table = (torch.tensor([0, 2, 5]), torch.tensor([0, 8, 17])), torch.tensor([[4, unused], [5, 0]])
+    ours, theirs = (
+        lk.attention_varlen(q, pages, pages, *starts, block_table=table, backend=backend)
+        for backend in ("cpu", "reference")
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_memory_is_linear_in_the_length():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 64  # MiB; one head's scores of the longer sequence alone would be 309

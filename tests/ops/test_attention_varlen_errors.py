@@ -125,3 +125,5 @@ def test_the_binding_refuses_what_would_touch_other_memory():
     }.items():
         with pytest.raises(ValueError, match=f"pages must {message}"):
             forward(None, None, i32(1, 9), table, 2, 9, dense[0], pages)
+    with pytest.raises(ValueError, match=within + "1"):  # a table without columns has no memory
+        forward(None, None, i32(1, 1), TABLE.int()[:, :0], 2, 9, dense[0], pages)

@@ -245,6 +245,23 @@ def test_same_bits_wherever_rows_lie(dtype):
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
+@pytest.mark.parametrize("unused", [-9, 99])
+def test_a_table_names_pages_where_keys_are(unused):
+    pages, q, table = torch.randn(2, 3, H_KV, 8, D), torch.randn(2, H, 1, D), [[2, unused], [0, 1]]
+    options = {"cache_seqlens": torch.tensor([8, 9]), "block_table": torch.tensor(table)}
+    ours, theirs = (lk.attention_with_kv_cache(q, *pages, **options, backend=b) for b in ("cpu", "reference"))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_sequences_and_no_pages(backend):
+    cache, q, options = torch.randn(2, 3, H_KV, 8, D), torch.randn(2, H, 1, D), {"backend": backend}
+    out, lse = lk.attention_with_kv_cache(q[:0], *cache[:, :0], return_lse=True, **options)
+    assert out.shape == (0, H, 1, D) and lse.shape == (0, H, 1) and lse.dtype == F32
+    none = {"cache_seqlens": torch.zeros(2, dtype=torch.int32), "block_table": torch.zeros(2, 0).int()}
+    assert torch.equal(lk.attention_with_kv_cache(q, *cache, **none, **options), torch.zeros_like(q))
+
+
 @pytest.mark.every_backend
 @pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["dense", "pages of 16"])

@@ -123,13 +123,17 @@ def test_the_kernel_checks_what_a_trace_cannot():
             traced(*given)
 
 
+COUNTS = "^attention_with_kv_cache: cache_seqlens must be"
+
+
 @pytest.mark.parametrize(
     ("message", "at", "table"),
     [
-        ("counts must be at least the new keys and within the cache, got 2", AT - 8, TABLE),
-        ("counts must be at least the new keys and within the cache, got 65", AT + 18, TABLE),
+        (f"{COUNTS} from 0 to the cache's room of 64 less 3 new keys, got -1", AT - 8, TABLE),
+        (f"{COUNTS} from 0 to the cache's room of 64 less 3 new keys, got 62", AT + 18, TABLE),
+        (f"{COUNTS} from 0 to the cache's room of 0 less 3 new keys, got 7", AT, TABLE[:, :0]),
         ("pages must be at least 0 and below 9, got 9", AT, TABLE + 3),
-        ("rotary: offsets must lie in 0 to S - T = 57, got 58", AT + 14, TABLE),
+        (f"{COUNTS} at most 57 by the rows of cos, got 58", AT + 14, TABLE),
     ],
 )
 def test_the_kernel_that_appends_checks_what_it_reads(message, at, table):

@@ -91,3 +91,10 @@ def test_the_binding_refuses_what_would_touch_other_memory():
         sums(x, x, None, None, None, vector, vector, y, partial[..., :3].contiguous(), found, 1e-5, 0, 1)
     with pytest.raises(ValueError, match="partial must have 3 dimensions"):
         compiled.cpu.batch_norm_act_statistics(x, found, vector, vector, 1)
+    with pytest.raises(ValueError, match="x must have elements, or be None where partial is filled"):
+        compiled.cpu.batch_norm_act_statistics(x[:0], torch.zeros(1, 3, 40), vector, vector, 1)
+
+
+def test_the_binding_ends_where_there_are_no_channels():
+    x, vector, partial, sums = torch.ones(6, 0), torch.ones(0), torch.empty(1, 2, 0), torch.empty(2, 0)
+    compiled.cpu.batch_norm_act_sums(x, x, None, None, None, vector, vector, None, partial, sums, 1e-5, 0, 1)

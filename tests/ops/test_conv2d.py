@@ -62,6 +62,13 @@ def test_against_the_reference(name, dtype):
 
 
 @pytest.mark.every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_of_float32(dtype):
+    x, weight, bias = tensors(dtype=dtype, bias=True)
+    oracle.check(*both("3x3"), [x, weight, bias.float() * 1.001])
+
+
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["1x1", "3x3-strided", "7x7-stem"])
 def test_weights_in_channels_last_and_inputs_that_are_not(name, dtype):

@@ -129,7 +129,8 @@ def test_the_binding_refuses_what_would_touch_other_memory():
     forward()
     for message, call in {
         "out must have another number of elements": lambda: forward(out=torch.empty(2, 2, 8)),
-        "a table must have out's columns": lambda: forward(position_weight=torch.empty(9, 7)),
+        "position_weight must have out's columns": lambda: forward(position_weight=torch.empty(9, 7)),
+        "weight must have the dtype that the contract names": lambda: forward(weight=TABLE.half()),
         "first must leave length positions": lambda: forward(position_weight=TABLE, first=48),
         "tokens must be int32 or int64": lambda: forward(tokens=TOKENS.short()),
         "token_types must be there": lambda: forward(types=TABLE),

@@ -148,7 +148,7 @@ def read_coco(file: str | Path, images: str | Path) -> Annotations:
         described = {
             item["id"]: (
                 _typed(item, "file_name", str),
-                *(_typed(item, side, (int, float)) for side in ("width", "height")),
+                *(_pixels(item, side) for side in ("width", "height")),
             )
             for item in content["images"]
         }
@@ -189,6 +189,13 @@ def _typed(item: dict, name: str, kinds: type | tuple[type, ...]):
     if not isinstance(item[name], kinds):
         raise TypeError(f"{name} of {type(item[name]).__name__}")
     return item[name]
+
+
+def _pixels(item: dict, name: str) -> int:
+    number = _typed(item, name, (int, float))
+    if not float(number).is_integer():
+        raise ValueError(f"{name} is {number}")
+    return int(number)  # some tools write 640.0
 
 
 def _outline(segmentation: list | dict | None) -> list[np.ndarray] | dict:

@@ -167,10 +167,14 @@ def agreeing(found: Annotations, *, masks: bool) -> list[Annotated]:
         masks: whether every object must have an outline or a mask.
 
     Raises:
-        ValueError: an annotation says another size than its image has, there are boxes only where masks are
-            wanted, or no image is left.
+        ValueError: an annotation says another size than its image has, there are boxes only or too many
+            classes where masks are wanted, or no image is left.
     """
     kept, drawn = [], any(image.mask is not None for image in found.images)
+    if masks and len(found.classes) >= UNCOUNTED:  # a pixel of a mask is a byte
+        raise ValueError(
+            f"annotations: classes must be fewer than {UNCOUNTED} for masks, got {len(found.classes)}"
+        )
     if masks and not drawn and not any(any(map(len, image.outlines)) for image in found.images):
         raise ValueError("annotations: objects must have outlines or masks to learn from, got boxes only")
     for image in found.images:

@@ -44,8 +44,7 @@ class Ids:
         Raises:
             ValueError: the name is empty, negative, or no id at all.
         """
-        if isinstance(name, float) and name.is_integer():
-            name = int(name)  # pandas makes floats of whole numbers where one is missing
+        name = _whole(name)
         text = str(name)
         place = self._places.get(text)
         if place is None:
@@ -66,11 +65,11 @@ class Ids:
         return len(self.names)
 
     def __contains__(self, name: Any) -> bool:
-        return str(name) in self._places
+        return str(_whole(name)) in self._places
 
     def place(self, name: Any, default: int) -> int:
         """Returns the internal id of a name, or the default where it is not known."""
-        return self._places.get(str(name), default)
+        return self._places.get(str(_whole(name)), default)
 
     def internal(self, names: Sequence, what: str = "ids: id") -> Tensor:
         """Returns the internal ids (N,) int64 of names.
@@ -79,7 +78,7 @@ class Ids:
             ValueError: a name is not known.
         """
         try:
-            return torch.tensor([self._places[str(name)] for name in names], dtype=torch.int64)
+            return torch.tensor([self._places[str(_whole(name))] for name in names], dtype=torch.int64)
         except KeyError as error:
             raise ValueError(f"{what} must be one of the {len(self)} known, got {error}") from None
 
@@ -253,6 +252,11 @@ class Interactions:
 def offsets_of(counts: Tensor) -> Tensor:
     """Returns where each of N rows of so many entries begins, and where the last ends, (N + 1,)."""
     return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _whole(name: Any) -> Any:
+    """Returns an id, whole floats as ints: pandas makes those of whole numbers where one is missing."""
+    return int(name) if isinstance(name, float) and name.is_integer() else name
 
 
 def _listed(values: Any) -> Sequence:

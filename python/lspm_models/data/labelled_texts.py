@@ -136,6 +136,8 @@ def _table_rows(file: Iterable[str], path: Path, names: Sequence[str]) -> Iterat
     try:
         if all(name.isdecimal() for name in names):
             places = [int(name) - 1 for name in names]
+            if min(places) < 0:
+                raise ValueError("data: columns must be numbered from 1, got 0")
         else:
             header = [cell.strip() for cell in next(reader, [])]
             for name in names:
@@ -145,7 +147,7 @@ def _table_rows(file: Iterable[str], path: Path, names: Sequence[str]) -> Iterat
             places = [header.index(name) for name in names]
         for cells in reader:
             if cells:
-                if len(cells) <= max(places) or min(places) < 0:
+                if len(cells) <= max(places):
                     got = f"{len(cells)} in line {reader.line_num}"
                     raise ValueError(f"data: {path} must have {max(places) + 1} columns, got {got}")
                 yield reader.line_num, [cells[place] for place in places]

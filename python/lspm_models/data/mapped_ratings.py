@@ -95,12 +95,10 @@ def _append(folder: Path, batches: Iterable[tuple[Tensor, ...]]) -> tuple[int, l
             raise ValueError(f"ratings: a batch must be 3 or 4 columns of one length, got {got}")
         names = list(COLUMNS)[: len(batch)]
         for name, column in zip(names, batch, strict=True):
-            low, high = -(2**31), 2**31 - 1
-            if (
-                COLUMNS[name] == torch.int32
-                and len(column)
-                and not low <= column.min() <= column.max() <= high
-            ):
+            of_ids, low, high = COLUMNS[name] == torch.int32, -(2**31), 2**31 - 1
+            if of_ids and column.is_floating_point():
+                raise ValueError(f"ratings: {name} must be integers, got {column.dtype}")
+            if of_ids and len(column) and not low <= column.min() <= column.max() <= high:
                 raise ValueError(f"ratings: {name} must fit 32 bits, got {column.min()} to {column.max()}")
             with (folder / f"{name}.bin").open("ab") as file:
                 file.write(column.to(COLUMNS[name]).contiguous().numpy().tobytes())

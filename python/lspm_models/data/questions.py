@@ -121,8 +121,10 @@ def windows(questions: Sequence[Question], tokenizer: Tokenizer, *, length: int,
         stride: tokens from one row of a context to the next, at most; no token is left out.
 
     Raises:
-        ValueError: a question leaves no room for its context.
+        ValueError: a question leaves no room for its context, or stride is less than 1.
     """
+    if stride < 1:
+        raise ValueError(f"data: stride must be at least 1, got {stride}")
     begin, end = begin_and_end(tokenizer)
     contexts = dict.fromkeys(item.context for item in questions)
     contexts = dict(zip(contexts, tokenizer.encode_with_spans(list(contexts)), strict=True))

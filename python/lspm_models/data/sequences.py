@@ -22,7 +22,7 @@ class Sequences:
     """Rows of token ids of any length, and what each shall give.
 
     Args:
-        tokens: N int64 arrays.
+        tokens: N arrays of ids.
         targets: (N,) or (N, K) int64.
     """
 
@@ -34,7 +34,7 @@ class Sequences:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(N,)."""
+        """How many tokens each row has, (N,) int64."""
         return np.array([len(row) for row in self.tokens], np.int64)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
         """Returns the ids of several texts, in parallel where that helps."""
 
     def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns ids (T,) and the characters (T, 2), from and to, that each of them stands for."""
+        """Returns ids (T,) and their characters (T, 2), from and to, in without_surrogates(text)."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; end_of_text gives nothing, half a character gives U+FFFD."""
@@ -125,7 +125,8 @@ class ByteBpe(Unmarked):
 
     def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns ids and their characters; those of one character's bytes all stand for it."""
-        return with_spans(self._tokenizer.encode_batch(list(texts), add_special_tokens=False))
+        texts = [without_surrogates(text) for text in texts]
+        return with_spans(self._tokenizer.encode_batch(texts, add_special_tokens=False))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; end_of_text gives nothing, half a character gives U+FFFD."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def tokens_for(
     held_out = int(len(corpus.documents) * validation)
     if split == "document" and validation and not held_out:
         raise ValueError(
-            f"corpus: split=document must have at least {int(1 / validation) + 1} documents "
+            f"corpus: split=document must have at least {math.ceil(1 / validation)} documents "
             f"to set {validation:g} of them aside, got {len(corpus.documents)}"
         )
     by_document = held_out > 0 and split != "tail"
