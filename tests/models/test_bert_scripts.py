@@ -169,6 +169,12 @@ def test_a_mistake_is_one_line(run, trained, text, tmp_path, characters):
     refused(
         run(predict, folder, "--similarity"), r"predict\.py: output: similarity must be beside text, got none"
     )
+    message = r"predict\.py: output: question must have a model that answers, got 'why'"
+    refused(run(predict, folder, "--text", "[MASK]", "--question", "why"), message)
+    message = rf"predict\.py: predict: model must see images, or have --text, got that of bert in {folder}"
+    refused(run(predict, folder, "a.png"), message)
+    message = r"predict\.py: give image files, or texts behind --text, not both"
+    refused(run(predict, folder, "a.png", "--text", "[MASK]"), message)
     task = make_bert(replace(BERT, vocabulary_size=characters.vocabulary_size + 3))
     save_pretrained(task.model, tmp_path / "bare", MaskTokenizer.of(characters))
     missing = r"pretrained: .*bare must hold cls\.predictions\.bias, .* and 2 more, got none of them"
@@ -188,7 +194,7 @@ def test_text_needs_a_bert(run, tmp_path):
     save_pretrained(make_task(), tmp_path / "gpt")
     refused(
         run(predict, tmp_path / "gpt", "--text", "[MASK]"),
-        r"predict\.py: predict: text must have a BERT, got a gpt in .*gpt",
+        r"predict\.py: predict: text must have a BERT, got a gpt in .*gpt; see generate\.py --prompt",
     )
 
 
