@@ -110,6 +110,21 @@ def test_goes_on_from_a_run_and_from_a_folder_with_a_head(run, trained, text, tm
     refused(run(finetune, "--resume", out, "--no-whole-words"), message)
 
 
+def test_adapters_are_beside_its_attention(run, trained, text, tmp_path):
+    arguments = ("--lora-rank", 2, "--learning-rate", 0.1, *SHORT, "--batch-size", 4, "--device", "cpu")
+    code, _, err = run(
+        finetune, "--init", trained[0], "--corpus", text, *arguments, "--out", tmp_path / "tuned"
+    )
+    assert (code, err) == (0, "")
+    before, after = (
+        dict(open_source(path).task().named_parameters()) for path in (trained[0], tmp_path / "tuned")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layer = "model.encoder.layer.0.attention"
+    parts = "self.query", "self.key", "self.value", "output.dense"
+    assert changed == {f"{layer}.{part}.weight" for part in parts}
+
+
 def test_says_what_may_stand_in_a_gap(run, trained):
     folder, _ = trained
     source = open_source(folder)

@@ -241,6 +241,12 @@ def test_fine_tuning_replaces_the_head_where_the_classes_are_others(run, trained
     refused(run(finetune, "--model", other, "--init", path, "--data", data), message)
 
 
+def test_a_picture_for_annotations_is_told_in_short(run, tmp_path):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "photo.png")
+    code, _, err = run(pretrain, "--model", "unet", "--data", tmp_path / "photo.png", "--out", tmp_path / "a")
+    assert code == 2 and "photo.png must be COCO's JSON, got UnicodeDecodeError" in err and len(err) < 400
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
