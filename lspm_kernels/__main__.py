@@ -6,6 +6,7 @@ import pkgutil
 import signal
 import sys
 from importlib import metadata
+from typing import NoReturn
 
 import torch
 
@@ -69,9 +70,14 @@ def _triton() -> str:
     return f"triton {triton.__version__}"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
+
+
 def main(arguments: list[str] | None = None) -> int | None:
     """Runs the command that arguments, or the command line, say; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lspm_kernels", description="What lspm_kernels has here.")
+    parser = _Parser(prog="python -m lspm_kernels", description="What lspm_kernels has here.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser(
         "info", help="what was built, what this machine has, why a backend is refused"

@@ -42,20 +42,18 @@ def main() -> int:
     unread = 0
     with errors_in_one_line(parser.prog):
         output = Output(**given(arguments, {"output": Output})["output"])
+        if bool(arguments.images) == bool(output.text):
+            parser.error("give image files, or texts behind --text" + ", not both" * bool(output.text))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if output.text and not task_in(arguments.folder):
             return read(arguments.folder, output, device)
-        if not arguments.images and not output.text:
-            parser.error("give image files, or texts behind --text")
         predictor = load_predictor(arguments.folder, device, output)
         for name in lines(output.text) if output.text else arguments.images:
             try:
-                found = predictor(name)
+                print(name, predictor(name), sep="   ")
             except ValueError as error:
                 sys.stderr.write(f"{parser.prog}: {name}: {error}\n")
                 unread += 1
-                continue
-            print(name, found, sep="   ")
     return 1 if unread else 0
 
 
@@ -66,6 +64,8 @@ def lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def read(folder: str, output: Output, device: str) -> int:
+    if output.question is not None:
+        raise ValueError(f"output: question must have a model that answers, got {output.question!r}")
     if output.similarity:
         lines = similarities(folder, output.text, device)
     else:

@@ -199,6 +199,13 @@ def test_bad_input_is_one_sentence(command, model, options, message):
     assert err == f"bench: {message}\n" or message.endswith("raised")
 
 
+def test_an_option_that_is_none_is_one_line(capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["bench", "hf:gpt2", "--dtype", "bf16"])
+    choices = "--dtype: invalid choice: 'bf16' (choose from 'float32', 'bfloat16', 'float16')"
+    assert capsys.readouterr().err == f"python -m lspm_kernels bench: {choices}; see --help\n"
+
+
 def test_the_rule():
     ones, eps = torch.ones(3, dtype=torch.float64), torch.finfo(torch.float32).eps
     before, truth = {"a": ones + 1e-5, "b": ones}, {"a": ones, "b": ones}

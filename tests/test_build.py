@@ -175,4 +175,5 @@ def test_info_says_what_runs_and_why_the_rest_does_not():
     assert run(sys.executable, "-m", "lspm_kernels", "backends")[:2] == (0, backends() + "\n")
     assert run("sh", "-c", f"{sys.executable} -m lspm_kernels info | head -n 0")[1:] == ("", "")
     code, _, errors = run(sys.executable, "-m", "lspm_kernels", "inof")
-    assert code == 2 and "invalid choice" in errors
+    choices = "invalid choice: 'inof' (choose from 'info', 'backends', 'bench')"
+    assert (code, errors) == (2, f"python -m lspm_kernels: COMMAND: {choices}; see --help\n")

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -263,6 +264,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint: {path} must be there, got no such file") from error
     except SafetensorError as error:
         raise ValueError(f"checkpoint: {path} must be a whole safetensors file, got {error}") from error
+
+
+def described(settings: Any, known: Collection[str]) -> str:
+    """Returns what a message says of a checkpoint's model: its name, where that is not one of the known."""
+    content = settings if isinstance(settings, dict) else {}
+    for name in (content.get("task"), content.get("model")):
+        if isinstance(name, str) and name not in known:
+            return f"that of {name}"
+    text = repr(settings)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -109,7 +109,8 @@ def _padded(
 def _opened(path: str | Path) -> RunCheckpoint | Pretrained:
     source = open_source(path)
     if not isinstance(source.config, BertConfig):
-        raise ValueError(f"predict: text must have a BERT, got a {name_of(source.config)} in {path}")
+        got = f"a {name_of(source.config)} in {path}; see generate.py --prompt"
+        raise ValueError(f"predict: text must have a BERT, got {got}")
     return source
 
 

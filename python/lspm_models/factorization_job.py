@@ -18,7 +18,7 @@ from lspm_models.models.factor_methods import IMPLICIT, METHODS, UNWEIGHTED
 from lspm_models.models.factorization_config import MatrixFactorizationConfig
 from lspm_models.models.matrix_factorization import MatrixFactorization
 from lspm_models.options import Parser, errors_in_one_line, fail, option
-from lspm_models.progress import Progress, duration
+from lspm_models.progress import Progress, counted, duration
 from lspm_models.recommender_metrics import mae, rmse
 from lspm_models.scripts import Run
 
@@ -103,11 +103,12 @@ class FactorizationJob:
         training, held_out = prepare_ratings(run.data, run.folder, run.report)
         model = MatrixFactorization(run.model.config(run.training.epochs, run.training.seed))
         if run.resume and (found := checkpoints(run.folder / "checkpoints")):
-            epochs = model.config
+            wanted = model.config
             model = MatrixFactorization.read(found[-1], training)
-            model.config = epochs
+            model.config = wanted
         config = model.config
-        run.report(f"model      {config.method}, {config.factors} factors, {config.epochs} epochs\n")
+        factors, epochs = counted(config.factors, "factor"), counted(config.epochs, "epoch")
+        run.report(f"model      {config.method}, {factors}, {epochs}\n")
         if training.weights is not None and config.method in UNWEIGHTED:
             run.report(f"weights    are left out: {config.method} takes each rating as one\n")
         progress, began = Progress(run.report, unit="rating"), time.monotonic()
@@ -135,9 +136,7 @@ class FactorizationJob:
             run.report(f"\ninterrupted after epoch {model.epochs_done}, which is saved; go on with")
             run.report(f"  python python/{program} --resume {run.folder}")
             return 128 + interruption.received
-        run.report(
-            f"\ntrained    {config.epochs} epochs; this session took {duration(time.monotonic() - began)}"
-        )
+        run.report(f"\ntrained    {epochs}; this session took {duration(time.monotonic() - began)}")
         run.report(f"checkpoint {checkpoints(run.folder / 'checkpoints')[-1]}")
         user = training.user_ids.names[int(training.users[0])]
         run.report(f"try it     python python/recommend.py evaluate {run.folder}")

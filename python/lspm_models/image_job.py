@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lspm_models.checkpoint import copy_weights, read_state, read_tensors, refuse_mismatch
+from lspm_models.checkpoint import copy_weights, described, read_state, read_tensors, refuse_mismatch
 from lspm_models.data.image_config import ImageConfig, ImageFormat, load_format
 from lspm_models.data.images import ImageData, prepare_images
 from lspm_models.fit_config import FitConfig
@@ -206,4 +206,5 @@ def _shape_of(path: Path) -> dict:
     try:
         return asdict(ModelConfig(**{name: content[name] for name in asdict(ModelConfig())}))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint: {path} must hold the config of a ResNet, got {content!r}") from error
+        got = described(content, MODELS)
+        raise ValueError(f"checkpoint: {path} must hold the config of a ResNet, got {got}") from error

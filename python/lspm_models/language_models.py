@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lspm_kernels.reference.bias_act import ACTIVATIONS
+from lspm_models.checkpoint import described
 from lspm_models.models.bert import Bert, BertConfig
 from lspm_models.models.gpt import GPT, GPTConfig
 from lspm_models.models.llama import ROPE_SCALINGS, Llama, LlamaConfig
@@ -51,9 +52,8 @@ def from_settings(settings: Any, where: str) -> Config:
         fields = dict(settings)
         return CONFIGS[fields.pop("model", "gpt")](**fields)
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"checkpoint: {where} must hold the config of a language model, got {settings!r}"
-        ) from error
+        rule = "must hold the config of a language model"
+        raise ValueError(f"checkpoint: {where} {rule}, got {described(settings, CONFIGS)}") from error
 
 
 class Options:

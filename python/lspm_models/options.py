@@ -99,9 +99,11 @@ class Parser(argparse.ArgumentParser):
         prefix, unknown = "unrecognized arguments: ", ""
         if message.startswith(prefix):
             unknown = message.removeprefix(prefix).split()[0]
-            close = difflib.get_close_matches(unknown, self._option_string_actions, 1)
+            # Without dashes, which would make any two alike: of --data came --width.
+            names = {name.lstrip("-"): name for name in self._option_string_actions}
+            close = difflib.get_close_matches(unknown.lstrip("-"), names, 1)
             message = f"unknown option {unknown}" + (
-                f"; did you mean {close[0]}?" if close else "; see --help"
+                f"; did you mean {names[close[0]]}?" if close else "; see --help"
             )
         fail(self.prog, message.removeprefix("argument "))
 
@@ -149,6 +151,8 @@ def read_config(path: str | Path) -> dict[str, dict]:
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError as error:
         raise ValueError(f"config: {path} must be a TOML or JSON file, got no such file") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"config: {path} must be a TOML or JSON file, got a folder") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config: {path} must be TOML or JSON, got {error}") from error
     if not isinstance(content, dict):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from lspm_models.checkpoint import described
 from lspm_models.data.image_files import decode
-from lspm_models.image_job import load_image_model
+from lspm_models.image_job import MODELS, load_image_model
 from lspm_models.image_outputs import most_probable
 from lspm_models.progress import counted
 from lspm_models.run_folder import find_checkpoint
@@ -79,6 +80,9 @@ def load_predictor(folder: str | Path, device: str | torch.device, output: Outpu
     if model_of(path).get("model") in JOBS:
         pictures = Path(output.pictures or path.resolve().parents[1] / "predictions")
         return _of_scenes(path, device, output.score, pictures)
+    if (content := model_of(path)).get("model") not in MODELS:
+        rule = f"predict: model must see images, or have --text, got {described(content, MODELS)} in {folder}"
+        raise ValueError(rule)
     task, look = load_image_model(path, device)
 
     @torch.no_grad()

@@ -251,7 +251,7 @@ def load_recommender(folder: str | Path, device: str | torch.device = "cpu") -> 
     run = path.parents[1]
     settings = read_run(run)
     try:
-        job = _job(settings["model"]["model"])
+        job = JOBS[settings["model"]["model"]]
         data = RatingConfig(**{**settings["data"], "columns": tuple(settings["data"]["columns"])})
         predicts = job.options(**settings["model"]).predicts
     except (KeyError, TypeError) as error:

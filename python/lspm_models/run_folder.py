@@ -23,7 +23,9 @@ def create_run(folder: Path, settings: dict) -> None:
     Raises:
         ValueError: the folder holds something already.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run: {folder} must be a new or an empty folder, got a file")
+    if folder.exists() and any(folder.iterdir()):
         hint = f"; continue that run with --resume {folder}" if (folder / "config.json").exists() else ""
         raise ValueError(f"run: {folder} must be a new or an empty folder, got one that is not empty{hint}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +54,8 @@ def find_checkpoint(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"checkpoint: {folder} must be a run folder or a checkpoint, got no such folder")
+        got = "a file" if folder.exists() else "no such folder"
+        raise ValueError(f"checkpoint: {folder} must be a run folder or a checkpoint, got {got}")
     if (folder / "state.json").exists():
         return folder
     found = checkpoint.checkpoints(folder / "checkpoints")

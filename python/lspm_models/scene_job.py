@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lspm_models.checkpoint import copy_weights, read_state, read_tensors, refuse_mismatch
+from lspm_models.checkpoint import copy_weights, described, read_state, read_tensors, refuse_mismatch
 from lspm_models.data.image_config import ImageFormat, load_format
 from lspm_models.data.scene_config import SceneConfig
 from lspm_models.data.scenes import NO_FORMAT, SceneData, prepare_scenes
@@ -229,9 +229,8 @@ class SceneJob:
                 raise KeyError
             return self.options(**{item.name: content[item.name] for item in fields(self.options)})
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"checkpoint: {path} must hold the config of a {self.name} or of a ResNet, got {content!r}"
-            ) from error
+            rule = f"must hold the config of a {self.name} or of a ResNet"
+            raise ValueError(f"checkpoint: {path} {rule}, got {described(content, [self.name])}") from error
 
 
 JOBS = {

@@ -19,7 +19,7 @@ from lspm_models.distributed import Processes
 from lspm_models.files import remove
 from lspm_models.fit_config import FREE, FitConfig
 from lspm_models.options import Parser, errors_in_one_line, fail, given, merge, read_config
-from lspm_models.progress import duration, quantity
+from lspm_models.progress import counted, duration, quantity
 from lspm_models.run_folder import create_run, read_run
 from lspm_models.train import fit
 
@@ -190,7 +190,8 @@ def train(program: str, run: Run, job: Job, task: nn.Module, data: Any) -> int:
         run.report(f"\ninterrupted at step {result.step}, which is saved; go on with")
         run.report(f"  python python/{program} --resume {run.folder}")
         return 128 + result.interrupted
-    run.report(f"\ntrained    {result.step:,} steps; this session took {duration(time.monotonic() - began)}")
+    took = duration(time.monotonic() - began)
+    run.report(f"\ntrained    {counted(result.step, 'step')}; this session took {took}")
     run.report(f"loss       training {result.train_loss:.4f}, validation {result.validation_loss:.4f}")
     run.report(f"logs       {run.folder}/log.csv, loss.png, tensorboard/")
     run.report(f"checkpoint {result.checkpoint}")

@@ -32,6 +32,8 @@ def open_source(path: str | Path) -> RunCheckpoint | Pretrained:
     """
     path = Path(path)
     if not is_foreign(path):
+        if path.is_dir() and (files := sorted(path.glob("*.gguf"))):
+            raise ValueError(f"gguf: {path} must be a GGUF file, got the folder of {files[0].name}")
         return RunCheckpoint(path)
     return HuggingFaceFolder(path) if path.is_dir() else GgufModel(path)
 

@@ -25,8 +25,8 @@ from lspm_models.tuning import Tuning
 PRETRAINING = """\
 Pretrain a GPT on text. Without any option it learns from the source text of Python's standard library.
 The run folder gets the tokenizer, checkpoints, log.csv, loss.png and TensorBoard events; Ctrl-C saves first.
-In brackets stands what holds without the option. A Llama: --model llama --help; images: --model resnet18
-(or unet, or detector) --help."""
+In brackets stands what holds without the option. A Llama: --model llama --help; a BERT: --model bert --help;
+images: --model resnet18 (or unet, or detector) --help."""
 
 FINE_TUNING = """\
 Fine-tune a GPT or a Llama on another text: the same loop as pretrain.py, beginning with the weights and the

@@ -6,9 +6,12 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
+from lspm_models.models.bert import BertConfig
 from lspm_models.models.freezing import freeze, freeze_stages
 from lspm_models.models.lora import TARGETS, add_lora, check_lora
 from lspm_models.options import option
+
+BERT_TARGETS = ("*attention.*",)  # what TARGETS are in the names of a BERT
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,12 @@ class Tuning:
     lora_rank: int | None = option(None, "learn adapters of so many columns beside layers", default="none")
     lora_alpha: float = option(16.0, "adapters count alpha / rank times")
     lora_dropout: float = option(0.0, "probability of dropping a feature on its way to an adapter")
-    lora_targets: tuple[str, ...] = option(TARGETS, "names of linear layers that get one", metavar="PATTERN")
+    lora_targets: tuple[str, ...] = option(
+        TARGETS,
+        "names of linear layers that get one",
+        default=f"{' '.join(TARGETS)}, of a BERT {' '.join(BERT_TARGETS)}",
+        metavar="PATTERN",
+    )
 
     def __post_init__(self) -> None:
         for name in ("freeze", "lora_targets"):
@@ -58,8 +66,9 @@ class Tuning:
             ValueError: a pattern matches nothing.
         """
         if self.adapts:
-            options = {"dropout": self.lora_dropout, "targets": self.lora_targets}
-            add_lora(task, self.lora_rank, self.lora_alpha, **options)
+            is_usual = self.lora_targets == TARGETS and isinstance(task.config, BertConfig)
+            targets = BERT_TARGETS if is_usual else self.lora_targets
+            add_lora(task, self.lora_rank, self.lora_alpha, dropout=self.lora_dropout, targets=targets)
         elif len(self.freeze) == 1 and self.freeze[0].isdecimal():
             freeze_stages(task.model, int(self.freeze[0]))
         elif self.freeze:

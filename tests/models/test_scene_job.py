@@ -241,6 +241,12 @@ def test_fine_tuning_replaces_the_head_where_the_classes_are_others(run, trained
     refused(run(finetune, "--model", other, "--init", path, "--data", data), message)
 
 
+def test_a_picture_for_annotations_is_told_in_short(run, tmp_path):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "photo.png")
+    code, _, err = run(pretrain, "--model", "unet", "--data", tmp_path / "photo.png", "--out", tmp_path / "a")
+    assert code == 2 and "photo.png must be COCO's JSON, got UnicodeDecodeError" in err and len(err) < 400
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -251,7 +257,7 @@ def test_fine_tuning_replaces_the_head_where_the_classes_are_others(run, trained
         ("--model unet --backbone vgg", r"model: backbone must be one of resnet10, .*, got 'vgg'"),
         ("--model unet --features 0", r"UNetConfig: width must be a positive integer, got 0"),
         ("--model detector --levels 5", r"DetectorConfig: levels must be at most 4, got 5"),
-        ("--model unet --levels 3", r"unknown option --levels; did you mean --log-every\?"),
+        ("--model unet --levels 3", r"unknown option --levels; see --help"),
         (
             "--model detector --data gone",
             r"scenes: 'gone' must be a folder of VOC's XML, .*, got no such path",

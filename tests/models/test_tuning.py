@@ -102,7 +102,9 @@ def test_stages_are_the_embeddings_and_the_blocks(config):
         if config is CONFIG
         else {"model.embed_tokens.weight", "model.layers.0"}
     )
-    with pytest.raises(ValueError, match=r"^freeze: stages must be 0 to 4, the stem and 3 more, got 5$"):
+    with pytest.raises(
+        ValueError, match=r"^freeze: stages must be 0 to 4, the stem or the embeddings and 3 more, got 5$"
+    ):
         freeze_stages(task.model, 5)
 
 
@@ -211,7 +213,7 @@ def test_adapters_are_refused_beside_other_weights(tune, run, base, tmp_path):
             "add_lora: targets must match linear layers, got 'lm_head', which matches none; nearest: "
             "model.h.*.mlp.c_fc, model.h.*.mlp.c_proj, model.h.*.attn.c_proj",
         ),
-        ("--freeze 9", "freeze: stages must be 0 to 3, the stem and 2 more, got 9"),
+        ("--freeze 9", "freeze: stages must be 0 to 3, the stem or the embeddings and 2 more, got 9"),
         (
             "--freeze model.wte model.h.7",
             "freeze: patterns must match parameters or modules, got 'model.h.7', which matches none; "

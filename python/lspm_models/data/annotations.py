@@ -158,7 +158,7 @@ def read_coco(file: str | Path, images: str | Path) -> Annotations:
     except OSError as error:
         raise ValueError(f"annotations: {file} must be readable, got {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"annotations: {file} must be COCO's JSON, got {error!r}") from error
+        raise ValueError(f"annotations: {file} must be COCO's JSON, got {error!r:.120}") from error
     labels = {number: label for label, (number, _) in enumerate(categories)}
     skipped: dict[str, str] = {}
     by_image: dict[int, list] = {number: [] for number in described}
@@ -239,7 +239,9 @@ def _run_lengths(code: dict, shape: tuple[int, int]) -> np.ndarray:
         counts = code["counts"]
         lengths = [int(n) for n in (_unpacked(counts) if isinstance(counts, str) else counts)]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"annotations: run lengths must have a size and counts, got {error!r}") from error
+        raise ValueError(
+            f"annotations: run lengths must have a size and counts, got {error!r:.120}"
+        ) from error
     if min(lengths, default=0) < 0 or sum(lengths) != height * width:
         raise ValueError(f"annotations: run lengths must fill {height} x {width} pixels, got {sum(lengths)}")
     if (height, width) != shape:

@@ -156,7 +156,8 @@ def fitted(image: Image.Image, side: int, fill: int | tuple, how: Image.Resampli
 
 def reason(error: Exception, path: Path) -> str:
     """Returns why a file cannot be read, without its name."""
-    return str(error).replace(f" {str(path)!r}", "") or type(error).__name__
+    why = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
+    return why or type(error).__name__
 
 
 def agreeing(found: Annotations, *, masks: bool) -> list[Annotated]:

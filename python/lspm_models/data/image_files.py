@@ -173,7 +173,8 @@ def decode(path: Path, channels: int, size: int) -> np.ndarray:
             upright = eight_bits(ImageOps.exif_transpose(image), image.format).convert(mode)
             pixels = np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(str(error).replace(f" {str(path)!r}", "") or type(error).__name__) from error
+        why = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
+        raise ValueError(why or type(error).__name__) from error
     return np.atleast_3d(pixels).transpose(2, 0, 1)
 
 

@@ -53,7 +53,9 @@ def load_interactions(folder: Path) -> Interactions:
             **{name: tensors.get(name) for name in COLUMNS},
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"ratings: {path} must hold the names of a run's ratings, got {error!r}") from error
+        raise ValueError(
+            f"ratings: {path} must hold the names of a run's ratings, got {error!r:.120}"
+        ) from error
 
 
 def _features(side: str, names: dict[str, list[str]], tensors: dict[str, Tensor]) -> Features:

@@ -238,7 +238,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except FileNotFoundError as error:
         raise ValueError(f"load_tokenizer: {path} must be a tokenizer file, got no such file") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"load_tokenizer: {path} must be a tokenizer file, got {error!r}") from error
+        raise ValueError(f"load_tokenizer: {path} must be a tokenizer file, got {error!r:.120}") from error
 
 
 def healed(text: str, tokenizer) -> tuple[str, list[int]]:

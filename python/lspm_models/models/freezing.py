@@ -54,7 +54,7 @@ def freeze_stages(model: nn.Module, stages: int) -> list[nn.Module]:
     """
     parts = model.stages()
     if not 0 <= stages <= len(parts):
-        rule = f"0 to {len(parts)}, the stem and {len(parts) - 1} more"
+        rule = f"0 to {len(parts)}, the stem or the embeddings and {len(parts) - 1} more"
         raise ValueError(f"freeze: stages must be {rule}, got {stages}")
     frozen = [module for stage in parts[:stages] for module in stage]
     for module in frozen:

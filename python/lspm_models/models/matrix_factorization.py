@@ -236,7 +236,7 @@ class MatrixFactorization:
             model = cls(MatrixFactorizationConfig(**state["settings"]["model"]))
             model.tables, model.epochs_done = Tables(**tensors, mean=state["mean"]), state["step"]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"mf: {folder} must hold a factorisation, got {error!r}") from error
+            raise ValueError(f"mf: {folder} must hold a factorisation, got {error!r:.120}") from error
         rows = len(model.tables.user_bias), len(model.tables.item_bias)
         if rows != (len(interactions.user_ids), len(interactions.item_ids)):
             raise ValueError(f"mf: {folder} must have a row for every user and item, got {rows}")
