@@ -1,4 +1,4 @@
-// y = x @ weight.T + bias for few rows of x, which is bound by reading the weight.
+// y = x @ weight.T + bias for few rows of x, which is bound by reading the weight, or a prompt's.
 //
 //   y[r, n] = bias[n] + sum over k of x[r, k] * weight[n, k] * scales[n, k / group()]
 #pragma once

@@ -3,8 +3,9 @@
 // A thread takes blocks of as many rows of the weight as a vector has lanes. kOutputsAtOnce of these meet
 // kRowsAtOnce rows of x, which lie in the cache as floats, in the order in which the weight's elements come
 // apart (pairs.h), and their sums stay in registers; those of a block are added up together. Further rows of
-// x find the block in the cache.
-// Bytes: the weight once, rows of x once for each thread.
+// x find the block in the cache. Of more than kFewRows, as of a prompt, products are the bound: there a block
+// is written out as floats first, and kRowsInCache rows of x meet it.
+// Bytes: the weight once for these, rows of x once for each thread.
 #include "linear.h"
 
 #include <algorithm>

@@ -124,7 +124,8 @@ def _of_texts(path: Path, device: str | torch.device, output: Output) -> Callabl
 
 
 def _of_scenes(path: Path, device: str | torch.device, score: float, pictures: Path) -> Callable[[str], str]:
-    from lspm_models.data.drawn import BROKEN, reason
+    from lspm_models.data.drawn import BROKEN
+    from lspm_models.data.image_files import reason
     from lspm_models.pictures import save
     from lspm_models.scene_outputs import look_at
 

@@ -17,6 +17,7 @@ STEPS = (
     "steps or full_loop",
 )
 in_recording = partial(Mutation, file=f"{PACKAGE}/recording.py", tests=REPLAYS)
+in_team = partial(Mutation, file="csrc/cpu/team.cpp", tests=REPLAYS, command=BUILD)
 in_cached_attention = partial(Mutation, file=f"{PACKAGE}/ops/attention_with_kv_cache.py", tests=REPLAYS)
 in_cache = partial(Mutation, file=f"{MODELS}/models/cache.py", tests=STEPS)
 in_generate = partial(Mutation, file=f"{MODELS}/generate.py", tests=STEPS)
@@ -59,21 +60,15 @@ MUTATIONS = [
         old="    token = recorded.set(None)",
         new="    token = recorded.set(calls)",
     ),
-    Mutation(
+    in_team(
         name="recording: a team waits for threads that a fork has not",
-        file="csrc/cpu/team.cpp",
         old=" || is_forked) return main();",
         new=") return main();",
-        tests=REPLAYS,
-        command=BUILD,
     ),
-    Mutation(
+    in_team(
         name="recording: a team's other threads do nothing",
-        file="csrc/cpu/team.cpp",
         old="    if (call) call(body_, thread, threads_);",
         new="    if (call && thread == 0) call(body_, thread, threads_);",
-        tests=REPLAYS,
-        command=BUILD,
     ),
     in_cached_attention(
         name="recording: keys are those of the first call",

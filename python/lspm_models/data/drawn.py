@@ -10,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from lspm_models.data.annotations import Annotated, Annotations, mask_of
-from lspm_models.data.image_files import DAMAGED, eight_bits
+from lspm_models.data.image_files import DAMAGED, eight_bits, reason
 
 BROKEN = (*DAMAGED, Image.DecompressionBombError)
 UNCOUNTED = 255  # in a mask: no class; VOC has it at the edges of objects
@@ -152,12 +152,6 @@ def fitted(image: Image.Image, side: int, fill: int | tuple, how: Image.Resampli
     square = Image.new(image.mode, (side, side), fill)
     square.paste(image.resize(fitted_size(image.size, side), how))
     return square
-
-
-def reason(error: Exception, path: Path) -> str:
-    """Returns why a file cannot be read, without its name."""
-    why = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
-    return why or type(error).__name__
 
 
 def agreeing(found: Annotations, *, masks: bool) -> list[Annotated]:

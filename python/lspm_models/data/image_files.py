@@ -173,9 +173,14 @@ def decode(path: Path, channels: int, size: int) -> np.ndarray:
             upright = eight_bits(ImageOps.exif_transpose(image), image.format).convert(mode)
             pixels = np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        why = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
-        raise ValueError(why or type(error).__name__) from error
+        raise ValueError(reason(error, path)) from error
     return np.atleast_3d(pixels).transpose(2, 0, 1)
+
+
+def reason(error: Exception, path: Path) -> str:
+    """Returns why a file cannot be read, without its name."""
+    why = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
+    return why or type(error).__name__
 
 
 def eight_bits(image: Image.Image, file_format: str | None) -> Image.Image:

@@ -125,8 +125,7 @@ class MaskTokenizer:
     def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns ids and their characters; those of one character's bytes all stand for it."""
         self._tokenizer.encode_special_tokens = True
-        texts = [without_surrogates(text) for text in texts]
-        return with_spans(self._tokenizer.encode_batch(texts, add_special_tokens=False))
+        return with_spans(self._tokenizer, texts)
 
     def encode_masked(self, text: str) -> list[int]:
         """Returns the ids of a text in which every mask_name hides a token, between the marks of a text.

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -125,8 +125,7 @@ class ByteBpe(Unmarked):
 
     def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns ids and their characters; those of one character's bytes all stand for it."""
-        texts = [without_surrogates(text) for text in texts]
-        return with_spans(self._tokenizer.encode_batch(texts, add_special_tokens=False))
+        return with_spans(self._tokenizer, texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; end_of_text gives nothing, half a character gives U+FFFD."""
@@ -267,8 +266,10 @@ def without_surrogates(text: str) -> str:
     return text
 
 
-def with_spans(encodings: Sequence) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns the ids and the spans of what the tokenizers library encoded."""
+def with_spans(tokenizer: Any, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the ids and the spans that a tokenizer of the tokenizers library makes of texts."""
+    texts = [without_surrogates(text) for text in texts]
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     return [(np.array(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
 
 
