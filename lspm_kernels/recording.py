@@ -79,10 +79,15 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         name = getattr(function, "__name__", "") or str(function)
-        if name != "__get__" and compiled.recorded.get() is not None and name not in _MAKES:
+        if name != "__get__" and compiled.recorded.get() is not None and not _makes(name, args, kwargs):
             if name in _READS or _writes(name, kwargs) or _computes(result, args, kwargs):
                 self._missed.append(name)
         return result
+
+
+def _makes(name: str, args: tuple, kwargs: dict) -> bool:
+    # Not of another tensor's value, as fill_ may be.
+    return name in _MAKES and not any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values()))
 
 
 def _writes(name: str, kwargs: dict) -> bool:

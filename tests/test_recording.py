@@ -113,6 +113,7 @@ def test_a_replay_makes_nothing_of_torchs_again():
         (lambda x: x.to(torch.float64), ["to"]),
         (lambda x: x.t().contiguous(), ["contiguous"]),
         (lambda x: x.mul_(2), ["mul_"]),
+        (lambda x: torch.empty_like(x).fill_(x[0, 0]), ["fill_"]),
         (lambda x: torch.exp(x, out=x), ["exp"]),
         (lambda x: x.__setitem__(0, x[1]), ["__setitem__"]),
         (lambda x: torch.rand(3), ["rand"]),

@@ -12,6 +12,7 @@ import torch
 from lspm_models.checkpoint import checkpoints
 from lspm_models.data.interactions import Interactions
 from lspm_models.data.ratings import RatingConfig, prepare_ratings
+from lspm_models.distributed import Processes
 from lspm_models.files import remove
 from lspm_models.interruption import Interruption
 from lspm_models.models.factor_methods import IMPLICIT, METHODS, UNWEIGHTED
@@ -99,7 +100,13 @@ class FactorizationJob:
         parser.add_config("training", FactorizationTraining)
 
     def train(self, program: str, run: Run) -> int:
-        """Trains and says where everything is; returns the exit code, 128 + signal after an interruption."""
+        """Trains and says where everything is; returns the exit code, 128 + signal after an interruption.
+
+        Raises:
+            ValueError: there are several processes, each of which would write the whole run.
+        """
+        if (count := Processes.join().count) > 1:
+            raise ValueError(f"run: --model mf must be trained by one process, got {count}")
         training, held_out = prepare_ratings(run.data, run.folder, run.report)
         model = MatrixFactorization(run.model.config(run.training.epochs, run.training.seed))
         if run.resume and (found := checkpoints(run.folder / "checkpoints")):

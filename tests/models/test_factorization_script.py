@@ -7,6 +7,7 @@ import signal
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import recommend
@@ -15,6 +16,7 @@ from test_pretrain import refused
 from tiny_ratings import write_recbole
 
 from lspm_models.checkpoint import checkpoints, read_tensors
+from lspm_models.distributed import Processes
 from lspm_models.models.matrix_factorization import MatrixFactorization
 from lspm_models.recommender_job import load_recommender
 
@@ -64,6 +66,14 @@ def test_one_of_a_kind_has_no_plural(run, data, tmp_path):
     arguments = ("--method", "svd", "--data", data, "--epochs", 1, "--factors", 1, "--out", tmp_path / "run")
     _, out, _ = run(recommend, "train", "--model", "mf", *arguments)
     assert "model      svd, 1 factor, 1 epoch\n" in out and "trained    1 epoch; this session" in out
+
+
+def test_many_processes_are_refused(run, data, tmp_path, monkeypatch):
+    two = SimpleNamespace(join=lambda: Processes(0, 2))
+    monkeypatch.setattr("lspm_models.factorization_job.Processes", two)
+    result = run(recommend, "train", "--model", "mf", "--data", data, "--out", tmp_path / "run")
+    refused(result, "recommend.py train: run: --model mf must be trained by one process, got 2")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)
