@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ THEIRS = "hugging face", "hugging face compiled"
 GOALS = {torch.float32: 1.8, torch.bfloat16: 3.0}  # x the better of transformers'
 MOST_MEMORY = 60  # % of transformers'
 CLIP = 1.0  # the largest norm of the gradients, as in GPT-3's training
+# What plain PyTorch says of its own RMS norm under autocast.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
 TINY = GPTConfig(vocabulary_size=128, context=32, layers=2, heads=2, width=64)
 
 
