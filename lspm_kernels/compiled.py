@@ -75,16 +75,24 @@ def load_cpu(isa: str) -> ModuleType:
 
 def _best_cpu() -> ModuleType:
     if forced := os.environ.get("LSPM_ISA"):
-        return load_cpu(forced)
+        try:
+            return load_cpu(forced)
+        except (ValueError, ImportError) as error:
+            raise _import_error(str(error)) from None
     for isa in NEEDS:
         try:
             return load_cpu(isa)
         except ImportError as error:
             refusals[isa] = str(error).removeprefix("lspm_kernels: ")
-    raise ImportError(
+    raise _import_error(
         f"lspm_kernels: no compiled kernels in {os.path.dirname(__file__)}: if this is the source tree, "
         "run `pip install -e .` in it, or start Python from another folder"
     )
+
+
+def _import_error(message):
+    # By its name `python -m lspm_kernels` knows that it is its own, and ends with the message alone.
+    return ImportError(message, name="lspm_kernels")
 
 
 def _cuda() -> tuple[ModuleType | None, str | None]:

@@ -106,11 +106,11 @@ def test_an_empty_setting_is_an_absent_one(tmp_path):
 
 
 def test_an_unknown_instruction_set():
+    message = "lspm_kernels: LSPM_ISA must be one of base, avx2, avx512, avx512_bf16, amx, got 'sse9'"
     code, _, errors = run(sys.executable, "-c", "import lspm_kernels", LSPM_ISA="sse9")
-    assert code == 1
-    assert errors.strip().splitlines()[-1] == (
-        "ValueError: lspm_kernels: LSPM_ISA must be one of base, avx2, avx512, avx512_bf16, amx, got 'sse9'"
-    )
+    assert code == 1 and errors.strip().splitlines()[-1] == f"ImportError: {message}"
+    code, out, errors = run(sys.executable, "-m", "lspm_kernels", "info", LSPM_ISA="sse9")
+    assert (code, out, len(errors.splitlines())) == (1, "", 1) and message in errors
 
 
 def test_an_instruction_set_that_the_processor_lacks(monkeypatch):
