@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import io
 import json
 import sys
 import textwrap
@@ -49,6 +50,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str, examples: Sequence[str], command: str = "") -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may have what no terminal can show
+            sys.stdout.reconfigure(errors="backslashreplace")
         program = Path(sys.argv[0]).name
         epilog = "examples\n" + "\n".join(f"  python python/{example}" for example in examples)
         super().__init__(

@@ -1,5 +1,7 @@
 """Config files: checked like flags, and the bundled ones."""
 
+import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pretrain
@@ -50,6 +52,14 @@ def test_a_config_file_that_is_none(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"^config: .*{name} {message}"):
         read_config(tmp_path / name)
+
+
+def test_what_a_terminal_cannot_show_is_told_in_escapes(monkeypatch):
+    with TextIOWrapper(BytesIO(), "ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        Parser("", [])
+        print("né \udce9", flush=True)
+        assert out.buffer.getvalue() == b"n\\xe9 \\udce9\n"
 
 
 def test_a_name_that_is_no_text(tmp_path):

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import math
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Images:
         if self.pixels is not None:
             digest.update(repr(self.pixels.shape).encode() + np.ascontiguousarray(self.pixels).tobytes())
         for path in self.paths:
-            digest.update(f"\0{path.parent.name}/{path.name}\0{path.stat().st_size}".encode())
+            digest.update(b"\0%b/%b\0%d" % (*map(os.fsencode, path.parts[-2:]), path.stat().st_size))
         return digest.digest()
 
 
