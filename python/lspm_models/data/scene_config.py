@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lspm_models.data.image_config import MOST_SIZE
 from lspm_models.data.image_files import NAMED
 from lspm_models.options import option
 
@@ -34,5 +35,9 @@ class SceneConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"data: {name} must be at least {least}, got {value}")
+        if self.size is not None and self.size > MOST_SIZE:
+            raise ValueError(f"data: size must be at most {MOST_SIZE}, got {self.size}")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"data: classes must be different ones, got {' '.join(self.classes)}")
         if not 0 < self.validation < 1:
             raise ValueError(f"data: validation must be between 0 and 1, got {self.validation}")

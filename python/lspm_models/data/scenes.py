@@ -181,7 +181,7 @@ def _pasted(config: SceneConfig, report: Callable[[str], None], seed: int) -> tu
 
 def _drawn(config: SceneConfig, target: str, report: Callable[[str], None], seed: int) -> tuple:
     path, size = Path(config.data), config.size or FILE_SIZE
-    if path.is_dir():
+    if config.data and path.is_dir():  # an empty one would be the folder that one is in
         found = read_voc(path, config.classes or None)
     elif config.classes:
         raise ValueError(f"data: classes must be absent but with a folder of VOC's XML, got {config.data}")
