@@ -20,7 +20,7 @@ from lspm_models import train
 from lspm_models.checkpoint import checkpoints
 from lspm_models.distributed import Processes
 from lspm_models.fit_config import FitConfig, learning_rate
-from lspm_models.progress import Progress, counted, duration, quantity
+from lspm_models.progress import Progress, duration, quantity
 from lspm_models.run_log import read_log
 from lspm_models.train import fit, parameter_groups
 
@@ -270,7 +270,6 @@ def test_bad_options(options, message):
 
 
 def test_quantities_and_times_as_people_say_them():
-    assert [counted(value, "class") for value in (0, 1, 2000)] == ["0 classes", "1 class", "2,000 classes"]
     assert [quantity(value) for value in (950, 12_345, 4.56e6, 2e9)] == ["950", "12.3k", "4.56M", "2G"]
     assert [duration(value) for value in (5, 495, 11_295, math.inf)] == ["00:05", "08:15", "3:08:15", "--:--"]
 
