@@ -126,7 +126,10 @@ def standard_input(option: str) -> TextIO:
 
 @contextmanager
 def errors_in_one_line(program: str) -> Iterator[None]:
-    """Turns what the user can mend, a bad value, file or installation, into one line and exit code 2."""
+    """Turns what the user can mend, a bad value, file or installation, into one line and exit code 2.
+
+    Too little memory, for a batch as a rule, is one line and exit code 1.
+    """
     try:
         yield
     except ValueError as error:
@@ -140,6 +143,12 @@ def errors_in_one_line(program: str) -> Iterator[None]:
         fail(program, f"{package}; install it, in the repository, with: pip install '.[models]'")
     except ImportError as error:  # the kernels were not built, or this machine cannot run those that were
         fail(program, str(error))
+    except (MemoryError, RuntimeError) as error:
+        # Of torch's, that of a GPU has a class, which is not imported for this, and that of a CPU but words.
+        lacks = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not (lacks or "can't allocate memory" in str(error)):
+            raise
+        fail(program, f"memory must suffice for what is asked for, got too little: {error}", code=1)
 
 
 def read_config(path: str | Path) -> dict[str, dict]:

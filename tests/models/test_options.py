@@ -11,7 +11,7 @@ import torch
 from lspm_models.image_job import ImageJob
 from lspm_models.jobs import job_of
 from lspm_models.models.resnet import ResNet
-from lspm_models.options import Parser, merge, read_config
+from lspm_models.options import Parser, errors_in_one_line, merge, read_config
 from lspm_models.scene_job import JOBS
 from lspm_models.text_job import TextJob
 from lspm_models.text_options import Text
@@ -52,6 +52,25 @@ def test_a_config_file_that_is_none(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"^config: .*{name} {message}"):
         read_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("can't allocate memory: no room"),
+    ],
+    ids=["python", "gpu", "cpu"],
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as end, errors_in_one_line("pretrain.py"):
+        raise error
+    said = capsys.readouterr().err
+    assert said.startswith("pretrain.py: memory must suffice for what is asked for, got too little: ")
+    assert (end.value.code, said.count("\n"), said[-8:]) == (1, 1, "no room\n")
+    with pytest.raises(RuntimeError, match="another"), errors_in_one_line("pretrain.py"):
+        raise RuntimeError("another")
 
 
 def test_what_a_terminal_cannot_show_is_told_in_escapes(monkeypatch):
