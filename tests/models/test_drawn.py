@@ -121,6 +121,7 @@ def test_a_mask_that_does_not_fit_is_left_out(tmp_path):
     path, lines = tmp_path / "mask.png", []
     for mask, why in (
         (np.full((20, 40), 9, np.uint8), "its mask must have values to 2, one for each class, got 9"),
+        (np.full((20, 40), 255, np.uint8), "its mask must have a pixel that counts, got 255 everywhere"),
         (np.zeros((20, 39), np.uint8), "its mask must be 40 x 20 P or L, got 39 x 20 L"),
         (np.zeros((20, 40, 3), np.uint8), "its mask must be 40 x 20 P or L, got 40 x 20 RGB"),
     ):

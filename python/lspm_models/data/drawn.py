@@ -130,6 +130,8 @@ def _mask(image: Annotated, classes: int) -> Image.Image:
             got = f"{file.size[0]} x {file.size[1]} {file.mode}"
             raise ValueError(f"its mask must be {image.size[0]} x {image.size[1]} P or L, got {got}")
         mask = np.asarray(file)
+    if (mask == UNCOUNTED).all():  # the mean loss of no pixel is not a number
+        raise ValueError(f"its mask must have a pixel that counts, got {UNCOUNTED} everywhere")
     if (wrong := mask[(mask > classes) & (mask < UNCOUNTED)]).size:
         raise ValueError(f"its mask must have values to {classes}, one for each class, got {wrong.max()}")
     return Image.fromarray(mask)
