@@ -61,6 +61,19 @@ def test_numbers_that_are_no_pixel_or_label(tmp_path, row, why):
     assert dataset.skipped == {f"{tmp_path}/a.csv:3": (why, 1)}
 
 
+@pytest.mark.parametrize("header", ["", "digit,a,b,c,d\n"])
+def test_labels_that_stand_first_without_a_name(tmp_path, header):
+    message = (
+        r"a\.csv must have its labels last, or below a header with label or .*, got 0 last in every row$"
+    )
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, header + "5,0,7,8,0\n3,0,9,9,0\n")
+    assert read(tmp_path, HEADER + "5,0,7,8,0\n3,0,9,9,0\n").training.labels.tolist() == [5, 3]
+    assert read(tmp_path, header + "5,0,7,8,0\n").training.labels.tolist() == [
+        0
+    ]  # of one row nothing is known
+
+
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_an_empty_table(tmp_path, content):
     with pytest.raises(

@@ -189,6 +189,13 @@ def _read_csv(path: Path) -> Images:
     except ValueError:  # some row is damaged: look at each
         table = np.array(list(_csv_rows(path, text, header, len(first), label, skipped)), np.float64)
         table = table.reshape(-1, len(first))
+    # MNIST is often copied with its labels first and no header, and its last pixel is always black.
+    told = set(names) & set(LABEL_COLUMNS)
+    if not told and not table[:, label].any() and len(np.unique(table[:, 0])) > 1:
+        raise ValueError(
+            f"images: {path} must have its labels last, or below a header with {' or '.join(LABEL_COLUMNS)}, "
+            "got 0 last in every row"
+        )
     pixels = np.delete(table, label, axis=1).astype(np.uint8).reshape(-1, *shape)
     return Images(table[:, label].astype(np.int64), pixels, skipped=skipped)
 
