@@ -245,6 +245,7 @@ def test_pasted_scenes_are_of_other_images_when_held_out(tmp_path, monkeypatch):
         ({"size": 31}, "size must be at least 32, got 31"),
         ({"size": 4097}, "size must be at most 4096, got 4097"),
         ({"classes": ("dog", "cat", "dog")}, "classes must be different ones, got dog cat dog"),
+        ({"most": 10**9}, "most must be at most 1000, got 1000000000"),
         ({"most": 0}, "most must be at least 1, got 0"),
         ({"validation": 0.0}, "validation must be between 0 and 1, got 0.0"),
         ({"validation": 1.0}, "validation must be between 0 and 1, got 1.0"),

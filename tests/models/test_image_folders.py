@@ -66,6 +66,17 @@ def test_no_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
     assert open_images(".").classes == ("cat",)
 
 
+def test_a_share_that_sets_nothing_aside_is_told(tmp_path):
+    for name in ("cat", "owl"):
+        draw(tmp_path / "x" / name, 9)
+    for share, rest in ((0.1, " (of no class a share of 0.1 is an image)"), (0.0, ""), (0.2, "")):
+        line = prepared(tmp_path / "x", tmp_path / f"{share}", validation=share)[2][0]
+        count = 2 if share == 0.2 else 0
+        assert line == (
+            f"images     x: {18 - count} to train on, {count} to validate on{rest}, 2 classes, 8 x 8 colour"
+        )
+
+
 def test_classes_without_images_are_told(tmp_path):
     for name in "abcdef":
         (tmp_path / "x" / name).mkdir(parents=True)

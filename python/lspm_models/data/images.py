@@ -241,10 +241,9 @@ def prepare_images(
         ValueError: the images or an option are not usable; the message names them.
     """
     dataset = open_images(config.data)
-    if dataset.held_out is not None:
-        training, held_out = dataset.training, dataset.held_out
-    else:
-        training, held_out = set_aside(dataset.training, config.validation)
+    training, held_out = dataset.training, dataset.held_out
+    if held_out is None:
+        training, held_out = set_aside(training, config.validation)
     path = Path(folder) / "images.json"
     if path.exists():
         look = load_format(path)
@@ -261,6 +260,8 @@ def prepare_images(
         look.save(path)
     kind = f"{look.size} x {look.size} " + ("grey" if look.channels == 1 else "colour")
     counts = f"{len(training):,} to train on, {len(held_out):,} to validate on"
+    if config.validation and not len(held_out):
+        counts += f" (of no class a share of {config.validation:g} is an image)"
     report(f"images     {dataset.name}: {counts}, {counted(len(look.classes), 'class')}, {kind}")
     seen = np.bincount(training.labels, minlength=len(look.classes))
     if empty := [name for name, number in zip(look.classes, seen, strict=True) if not number]:

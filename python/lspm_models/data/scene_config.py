@@ -8,6 +8,7 @@ from lspm_models.data.image_config import MOST_SIZE
 from lspm_models.data.image_files import NAMED
 from lspm_models.options import option
 
+MOST_OBJECTS = 1000  # a scene tries places for each, and has room for few
 PASTED_SIZE, FILE_SIZE = 96, 256  # pixels on a side where no size is asked for
 
 
@@ -31,12 +32,12 @@ class SceneConfig:
     flip: bool = option(False, "mirror half of the files")
 
     def __post_init__(self) -> None:
-        for name, least in (("size", 32), ("most", 1)):
+        for name, least, greatest in (("size", 32, MOST_SIZE), ("most", 1, MOST_OBJECTS)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"data: {name} must be at least {least}, got {value}")
-        if self.size is not None and self.size > MOST_SIZE:
-            raise ValueError(f"data: size must be at most {MOST_SIZE}, got {self.size}")
+            if value is not None and value > greatest:
+                raise ValueError(f"data: {name} must be at most {greatest}, got {value}")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"data: classes must be different ones, got {' '.join(self.classes)}")
         if not 0 < self.validation < 1:
