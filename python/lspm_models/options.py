@@ -188,8 +188,10 @@ def merge(sections: dict[str, type], layers: Sequence[dict[str, dict]]) -> dict[
     merged: dict[str, dict] = {name: {} for name in sections}
     for layer in layers:
         for section, options in layer.items():
-            if section not in sections or not isinstance(options, dict):
+            if section not in sections:
                 raise ValueError(f"config: section must be one of {', '.join(sections)}, got {section!r}")
+            if not isinstance(options, dict):
+                raise ValueError(f"config: {section} must be a section of options, got {options!r:.60}")
             hints = typing.get_type_hints(sections[section])
             for name, value in options.items():
                 if name not in hints:

@@ -28,6 +28,7 @@ SECTIONS = TextJob.sections
             "config: model.widht must be an option, got an unknown one; did you mean width?",
         ),
         ("[models]\nwidth = 3", "config: section must be one of model, data, training, got 'models'"),
+        ("model = 'llama'", "config: model must be a section of options, got 'llama'"),
         ("[model]\nwidth = '3'", "config: model.width must be a whole number, got '3'"),
         ("[model]\nbias = 1", "config: model.bias must be true or false, got 1"),
         ("[training]\nclip = 'no'", "config: training.clip must be a number, got 'no'"),
