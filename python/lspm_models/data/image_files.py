@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ FASHION_CLASSES = tuple(  # in the order of its README
 )
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 # PIL's decoders raise whatever they stumble over; each of these means that a file is no whole image.
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, zlib.error)
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, zlib.error, struct.error)
+DAMAGED += (RuntimeError, MemoryError)  # of AVIF; of sizes that a damaged header tells
 TRAINING, HELD_OUT = ("train", "training"), ("test", "val", "valid", "validation")
 
 
