@@ -23,9 +23,9 @@ NAMES = ("model", "model"), ("data", "task")  # sections and options in a config
 def job_of(arguments: Sequence[str], *, fine_tuning: bool = False) -> Job:
     """Returns the job of the model and the task that options name, or else the files given.
 
-    These are a config file, a run, or a checkpoint; a GPT needs no name. What cannot be read is told here,
-    where no name is given: options of the job that it would ask for would be called unknown first. Else that
-    is left to whoever needs it, and to its message.
+    These are a config file, a run, or a checkpoint; a GPT needs no name. What is not there, and weights that
+    are none, is told here, where no name is given: options of the job that it would ask for would be called
+    unknown first. What else cannot be read is left to whoever needs it, and to its message.
 
     Args:
         arguments: of the script.
@@ -43,7 +43,8 @@ def job_of(arguments: Sequence[str], *, fine_tuning: bool = False) -> Job:
     for source, read in opened:
         if source is not None:
             of_source = _asked_in(Path(source))
-            if name is None and of_source[0] is None:
+            told = of_source[0] is not None if read is open_source else Path(source).exists()
+            if name is None and not told:
                 read(Path(source))
             name, task = name or of_source[0], task or of_source[1]
     job = _job_of_model(name)
