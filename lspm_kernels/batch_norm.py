@@ -38,7 +38,10 @@ def group_name(op, group):
 def of_all_ranks(mean, variance, count, group):
     """The mean and variance over the ranks' batches, of whatever sizes, their size and this one's share."""
     own = torch.stack((torch.full_like(mean, count), mean, variance * count))
-    ranks = collectives().all_gather_tensor(own[None], 0, group).double()  # (ranks, 3, C)
+    functional = collectives()
+    # torch 2.14 has a new name for it, and warns at the old one.
+    gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+    ranks = gather(own[None], 0, group).double()  # (ranks, 3, C)
     counts, means, squares = ranks[:, 0], ranks[:, 1], ranks[:, 2]
     total = counts.sum(0)
     center = (counts * means).sum(0) / total

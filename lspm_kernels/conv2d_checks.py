@@ -80,14 +80,6 @@ def empty_image(x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """x and others in autocast's dtype where that is on, as torch's own convolutions take them."""
-    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return tuple(t if t is None or not isinstance(t, Tensor) else t.to(dtype) for t in (x, *others))
-    return (x, *others)
-
-
 def geometry(op: str, x: Tensor, w: Tensor, stride, padding_, dilation, groups: int):
     """Checks a convolution; gives (H', W') and (stride, padding, dilation, groups) as seven numbers."""
     weight(op, x, w, groups)

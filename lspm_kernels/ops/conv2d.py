@@ -160,7 +160,7 @@ def conv2d(
             backend=backend,
         )  # fmt: skip
         return y.squeeze(0)
-    x, weight, residual = conv2d_checks.autocast(op, x, weight, residual)
+    x, weight, residual = checks.autocast(x, weight, residual)
     size, geometry = conv2d_checks.geometry(op, x, weight, stride, padding, dilation, groups)
     filters = weight.shape[0]
     conv2d_checks.vectors(op, x, filters, bias=bias, scale=scale, shift=shift)

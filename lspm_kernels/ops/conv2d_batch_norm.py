@@ -63,7 +63,7 @@ def conv2d_batch_norm(
     conv2d_checks.image(_OP, x)
     if x.dim() != 4:
         raise ValueError(f"{_OP}: x must have four dimensions, (N, C, H, W), got {tuple(x.shape)}")
-    x, weight, residual = conv2d_checks.autocast(_OP, x, weight, residual)
+    x, weight, residual = checks.autocast(x, weight, residual)
     size, geometry = conv2d_checks.geometry(_OP, x, weight, stride, padding, dilation, groups)
     shape = (x.shape[0], weight.shape[0], *size)
     conv2d_checks.vectors(_OP, x, shape[1], bias=bias)

@@ -149,7 +149,7 @@ class ImageJob:
             stored = read_tensors(init / "model.safetensors")
         if format_of(init).classes != load_format(run.folder / "images.json").classes:
             stored |= {f"fc.{name}": tensor for name, tensor in task.fc.state_dict().items()}
-            run.report(f"head       a new one, for {task.fc.out_features} classes")
+            run.report(f"head       a new one, for {counted(task.fc.out_features, 'class')}")
         copy_weights(stored, task, init)
 
     def settings(self, run: Run, task: Classification) -> dict:
@@ -158,7 +158,8 @@ class ImageJob:
     def shape(self, task: Classification) -> str:
         shape = task.config
         blocks = counted(sum(shape.layers), f"{shape.block} block")
-        return f"{blocks}, {shape.width} to {shape.features[-1]} features, {task.fc.out_features} classes"
+        classes = counted(task.fc.out_features, "class")
+        return f"{blocks}, {shape.width} to {shape.features[-1]} features, {classes}"
 
     def finish(self, run: Run, task: Classification, data: ImageData) -> None:
         from lspm_models.image_outputs import report_classes

@@ -15,6 +15,7 @@ from lspm_models.files import replaced
 from lspm_models.tasks.classification import Classification
 
 MOST_MISTAKES = 40
+MOST_DRAWN = 4000  # classes of a confusion matrix, which has more cells than the picture has pixels
 MOST_NAMES = 40  # beyond, the numbers in a confusion matrix cannot be read
 
 
@@ -116,8 +117,11 @@ def report_classes(
     wrong, count = int((found.predicted != found.labels).sum()), len(found.labels)
     mirror = f", each seen with its mirror image; {found.plain_accuracy:.2%} without" if data.mirrored else ""
     report(f"accuracy   {found.accuracy:.2%} of {count:,} images set aside, {wrong:,} wrong{mirror}")
-    draw_confusion(confusion(found.predicted, found.labels, len(classes)), classes, folder / "confusion.png")
     draw_mistakes(found, classes, folder / "mistakes.png")
+    if len(classes) > MOST_DRAWN:
+        report(f"pictures   {folder}/mistakes.png; no confusion.png of {len(classes):,} classes")
+        return
+    draw_confusion(confusion(found.predicted, found.labels, len(classes)), classes, folder / "confusion.png")
     report(f"pictures   {folder}/confusion.png, mistakes.png")
 
 

@@ -23,28 +23,29 @@ NAMES = ("model", "model"), ("data", "task")  # sections and options in a config
 def job_of(arguments: Sequence[str], *, fine_tuning: bool = False) -> Job:
     """Returns the job of the model and the task that options name, or else the files given.
 
-    These are a config file, a run, or a checkpoint; a GPT needs no name. What cannot be read is left to
-    whoever needs it, and to its message; what is not there is told here, where no name is given: options of
-    the job that it would ask for would be called unknown first.
+    These are a config file, a run, or a checkpoint; a GPT needs no name. What is not there, and weights that
+    are none, is told here, where no name is given: options of the job that it would ask for would be called
+    unknown first. What else cannot be read is left to whoever needs it, and to its message.
 
     Args:
         arguments: of the script.
         fine_tuning: whether the script begins with trained weights, which tasks on whole texts need.
 
     Raises:
-        ValueError: there is no model, or no task of it, of this name, or no such file or folder.
+        ValueError: there is no model, or no task of it, of this name, or a file or folder is no such thing.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--task", "--model", "--config", "--resume", "--init"):
         parser.add_argument(option, nargs="?")
     given, _ = parser.parse_known_args(arguments)
     name, task = given.model, given.task
-    opened = (given.config, read_config), (given.resume, read_run), (given.init, find_checkpoint)
+    opened = (given.config, read_config), (given.resume, read_run), (given.init, open_source)
     for source, read in opened:
         if source is not None:
-            if name is None and not Path(source).exists():
-                read(Path(source))
             of_source = _asked_in(Path(source))
+            told = of_source[0] is not None if read is open_source else Path(source).exists()
+            if name is None and not told:
+                read(Path(source))
             name, task = name or of_source[0], task or of_source[1]
     job = _job_of_model(name)
     if task is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import io
 import json
 import sys
 import textwrap
@@ -49,6 +50,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str, examples: Sequence[str], command: str = "") -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may have what no terminal can show
+            sys.stdout.reconfigure(errors="backslashreplace")
         program = Path(sys.argv[0]).name
         epilog = "examples\n" + "\n".join(f"  python python/{example}" for example in examples)
         super().__init__(
@@ -123,7 +126,10 @@ def standard_input(option: str) -> TextIO:
 
 @contextmanager
 def errors_in_one_line(program: str) -> Iterator[None]:
-    """Turns what the user can mend, a bad value, file or installation, into one line and exit code 2."""
+    """Turns what the user can mend, a bad value, file or installation, into one line and exit code 2.
+
+    Too little memory, for a batch as a rule, is one line and exit code 1.
+    """
     try:
         yield
     except ValueError as error:
@@ -137,6 +143,12 @@ def errors_in_one_line(program: str) -> Iterator[None]:
         fail(program, f"{package}; install it, in the repository, with: pip install '.[models]'")
     except ImportError as error:  # the kernels were not built, or this machine cannot run those that were
         fail(program, str(error))
+    except (MemoryError, RuntimeError) as error:
+        # Of torch's, that of a GPU has a class, which is not imported for this, and that of a CPU but words.
+        lacks = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not (lacks or "can't allocate memory" in str(error)):
+            raise
+        fail(program, f"memory must suffice for what is asked for, got too little: {error}", code=1)
 
 
 def read_config(path: str | Path) -> dict[str, dict]:
@@ -176,8 +188,10 @@ def merge(sections: dict[str, type], layers: Sequence[dict[str, dict]]) -> dict[
     merged: dict[str, dict] = {name: {} for name in sections}
     for layer in layers:
         for section, options in layer.items():
-            if section not in sections or not isinstance(options, dict):
+            if section not in sections:
                 raise ValueError(f"config: section must be one of {', '.join(sections)}, got {section!r}")
+            if not isinstance(options, dict):
+                raise ValueError(f"config: {section} must be a section of options, got {options!r:.60}")
             hints = typing.get_type_hints(sections[section])
             for name, value in options.items():
                 if name not in hints:

@@ -52,6 +52,8 @@ class Output:
     def __post_init__(self) -> None:
         if self.similarity and not self.text:
             raise ValueError("output: similarity must be beside text, got none")
+        if self.question is not None and not self.text:
+            raise ValueError(f"output: question must be beside text, got {self.question!r} alone")
         if self.top < 1:
             raise ValueError(f"output: top must be at least 1, got {self.top}")
         if not 0 <= self.score <= 1:

@@ -65,8 +65,8 @@ def quantity(value: float) -> str:
 
 
 def counted(count: int, thing: str) -> str:
-    """Returns a number of things: 1 layer, 2,000 layers."""
-    return f"{count:,} {thing}" + "s" * (count != 1)
+    """Returns a number of things: 1 layer, 2,000 layers, 2 classes."""
+    return f"{count:,} {thing}" + ("" if count == 1 else "es" if thing.endswith("s") else "s")
 
 
 def duration(seconds: float) -> str:

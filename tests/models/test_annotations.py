@@ -141,6 +141,8 @@ def test_run_lengths_go_down_the_columns(compressed):
     ("code", "message"),
     [
         ({"size": [40, 30]}, r"must have a size and counts, got KeyError\('counts'\)"),
+        ({"size": "ab", "counts": [1200]}, r"must have a size and counts, got ValueError"),
+        ({"size": [40.0, 30.0], "counts": [1300.0]}, r"must fill 40 x 30 pixels, got 1300"),
         ({"size": None, "counts": [1200]}, r"must have a size and counts, got TypeError"),
         ({"size": [40, 30], "counts": [1300, -100]}, r"must fill 40 x 30 pixels, got 1200"),
         ({"size": [40, 30], "counts": [10**15]}, r"must fill 40 x 30 pixels, got 1000000000000000"),
@@ -201,6 +203,8 @@ WRONG = {
     "a name that is none": '{"categories": [{"id": 1, "name": 5}], "images": [], "annotations": []}',
     "one id twice": '{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], "images": [],'
     ' "annotations": []}',
+    "two images of one id": '{"categories": [], "images": [{"id": 1, "file_name": "a", "width": 1,'
+    ' "height": 1}, {"id": 1, "file_name": "b", "width": 1, "height": 1}], "annotations": []}',
     "no file name": '{"categories": [], "images": [{"id": 1, "file_name": 5, "width": 1, "height": 1}],'
     ' "annotations": []}',
     "too deep": "[" * 100_000,

@@ -28,7 +28,6 @@ from lspm_models.data.image_formats import Images
 from lspm_models.data.images import ImageData
 from lspm_models.fit_config import FitConfig
 from lspm_models.image_job import load_image_model
-from lspm_models.image_outputs import confusion, draw_confusion, most_probable
 from lspm_models.image_outputs import predict as predict_all
 from lspm_models.models.resnet import ResNet, ResNetConfig
 from lspm_models.run_log import read_log
@@ -129,24 +128,6 @@ def test_predictions_keep_the_worst_mistakes():
         predict_all(task, empty)
 
 
-def test_labels_with_probabilities():
-    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0]])
-    found = most_probable(logits, "abc", 2)
-    assert [[label for label, _ in row] for row in found] == [["b", "c"], ["a", "b"]]
-    assert found[0][0][1] == pytest.approx(logits[0].softmax(0)[1].item())
-    assert len(most_probable(logits, "abc", 9)[0]) == 3
-
-
-def test_the_confusion_matrix_has_true_classes_in_rows(tmp_path):
-    counts = confusion(torch.tensor([1, 1, 2]), torch.tensor([0, 1, 2]), 3)
-    assert counts.tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 1]]
-    draw_confusion(counts, "abc", tmp_path / "a.png")
-    draw_confusion(torch.eye(50, dtype=torch.int64), list(map(str, range(50))), tmp_path / "b.png")
-    with Image.open(tmp_path / "a.png") as image:
-        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
-    assert {(8, 48, 107), (247, 251, 255)} <= colours  # the two ends of the scale
-
-
 @pytest.fixture(scope="module")
 def trained(folder):
     """A run that all tests look at, and what it said."""
@@ -181,6 +162,8 @@ def test_a_run_says_what_it_does_and_where_everything_is(run, trained, folder, t
     said = f"predict.py: {tmp_path}/z.png: No such file or directory\n"
     assert run(predict, path, tmp_path / "z.png") == (1, "", said)
     refused(run(predict, path, "x", "--top", 0), r"predict\.py: output: top must be at least 1, got 0")
+    message = r"predict\.py: output: question must be beside text, got 'y' alone"
+    refused(run(predict, path, "x", "--question", "y"), message)
 
 
 def test_the_folder_gives_the_model_back(trained):

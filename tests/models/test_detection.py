@@ -51,6 +51,17 @@ def test_overlaps_and_suppression_are_torchvisions():
     assert len(non_maximum_suppression(torch.zeros(0, 4), nothing, nothing.long(), 0.5)) == 0
 
 
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.6])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_overlaps_at_the_threshold_and_tiny_boxes_go_as_torchvisions_do(threshold, scale):
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.randint(0, 6, (400, 4), generator=generator).float()  # many overlaps are round numbers
+    boxes = torch.cat((corners.view(-1, 2, 2).amin(1), corners.view(-1, 2, 2).amax(1)), 1) * scale
+    scores = torch.randperm(400, generator=generator).float()
+    kept = non_maximum_suppression(boxes, scores, torch.zeros(400, dtype=torch.int64), threshold)
+    assert torch.equal(kept, torchvision.ops.nms(boxes, scores, threshold))
+
+
 def test_the_focal_loss_is_torchvisions():
     logits, wanted = torch.randn(50) * 3, (torch.rand(50) < 0.3).float()
     torch.testing.assert_close(focal(logits, wanted), torchvision.ops.sigmoid_focal_loss(logits, wanted))

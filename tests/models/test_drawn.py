@@ -121,6 +121,7 @@ def test_a_mask_that_does_not_fit_is_left_out(tmp_path):
     path, lines = tmp_path / "mask.png", []
     for mask, why in (
         (np.full((20, 40), 9, np.uint8), "its mask must have values to 2, one for each class, got 9"),
+        (np.full((20, 40), 255, np.uint8), "its mask must have a pixel that counts, got 255 everywhere"),
         (np.zeros((20, 39), np.uint8), "its mask must be 40 x 20 P or L, got 39 x 20 L"),
         (np.zeros((20, 40, 3), np.uint8), "its mask must be 40 x 20 P or L, got 40 x 20 RGB"),
     ):
@@ -242,6 +243,9 @@ def test_pasted_scenes_are_of_other_images_when_held_out(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"size": 31}, "size must be at least 32, got 31"),
+        ({"size": 4097}, "size must be at most 4096, got 4097"),
+        ({"classes": ("dog", "cat", "dog")}, "classes must be different ones, got dog cat dog"),
+        ({"most": 10**9}, "most must be at most 1000, got 1000000000"),
         ({"most": 0}, "most must be at least 1, got 0"),
         ({"validation": 0.0}, "validation must be between 0 and 1, got 0.0"),
         ({"validation": 1.0}, "validation must be between 0 and 1, got 1.0"),
@@ -251,6 +255,27 @@ def test_bad_options(options, message):
     with pytest.raises(ValueError) as error:
         SceneConfig(**options)
     assert str(error.value) == "data: " + message
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_annotations_without_objects(tmp_path, masks):
+    write_voc(tmp_path / "data", count=3)
+    (tmp_path / "data" / "SegmentationClass").rename(tmp_path / "masks")
+    (tmp_path / "data" / "Annotations" / "0.xml").write_text("<annotation/>")
+    message = (
+        r"^annotations: objects of owl must be there to learn from, got none: .*0\.xml \(has no size/width\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        agreeing(read_voc(tmp_path / "data", ("owl",)), masks=masks)
+    (tmp_path / "masks").rename(tmp_path / "data" / "SegmentationClass")  # tell enough without boxes
+    assert len(agreeing(read_voc(tmp_path / "data", ("owl",)), masks=True)) == 2
+
+
+def test_no_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    write_voc(tmp_path / "data", count=3)
+    monkeypatch.chdir(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"^scenes: '' must be a folder of VOC's XML, .*, got no such path$"):
+        prepare_scenes(SceneConfig(data=""), "boxes", tmp_path)
 
 
 def test_polygons_change_the_fingerprint(tmp_path):

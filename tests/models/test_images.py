@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny_images import LABELS, PIXELS, write_idx
 
+from lspm_models.data.augmentation import Augmentation
 from lspm_models.data.image_config import ImageConfig, ImageFormat, load_format
 from lspm_models.data.image_formats import Images
 from lspm_models.data.images import ImageData, prepare_images, set_aside
@@ -149,6 +150,7 @@ def test_damage_is_reported_with_a_count(tmp_path):
     ("options", "message"),
     [
         ({"size": 0}, "data: size must be at least 1, got 0"),
+        ({"size": 4097}, "data: size must be at most 4096, got 4097"),
         ({"crop": -1}, "data: crop must be at least 0, got -1"),
         ({"channels": 2}, "data: channels must be 1 or 3, got 2"),
         ({"validation": 1.0}, "data: validation must be at least 0 and less than 1, got 1.0"),
@@ -160,6 +162,12 @@ def test_bad_options(options, message):
     with pytest.raises(ValueError) as error:
         ImageConfig(**options)
     assert str(error.value) == message
+
+
+def test_a_crop_leaves_something_of_every_image():
+    Augmentation(ImageConfig(crop=5), 6, 3)
+    with pytest.raises(ValueError, match=r"^data: crop must be less than the 6 pixels of a side, got 6$"):
+        Augmentation(ImageConfig(crop=6), 6, 3)
 
 
 def test_a_folder_with_a_broken_image_trains_without_it(tmp_path):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from tiny_images import write_idx
 
 from lspm_models.data.drawn import read_photo
@@ -28,6 +28,17 @@ def test_pixels_of_32_bits_are_refused(tmp_path, dtype):
     Image.fromarray(RAMP.astype(dtype)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match=r"^its pixels must have 8 or 16 bits, got 32 \(mode [IF]\)$"):
         decode(tmp_path / "a.tif", 1, 8)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_an_avif_without_its_pixels(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.avif")
+    content = (tmp_path / "a.avif").read_bytes()
+    pixels = content.index(b"mdat") + 4
+    blank = content[:pixels] + bytes(len(content) - pixels)
+    (tmp_path / "a.jpg").write_bytes(blank)  # servers send it under any name
+    with pytest.raises(ValueError, match=r"^Failed to decode "):  # PIL's is a RuntimeError
+        decode(tmp_path / "a.jpg", 3, 8)
 
 
 def read(tmp_path, content):
@@ -59,6 +70,19 @@ def test_numbers_that_are_no_pixel_or_label(tmp_path, row, why):
     dataset = read(tmp_path, f"{HEADER}2,7,7,7,7\n{row}\n")
     assert dataset.training.labels.tolist() == [2]
     assert dataset.skipped == {f"{tmp_path}/a.csv:3": (why, 1)}
+
+
+@pytest.mark.parametrize("header", ["", "digit,a,b,c,d\n"])
+def test_labels_that_stand_first_without_a_name(tmp_path, header):
+    message = (
+        r"a\.csv must have its labels last, or below a header with label or .*, got 0 last in every row$"
+    )
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, header + "5,0,7,8,0\n3,0,9,9,0\n")
+    assert read(tmp_path, HEADER + "5,0,7,8,0\n3,0,9,9,0\n").training.labels.tolist() == [5, 3]
+    assert read(tmp_path, header + "5,0,7,8,0\n").training.labels.tolist() == [
+        0
+    ]  # of one row nothing is known
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])

@@ -1,5 +1,7 @@
 """Config files: checked like flags, and the bundled ones."""
 
+import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pretrain
@@ -9,7 +11,7 @@ import torch
 from lspm_models.image_job import ImageJob
 from lspm_models.jobs import job_of
 from lspm_models.models.resnet import ResNet
-from lspm_models.options import Parser, merge, read_config
+from lspm_models.options import Parser, errors_in_one_line, merge, read_config
 from lspm_models.scene_job import JOBS
 from lspm_models.text_job import TextJob
 from lspm_models.text_options import Text
@@ -26,6 +28,7 @@ SECTIONS = TextJob.sections
             "config: model.widht must be an option, got an unknown one; did you mean width?",
         ),
         ("[models]\nwidth = 3", "config: section must be one of model, data, training, got 'models'"),
+        ("model = 'llama'", "config: model must be a section of options, got 'llama'"),
         ("[model]\nwidth = '3'", "config: model.width must be a whole number, got '3'"),
         ("[model]\nbias = 1", "config: model.bias must be true or false, got 1"),
         ("[training]\nclip = 'no'", "config: training.clip must be a number, got 'no'"),
@@ -50,6 +53,33 @@ def test_a_config_file_that_is_none(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"^config: .*{name} {message}"):
         read_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("can't allocate memory: no room"),
+    ],
+    ids=["python", "gpu", "cpu"],
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as end, errors_in_one_line("pretrain.py"):
+        raise error
+    said = capsys.readouterr().err
+    assert said.startswith("pretrain.py: memory must suffice for what is asked for, got too little: ")
+    assert (end.value.code, said.count("\n"), said[-8:]) == (1, 1, "no room\n")
+    with pytest.raises(RuntimeError, match="another"), errors_in_one_line("pretrain.py"):
+        raise RuntimeError("another")
+
+
+def test_what_a_terminal_cannot_show_is_told_in_escapes(monkeypatch):
+    with TextIOWrapper(BytesIO(), "ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        Parser("", [])
+        print("né \udce9", flush=True)
+        assert out.buffer.getvalue() == b"n\\xe9 \\udce9\n"
 
 
 def test_a_name_that_is_no_text(tmp_path):

@@ -45,3 +45,11 @@ def test_weights_that_are_not_there_are_told_before_options_of_their_job():
         ValueError, match=r"^checkpoint: missing must be a run folder or a checkpoint, got no"
     ):
         job_of(["--init", "missing", "--data", "photos"], fine_tuning=True)
+
+
+def test_weights_that_are_none_are_told_before_options_of_their_job(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a run folder or a checkpoint, got no checkpoint in it$"):
+        job_of(["--init", str(tmp_path), "--data", "photos"], fine_tuning=True)
+    (tmp_path / "weights.pth").write_bytes(b"PK\3\4")
+    with pytest.raises(ValueError, match=r"^gguf: .*weights\.pth: magic must be GGUF, got "):
+        job_of(["--init", str(tmp_path / "weights.pth"), "--data", "photos"], fine_tuning=True)

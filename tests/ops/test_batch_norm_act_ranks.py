@@ -1,5 +1,7 @@
 """batch_norm_act over the batches of two processes, against one process that has them all."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ def results(f, inputs, dy, running):
 
 
 def rank(number, folder, mode):
+    warnings.simplefilter("error", FutureWarning)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=number, world_size=2)
     own = slice(0, ROWS[0]) if number == 0 else slice(ROWS[0], None)
     inputs, dy, running = joined()

@@ -1,5 +1,7 @@
 """conv2d as every part of torch meets it: what compiles, exports, transforms and differentiates."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +96,16 @@ def test_autocast_computes_in_its_dtype():
             assert y.dtype == F.conv2d(x, weight, bias).dtype == torch.bfloat16
         y.float().sum().backward()
         assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore::lspm_kernels.dispatch.FallbackWarning")
+def test_autocast_leaves_float64_and_weights_that_are_no_floats_alone():
+    x, weight = (t.detach().double() for t in tensors()[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        for f in (lk.conv2d, partial(lk.conv2d_batch_norm, training=True)):
+            assert f(x, weight).dtype == F.conv2d(x, weight).dtype == torch.float64
+            with pytest.raises(ValueError, match=r"weight must have x's dtype .*, got torch\.int64"):
+                f(x.float(), weight.long())
 
 
 def test_export_checkpoint_fake_and_meta():

@@ -145,16 +145,17 @@ def read_coco(file: str | Path, images: str | Path) -> Annotations:
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
         categories = sorted((item["id"], _typed(item, "name", str)) for item in content["categories"])
-        described = {
-            item["id"]: (
-                _typed(item, "file_name", str),
-                *(_pixels(item, side) for side in ("width", "height")),
-            )
+        sides = ("width", "height")
+        entries = [
+            (item["id"], (_typed(item, "file_name", str), *(_pixels(item, side) for side in sides)))
             for item in content["images"]
-        }
+        ]
+        described = dict(entries)
         objects = _typed(content, "annotations", list)
         if len(dict(categories)) < len(categories):
             raise ValueError("two categories of one id")
+        if any(described[number] != entry for number, entry in entries):
+            raise ValueError("two images of one id")
     except OSError as error:
         raise ValueError(f"annotations: {file} must be readable, got {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -235,7 +236,7 @@ def mask_of(image: Annotated) -> np.ndarray:
 def _run_lengths(code: dict, shape: tuple[int, int]) -> np.ndarray:
     """Decodes COCO's run lengths: of pixels outside and inside in turn, column after column."""
     try:
-        height, width = code["size"]
+        height, width = map(int, code["size"])
         counts = code["counts"]
         lengths = [int(n) for n in (_unpacked(counts) if isinstance(counts, str) else counts)]
     except (KeyError, TypeError, ValueError) as error:

@@ -17,7 +17,8 @@ class Augmentation:
         classes: how many.
 
     Raises:
-        ValueError: torchvision is not installed, or was built for another PyTorch.
+        ValueError: torchvision is not installed, or was built for another PyTorch; crop could leave nothing
+            of an image.
     """
 
     def __init__(self, config: ImageConfig, size: int, classes: int) -> None:
@@ -25,6 +26,8 @@ class Augmentation:
         wanted = [name for name in ("crop", "flip", "jitter", "mixup", "cutmix") if getattr(config, name)]
         if not wanted:
             return
+        if config.crop >= size:
+            raise ValueError(f"data: crop must be less than the {size} pixels of a side, got {config.crop}")
         try:
             from torchvision.transforms import v2
         except (ImportError, RuntimeError) as error:  # RuntimeError: its operators are of another PyTorch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class DrawnScenes:
         """Returns a hash of the annotations, and of the files' names and sizes."""
         digest = hashlib.blake2b(repr((self._size, self._seed, self._flip)).encode(), digest_size=16)
         for image in self._images:
-            digest.update(f"\0{image.path.name}\0{image.path.stat().st_size}".encode())
+            digest.update(b"\0%b\0%d" % (os.fsencode(image.path.name), image.path.stat().st_size))
             digest.update(image.boxes.tobytes() + image.crowd.tobytes())
             for outline in image.outlines:
                 parts = (
@@ -129,6 +130,8 @@ def _mask(image: Annotated, classes: int) -> Image.Image:
             got = f"{file.size[0]} x {file.size[1]} {file.mode}"
             raise ValueError(f"its mask must be {image.size[0]} x {image.size[1]} P or L, got {got}")
         mask = np.asarray(file)
+    if (mask == UNCOUNTED).all():  # the mean loss of no pixel is not a number
+        raise ValueError(f"its mask must have a pixel that counts, got {UNCOUNTED} everywhere")
     if (wrong := mask[(mask > classes) & (mask < UNCOUNTED)]).size:
         raise ValueError(f"its mask must have values to {classes}, one for each class, got {wrong.max()}")
     return Image.fromarray(mask)
@@ -162,10 +165,13 @@ def agreeing(found: Annotations, *, masks: bool) -> list[Annotated]:
         masks: whether every object must have an outline or a mask.
 
     Raises:
-        ValueError: an annotation says another size than its image has, there are boxes only or too many
-            classes where masks are wanted, or no image is left.
+        ValueError: an annotation says another size than its image has, there are no objects, or boxes only
+            or too many classes where masks are wanted, or no image is left.
     """
     kept, drawn = [], any(image.mask is not None for image in found.images)
+    if not (masks and drawn) and not any(len(image.boxes) for image in found.images):
+        of = f" of {', '.join(found.classes)}" if found.classes else ""
+        raise ValueError(f"annotations: objects{of} must be there to learn from, got none{_first(found)}")
     if masks and len(found.classes) >= UNCOUNTED:  # a pixel of a mask is a byte
         raise ValueError(
             f"annotations: classes must be fewer than {UNCOUNTED} for masks, got {len(found.classes)}"
@@ -194,7 +200,9 @@ def agreeing(found: Annotations, *, masks: bool) -> list[Annotated]:
             continue
         kept.append(image)
     if not kept:
-        first = next(iter(found.skipped.items()), None)
-        why = f": {first[0]} ({first[1]})" if first else ""
-        raise ValueError(f"annotations: an image must be usable, got none{why}")
+        raise ValueError(f"annotations: an image must be usable, got none{_first(found)}")
     return kept
+
+
+def _first(found: Annotations) -> str:
+    return next((f": {name} ({why})" for name, why in found.skipped.items()), "")

@@ -15,6 +15,7 @@ from lspm_models.data.image_files import NAMED
 from lspm_models.files import write_atomically
 from lspm_models.options import option
 
+MOST_SIZE = 4096  # pixels on a side; a batch of such images takes gigabytes
 FOLDER_SIZE = 224  # pixels on a side of images from files of their own, as ImageNet's networks see them
 
 
@@ -42,6 +43,8 @@ class ImageConfig:
             value = getattr(self, name)
             if value is not None and value < (name == "size"):
                 raise ValueError(f"data: {name} must be at least {int(name == 'size')}, got {value}")
+        if self.size is not None and self.size > MOST_SIZE:
+            raise ValueError(f"data: size must be at most {MOST_SIZE}, got {self.size}")
         if self.channels not in (None, 1, 3):
             raise ValueError(f"data: channels must be 1 or 3, got {self.channels}")
         for name in ("validation", "label_smoothing"):

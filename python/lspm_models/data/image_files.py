@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ FASHION_CLASSES = tuple(  # in the order of its README
 )
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 # PIL's decoders raise whatever they stumble over; each of these means that a file is no whole image.
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, zlib.error)
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, zlib.error, struct.error)
+DAMAGED += (RuntimeError, MemoryError)  # of AVIF; of sizes that a damaged header tells
 TRAINING, HELD_OUT = ("train", "training"), ("test", "val", "valid", "validation")
 
 
@@ -60,7 +62,7 @@ def open_images(source: str) -> Dataset:
     if source in NAMED:
         return NAMED[source]()
     path = Path(source)
-    if not path.exists():
+    if not source or not path.exists():  # an empty one would be the folder that one is in
         raise ValueError(
             f"images: {source!r} must be a file, a folder or one of {', '.join(NAMED)}, got no such path"
         )
@@ -99,9 +101,10 @@ def _from_folder(folder: Path) -> tuple[list[Images], tuple[str, ...]]:
         path for path in (folder / "batches.meta.txt", folder / "fine_label_names.txt") if path.is_file()
     ]
     try:
-        classes = tuple(names[0].read_text(encoding="utf-8").split()) if names else ()
+        lines = names[0].read_text(encoding="utf-8").splitlines() if names else []
     except UnicodeDecodeError as error:
         raise ValueError(f"images: {names[0]} must be text in UTF-8, got {error}") from error
+    classes = tuple(filter(None, map(str.strip, lines)))
     return [_joined([read_images(path) for path in paths]) for paths in (training, test) if paths], classes
 
 
@@ -120,8 +123,13 @@ def _joined(parts: list[Images]) -> Images:
 def _from_class_folders(folder: Path) -> tuple[list[Images], tuple[str, ...]]:
     inner = _folders(folder)
     parts = [[path for path in inner if path.name.lower() in names] for names in (TRAINING, HELD_OUT)]
-    roots = [paths[0] for paths in parts if paths] if parts[0] else [folder]
-    classes = tuple(path.name for path in _folders(roots[0]))
+    if len(set(map(bool, parts))) > 1 and not _folders((parts[0] or parts[1])[0]):
+        parts = [[], []]  # train, with neither test nor folders, is a class, as CIFAR-100 has one
+    if parts[1] and not parts[0]:
+        rule = f"hold a folder {' or '.join(TRAINING)} beside {parts[1][0].name}"
+        raise ValueError(f"images: {folder} must {rule}, got none")
+    roots = [paths[0] for paths in parts if paths] or [folder]
+    classes = tuple(map(_class_of, _folders(roots[0])))
     if not classes:
         raise ValueError(
             f"images: {roots[0]} must hold a folder of images for each class, or IDX, CIFAR or CSV files, "
@@ -134,10 +142,15 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
 
 
+def _class_of(folder: Path) -> str:
+    """Returns its name, with escapes in place of bytes that are no UTF-8, which no file or terminal takes."""
+    return folder.name.encode(errors="backslashreplace").decode()
+
+
 def _from_classes(folder: Path, classes: tuple[str, ...]) -> Images:
     labels, paths = [], []
     for inner in _folders(folder):
-        if inner.name not in classes:
+        if _class_of(inner) not in classes:
             raise ValueError(
                 f"images: {inner} must be a class of the training images, {', '.join(classes)}, got another"
             )
@@ -146,7 +159,7 @@ def _from_classes(folder: Path, classes: tuple[str, ...]) -> Images:
         )
         found = [path for path in found if not path.name.startswith(".")]
         paths += found
-        labels += [classes.index(inner.name)] * len(found)
+        labels += [classes.index(_class_of(inner))] * len(found)
     return Images(np.array(labels, np.int64), paths=paths)
 
 
@@ -184,7 +197,7 @@ def reason(error: Exception, path: Path) -> str:
 
 
 def eight_bits(image: Image.Image, file_format: str | None) -> Image.Image:
-    """Returns an image of 16 bits, whose bright pixels PIL would all make white, with 8; another as it is.
+    """Returns an image of 16 bits, whose bright pixels PIL would all make white, with 8; others are left.
 
     Args:
         image: of any mode.
@@ -197,6 +210,8 @@ def eight_bits(image: Image.Image, file_format: str | None) -> Image.Image:
 
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")  # of which PIL warns where it has to do so by itself
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels must have 8 or 16 bits, got 32 (mode {image.mode})")
     return image

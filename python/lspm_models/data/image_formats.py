@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import math
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Images:
         if self.pixels is not None:
             digest.update(repr(self.pixels.shape).encode() + np.ascontiguousarray(self.pixels).tobytes())
         for path in self.paths:
-            digest.update(f"\0{path.parent.name}/{path.name}\0{path.stat().st_size}".encode())
+            digest.update(b"\0%b/%b\0%d" % (*map(os.fsencode, path.parts[-2:]), path.stat().st_size))
         return digest.digest()
 
 
@@ -188,6 +189,13 @@ def _read_csv(path: Path) -> Images:
     except ValueError:  # some row is damaged: look at each
         table = np.array(list(_csv_rows(path, text, header, len(first), label, skipped)), np.float64)
         table = table.reshape(-1, len(first))
+    # MNIST is often copied with its labels first and no header, and its last pixel is always black.
+    told = set(names) & set(LABEL_COLUMNS)
+    if not told and not table[:, label].any() and len(np.unique(table[:, 0])) > 1:
+        raise ValueError(
+            f"images: {path} must have its labels last, or below a header with {' or '.join(LABEL_COLUMNS)}, "
+            "got 0 last in every row"
+        )
     pixels = np.delete(table, label, axis=1).astype(np.uint8).reshape(-1, *shape)
     return Images(table[:, label].astype(np.int64), pixels, skipped=skipped)
 

@@ -16,6 +16,7 @@ from lspm_models.data.augmentation import Augmentation
 from lspm_models.data.image_config import FOLDER_SIZE, ImageConfig, ImageFormat, load_format
 from lspm_models.data.image_files import Dataset, decode, open_images, resize
 from lspm_models.data.image_formats import Images
+from lspm_models.progress import counted
 
 STATISTICS = 1000  # images that the mean and the deviation are taken from
 
@@ -240,10 +241,9 @@ def prepare_images(
         ValueError: the images or an option are not usable; the message names them.
     """
     dataset = open_images(config.data)
-    if dataset.held_out is not None:
-        training, held_out = dataset.training, dataset.held_out
-    else:
-        training, held_out = set_aside(dataset.training, config.validation)
+    training, held_out = dataset.training, dataset.held_out
+    if held_out is None:
+        training, held_out = set_aside(training, config.validation)
     path = Path(folder) / "images.json"
     if path.exists():
         look = load_format(path)
@@ -260,13 +260,21 @@ def prepare_images(
         look.save(path)
     kind = f"{look.size} x {look.size} " + ("grey" if look.channels == 1 else "colour")
     counts = f"{len(training):,} to train on, {len(held_out):,} to validate on"
-    report(f"images     {dataset.name}: {counts}, {len(look.classes)} classes, {kind}")
+    if config.validation and not len(held_out):
+        counts += f" (of no class a share of {config.validation:g} is an image)"
+    report(f"images     {dataset.name}: {counts}, {counted(len(look.classes), 'class')}, {kind}")
+    seen = np.bincount(training.labels, minlength=len(look.classes))
+    if empty := [name for name, number in zip(look.classes, seen, strict=True) if not number]:
+        report(f"empty      {counted(len(empty), 'class')} without an image to train on: {_some(empty)}")
     if dataset.skipped:
         count = sum(number for _, number in dataset.skipped.values())
         reasons = [f"{name} ({why})" for name, (why, _) in dataset.skipped.items()]
-        more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-        report(f"skipped    {count:,} images that cannot be read: {', '.join(reasons[:3])}{more}")
+        report(f"skipped    {counted(count, 'image')} that cannot be read: {_some(reasons)}")
     return training, held_out, look
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def measure(config: ImageConfig, dataset: Dataset, training: Images) -> ImageFormat:

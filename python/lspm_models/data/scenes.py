@@ -18,6 +18,7 @@ from lspm_models.data.image_files import NAMED, open_images
 from lspm_models.data.images import set_aside
 from lspm_models.data.scene_config import FILE_SIZE, PASTED_SIZE, SceneConfig
 from lspm_models.data.synthetic import Scenes
+from lspm_models.progress import counted
 from lspm_models.tasks.segmentation import IGNORE_INDEX
 
 PASTED_HELD_OUT = 1000  # pasted scenes have no end; so many are looked at when training is over
@@ -181,7 +182,7 @@ def _pasted(config: SceneConfig, report: Callable[[str], None], seed: int) -> tu
 
 def _drawn(config: SceneConfig, target: str, report: Callable[[str], None], seed: int) -> tuple:
     path, size = Path(config.data), config.size or FILE_SIZE
-    if path.is_dir():
+    if config.data and path.is_dir():  # an empty one would be the folder that one is in
         found = read_voc(path, config.classes or None)
     elif config.classes:
         raise ValueError(f"data: classes must be absent but with a folder of VOC's XML, got {config.data}")
@@ -210,6 +211,7 @@ def _drawn(config: SceneConfig, target: str, report: Callable[[str], None], seed
     training = DrawnScenes(parts[0], size, len(found.classes), seed=seed, flip=config.flip, **options)
     held_out = DrawnScenes(parts[1], size, len(found.classes), **options)
     counts = f"{len(training):,} to train on, {len(held_out):,} to validate on"
-    objects = f"{sum(len(image.boxes) for image in images):,} objects of {len(found.classes)} classes"
+    classes = counted(len(found.classes), "class")
+    objects = f"{sum(len(image.boxes) for image in images):,} objects of {classes}"
     report(f"scenes     {path.name}: {counts}, {objects}, {size} x {size}")
     return training, held_out, len(held_out), found.classes, size

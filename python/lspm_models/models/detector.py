@@ -158,7 +158,8 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     corners = torch.maximum(a[:, None, :2], b[:, :2]), torch.minimum(a[:, None, 2:], b[:, 2:])
     shared = (corners[1] - corners[0]).clamp(min=0).prod(-1)
     areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1) for boxes in (a, b)]
-    return shared / (areas[0][:, None] + areas[1] - shared).clamp(min=1e-9)
+    union = areas[0][:, None] + areas[1] - shared
+    return shared / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
 def non_maximum_suppression(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
@@ -174,8 +175,9 @@ def non_maximum_suppression(boxes: Tensor, scores: Tensor, labels: Tensor, thres
         The places of those that stay, the best first.
     """
     order = scores.argsort(descending=True, stable=True)
-    covered = (iou(boxes[order], boxes[order]) > threshold) & (labels[order][:, None] == labels[order])
-    covered = covered.triu(1)
+    # In float64, as torchvision compares: in float32 the threshold would be rounded, too.
+    covered = iou(boxes[order], boxes[order]).double() > threshold
+    covered = (covered & (labels[order][:, None] == labels[order])).triu(1)
     stays = torch.ones(len(order), dtype=torch.bool, device=boxes.device)
     for place in range(len(order)):
         if stays[place]:
