@@ -250,6 +250,8 @@ def test_frames(tmp_path):
     found = from_frame(frame)
     assert triples(found) == triples(from_frame(columns))
     assert found.timestamps[0] == 978307200
+    dated = frame.assign(timestamp=["2001-01-01"] * (len(frame) - 1) + ["978307201"])
+    assert from_frame(dated).timestamps[-2:].tolist() == [978307200, 978307201]
     zoned = frame.assign(timestamp=pandas.Timestamp("2001-01-01 01:00", tz="Europe/Vienna"))
     assert from_frame(zoned).timestamps[0] == 978307200
     zoned.loc[1, "timestamp"] = None

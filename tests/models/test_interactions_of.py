@@ -48,6 +48,9 @@ def test_columns_and_frames():
     pandas = pytest.importorskip("pandas")
     model = MatrixFactorization(CONFIG).fit(pandas.DataFrame(frame).astype({"user": "str"}))
     assert model.interactions.user_ids.names == ["0", "2"]
+    for kind in (torch.float32, torch.bfloat16):
+        values = torch.tensor(RATINGS, dtype=kind, requires_grad=True)
+        assert interactions_of((USERS, ITEMS, values)).ratings.tolist() == RATINGS
     model.partial_fit((["7", "7"], [0, 1], [5.0, 4.0]))
     assert len(model.recommend(["7"], 9)[0]) == 1
 
@@ -60,6 +63,10 @@ def test_columns_and_frames():
         (([1],), "ratings must be Interactions, .* got tuple"),
         (torch.zeros(2, 2).to_sparse(), "users must hold at least one rating, got none"),
         (torch.ones(2, 2, 2).to_sparse(), r"ratings must be a matrix of users by items, got \(2, 2, 2\)"),
+        ((1, 2, 3.0), "users must be a column of ids, got 1"),
+        (("ab", ["c", "d"]), "users must be a column of ids, got 'ab'"),
+        (([1, 2], [3, 4], 5.0), "ratings must be as many as users, 2, got no column"),
+        (([1, 2], [3, 4], torch.ones(2) * 1j), "ratings must be numbers, got others: complex128"),
         ((torch.ones(2, 2) * torch.nan).to_sparse(), r"ratings\[0\] must be a finite number, got nan"),
     ],
 )

@@ -82,6 +82,9 @@ def from_frame(frame: Any, columns: dict[str, str] | None = None, *, name: str =
     labels = list(frame.column_names if hasattr(frame, "column_names") else frame)  # pyarrow's, or pandas'
     places = _columns(name, [str(label) for label in labels], columns or {})
     taken = {role: _column(frame[labels[place]]) for role, place in places.items()}
+    if "timestamp" in taken and taken["timestamp"].dtype.kind in "OU":  # dates as text
+        moments = ((t, seconds_of(t) if isinstance(t, str) else None) for t in taken["timestamp"])
+        taken["timestamp"] = [t if moment is None else moment for t, moment in moments]
     try:
         arguments = (taken.get(role) for role in ("user", "item", "rating", "weight", "timestamp"))
         return Interactions.from_arrays(*arguments)

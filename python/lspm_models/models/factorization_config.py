@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 from lspm_models.models.factor_methods import METHODS
@@ -63,19 +64,21 @@ class MatrixFactorizationConfig:
             raise ValueError(f"mf: solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
         for name, least in (("factors", 1), ("epochs", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int):
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise ValueError(f"mf: {name} must be a whole number, got {value!r}")
+            object.__setattr__(self, name, int(value))  # NumPy's, which JSON has not
             if value < least:
                 raise ValueError(f"mf: {name} must be at least {least}, got {value}")
         for name in ("lr", "lr_decay", "std", "alpha"):
             if not 0 < self._number(name) < float("inf"):
-                raise ValueError(f"mf: {name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"mf: {name} must be positive, got {getattr(self, name):g}")
         for name in ("reg", "weighted_reg"):
             if not 0 <= self._number(name) < float("inf"):
-                raise ValueError(f"mf: {name} must be finite and at least 0, got {getattr(self, name)}")
+                raise ValueError(f"mf: {name} must be finite and at least 0, got {getattr(self, name):g}")
 
     def _number(self, name: str) -> float:
         value = getattr(self, name)
-        if not isinstance(value, int | float):
+        if not isinstance(value, numbers.Real):
             raise ValueError(f"mf: {name} must be a number, got {value!r}")
-        return value
+        object.__setattr__(self, name, float(value))
+        return float(value)

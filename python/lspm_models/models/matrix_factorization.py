@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import numbers
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,9 +102,13 @@ class MatrixFactorization:
         Whoever has no rating is as those with like features are; of whom nothing is known, only the mean and
         the other side's bias count, or to nmf and implicit-als the average row. Ratings stay within the
         scale; of an implicit method these are scores.
+
+        Raises:
+            ValueError: an id is neither internal nor -1.
         """
         t = self._with_cold()
-        u, i = users % len(t.user_bias), items % len(t.item_bias)  # -1 is the last row, a stranger's
+        # -1 is the last row, a stranger's.
+        u, i = (_rows(*side) for side in (("users", users, t.user_bias), ("items", items, t.item_bias)))
         biases = {"user_bias": t.user_bias, "item_bias": t.item_bias, "mean": t.mean}
         found = lspm_kernels.mf(t.user_factors, t.item_factors, u, i, **biases)
         return found if self.implicit else found.clamp(*self.interactions.scale)
@@ -125,11 +130,11 @@ class MatrixFactorization:
         """The n best items for each user, by their own id; one without a rating is as predict() has it.
 
         Raises:
-            ValueError: n is less than 1, or users are one text.
+            ValueError: n is less than 1, or users are no sequence or one text.
         """
         t, data = self._with_cold(), self.interactions
         _check_count("recommend", n)
-        if isinstance(users, str):
+        if isinstance(users, str) or not isinstance(users, Iterable):
             raise ValueError(f"recommend: users must be a sequence of ids, got {users!r}")
         rows = torch.tensor([data.user_ids.place(user, -1) for user in users], dtype=torch.int64)
         known, row = (rows >= 0), rows.clamp(min=0)
@@ -261,6 +266,14 @@ class MatrixFactorization:
         return [Recommendation(data.item_ids.names[i], data.title(i), s) for i, s in found]
 
 
+def _rows(what: str, ids: Tensor, table: Tensor) -> Tensor:
+    ids, most = torch.as_tensor(ids), len(table) - 2
+    if ids.numel() and not -1 <= ids.min() <= ids.max() <= most:
+        got = ids[(ids < -1) | (ids > most)][0].item()
+        raise ValueError(f"predict: {what} must be internal ids, -1 to {most}, got {got}")
+    return ids % len(table)
+
+
 def _check_count(what: str, n: int) -> None:
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"{what}: n must be at least 1, got {n}")
+    if not isinstance(n, numbers.Integral) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"{what}: n must be a whole number of at least 1, got {n}")
