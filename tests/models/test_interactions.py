@@ -79,6 +79,7 @@ GOOD = "user\titem\trating\n1\t2\t3\n1\t3\t4\n"
             "r.tsv must have a column for the user, got name, thing, grade; say which",
         ),
         ("user\tgrade\n1\t2\n", "r.tsv must have a column for the item, got user, grade; say which it is"),
+        ("user\tuser\titem\n1\t2\t3\n", "r.tsv must have one column 'user', got several"),
         (GOOD + "1\t2\n", "r.tsv, line 4: columns must be 3, got 2"),
         (GOOD + "1\t2\tgood\n", "r.tsv, line 4: rating must be a finite number, got 'good'"),
         (GOOD + "1\t2\tnan\n", "r.tsv, line 4: rating must be a finite number, got 'nan'"),

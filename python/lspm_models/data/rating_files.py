@@ -64,6 +64,9 @@ def read_interactions(
     for side, given in (("user", users), ("item", items)):
         file = sides.get(side) if given is None else Path(given)
         if file is not None:
+            if not file.exists() or file.is_dir():
+                got = "a folder" if file.is_dir() else "no such path"
+                raise ValueError(f"ratings: {side}s must be a file, got {got}: {file}")
             found = with_features(found, side, file)
     return found
 
@@ -148,6 +151,9 @@ def _columns(name: str, header: Sequence[str], given: dict[str, str]) -> dict[st
             raise ValueError(
                 f"ratings: {name} must have a column for the {role}, got {_shown(header)}; say which it is"
             )
+    for place in places.values():
+        if header.count(header[place]) > 1:
+            raise ValueError(f"ratings: {name} must have one column {header[place]!r}, got several")
     for role, other in itertools.combinations(given, 2):
         if given[role] == given[other]:
             rule = f"have columns of their own for {role} and {other}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from lspm_models.models.factor_methods import METHODS
 
@@ -66,19 +66,21 @@ class MatrixFactorizationConfig:
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise ValueError(f"mf: {name} must be a whole number, got {value!r}")
-            object.__setattr__(self, name, int(value))  # NumPy's, which JSON has not
             if value < least:
                 raise ValueError(f"mf: {name} must be at least {least}, got {value}")
         for name in ("lr", "lr_decay", "std", "alpha"):
             if not 0 < self._number(name) < float("inf"):
-                raise ValueError(f"mf: {name} must be positive, got {getattr(self, name):g}")
+                raise ValueError(f"mf: {name} must be positive, got {getattr(self, name)}")
         for name in ("reg", "weighted_reg"):
             if not 0 <= self._number(name) < float("inf"):
-                raise ValueError(f"mf: {name} must be finite and at least 0, got {getattr(self, name):g}")
+                raise ValueError(f"mf: {name} must be finite and at least 0, got {getattr(self, name)}")
+        for item in fields(self):
+            if item.name not in ("method", "solver", "nonnegative"):  # JSON has none of NumPy's
+                kind = float if isinstance(item.default, float) else int
+                object.__setattr__(self, item.name, kind(getattr(self, item.name)))
 
     def _number(self, name: str) -> float:
         value = getattr(self, name)
         if not isinstance(value, numbers.Real):
             raise ValueError(f"mf: {name} must be a number, got {value!r}")
-        object.__setattr__(self, name, float(value))
-        return float(value)
+        return value
