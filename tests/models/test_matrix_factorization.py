@@ -233,6 +233,24 @@ def test_weights_are_counts_to_implicit_feedback_and_left_out_by_ranking():
     )
 
 
+def test_pairs_that_come_twice():
+    """A log of plays is to implicit-als what their number is; to svd a matrix has the mean there."""
+    u, i = torch.arange(40) % 8, torch.arange(40) % 5
+    twice = (u.repeat(2), i.repeat(2))
+    for method, one in (("implicit-als", torch.full((40,), 2.0)), ("svd", torch.arange(40) % 4 + 1.5)):
+        other = torch.ones(80) if method == "implicit-als" else torch.cat((one - 0.5, one + 0.5))
+        a = MatrixFactorization(small(method)).fit((u, i, one, torch.full((40,), 1.0 + (method == "svd"))))
+        b = MatrixFactorization(small(method)).fit((*twice, other))
+        a.partial_fit(([9, 9], [0, 1], [4.0, 2.0])), b.partial_fit(([9, 9], [0, 1], [4.0, 2.0]))
+        assert torch.allclose(a.scores(torch.arange(9)), b.scores(torch.arange(9)), atol=1e-4)
+        assert {r.item for r in b.explain(0, 1)} == {r.item for r in a.explain(0, 1)}
+    for method in IMPLICIT:
+        model = MatrixFactorization(small(method, epochs=2)).fit((u, i))
+        model.partial_fit(([9, 9, 9], [2, 2, 2])), model.partial_fit(([10], [2], [3.0]))
+        rows = model.tables.user_factors[model.interactions.user_ids.internal([9, 10])]
+        assert torch.allclose(rows[0], rows[1]) and len(model.explain(9, 1)) == 1
+
+
 def test_a_few_items_are_ranked_too():
     """As many as a Latin square has parts, so that every item would be alone in its part."""
     users, items = torch.arange(40).repeat_interleave(3), torch.tensor([0, 2, 4]).repeat(40)

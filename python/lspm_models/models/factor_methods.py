@@ -65,6 +65,17 @@ class Rows:
         kept = None if weights is None else weights[order].contiguous()
         return cls(indptr, columns[order].int().contiguous(), values[order].contiguous(), kept)
 
+    def added_up(self) -> Rows:
+        """Returns one entry for each pair, whose value is the sum of all it has; without weights."""
+        count = len(self.indptr) - 1
+        rows = torch.repeat_interleave(torch.arange(count), self.indptr.diff())
+        first = torch.ones(len(rows), dtype=torch.bool)
+        first[1:] = (rows.diff() != 0) | (self.indices.diff() != 0)
+        sums = torch.zeros(int(first.sum()), dtype=torch.float64)
+        sums.index_add_(0, first.cumsum(0) - 1, self.values.double())
+        indptr = offsets_of(torch.bincount(rows[first], minlength=count))
+        return Rows(indptr, self.indices[first], sums.float(), None)
+
 
 def both_ways(interactions: Interactions, values: Tensor) -> tuple[Rows, Rows]:
     """Returns values of the ratings by user, and by item."""
@@ -170,7 +181,8 @@ def als(interactions: Interactions, config) -> Method:
 
 def implicit_als(interactions: Interactions, config) -> Method:
     """Alternating least squares on what users chose, with a confidence that grows with the rating."""
-    rows = both_ways(interactions, weighted_ratings(interactions))
+    both = both_ways(interactions, weighted_ratings(interactions))
+    rows = [each.added_up() for each in both]  # as two entries, a pair would be wanted twice as much as one
     return Method(lambda tables, generator: None, _sweeps(*rows, config, implicit=True), "objective")
 
 
@@ -224,9 +236,11 @@ def svd(interactions: Interactions, config) -> Method:
     left = interactions.ratings - mean - user_bias[interactions.users] - item_bias[interactions.items]
     sizes = len(user_bias), len(item_bias)
     places = torch.stack((interactions.users, interactions.items))
-    matrix = torch.sparse_coo_tensor(places, left, sizes, check_invariants=True)
+    both = torch.stack((left, torch.ones_like(left)), 1)  # of a pair that comes twice the mean
+    found = torch.sparse_coo_tensor(places, both, (*sizes, 2), check_invariants=True).coalesce()
+    means = found.values()[:, 0] / found.values()[:, 1]
+    matrix = torch.sparse_coo_tensor(found.indices(), means, sizes, check_invariants=True, is_coalesced=True)
     turned = matrix.t().coalesce()
-    matrix = matrix.coalesce()
     generator = torch.Generator().manual_seed(config.seed)
     bases = [torch.randn(sizes[1], min(config.factors + OVERSAMPLING, *sizes), generator=generator)]
 

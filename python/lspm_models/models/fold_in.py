@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lspm_kernels
 from lspm_models.data.interactions import Categories, Features, Ids, Interactions
-from lspm_models.models.factor_methods import Rows, Tables
+from lspm_models.models.factor_methods import IMPLICIT, Rows, Tables
 
 NMF_UPDATES = 50
 
@@ -21,17 +21,19 @@ def solved(rows: Rows, other: Tensor, other_bias: Tensor, mean: float, config) -
     nmf: multiplicative updates; of choices: one half sweep of implicit least squares.
     """
     count = len(rows.indptr) - 1
+    if config.method in IMPLICIT:
+        rows = chosen(rows, config)
     shape = rows.indptr, rows.indices
     if config.method == "nmf":
         factors = torch.full((count, other.shape[1]), other.mean().item())
         for _ in range(NMF_UPDATES):
             lspm_kernels.nmf_(factors, other, *shape, rows.values, reg=config.reg)
         return factors, torch.zeros(count)
-    if config.method in ("bpr", "implicit-als"):
+    if config.method in IMPLICIT:
         factors = torch.zeros(count, other.shape[1])
         reg = config.reg if config.method == "implicit-als" else max(1.0, config.reg)
         options = {"reg": reg, "alpha": config.alpha, "weighted_reg": config.weighted_reg, "implicit": True}
-        lspm_kernels.mf_als_(factors, other, *shape, chosen_values(rows, config), **options)
+        lspm_kernels.mf_als_(factors, other, *shape, rows.values, **options)
         return factors, torch.zeros(count)
     # A step of sgd shrinks factors once for every rating.
     weighted = 1.0 if config.method == "sgd" else config.weighted_reg
@@ -44,10 +46,10 @@ def solved(rows: Rows, other: Tensor, other_bias: Tensor, mean: float, config) -
     return found[:, :-1].contiguous(), found[:, -1].contiguous()
 
 
-def chosen_values(rows: Rows, config) -> Tensor:
-    """Returns how much each item was chosen, as the method was trained with it."""
+def chosen(rows: Rows, config) -> Rows:
+    """Returns how much each item was chosen, as the method was trained with it, once for each item."""
     weighted = config.method == "implicit-als" and rows.weights is not None
-    return rows.values * rows.weights if weighted else rows.values
+    return replace(rows, values=rows.values * rows.weights if weighted else rows.values).added_up()
 
 
 def folded_in(tables: Tables, old: Interactions, new: Interactions, config) -> tuple[Tables, Interactions]:
@@ -109,11 +111,13 @@ def contributions(tables: Tables, mine: Rows, item: int, config) -> tuple[Tensor
 
     Returns: (n,) items and (n,) numbers.
     """
+    if config.method in IMPLICIT:
+        mine = chosen(mine, config)
     items = mine.indices.long()
     y, q = tables.item_factors[items].double(), tables.item_factors[item].double()
     reg = config.reg * (len(items) if config.method == "sgd" else len(items) ** config.weighted_reg)
-    if config.method in ("bpr", "implicit-als"):
-        confidence = config.alpha * chosen_values(mine, config).double()
+    if config.method in IMPLICIT:
+        confidence = config.alpha * mine.values.double()
         everything = tables.item_factors.double()
         matrix = everything.T @ everything + y.T @ (confidence[:, None] * y)
         values = 1 + confidence

@@ -58,9 +58,10 @@ class MatrixFactorization:
 
         Args:
             interactions: the ratings: Interactions, or what interactions_of() takes, as a sparse matrix,
-                columns (users, items, ratings[, weights]) or a data frame. Pairs that come twice are kept.
-                Weights are those of errors; implicit-als multiplies ratings by them, so that counts may be
-                either; svd has them in mean and biases alone, nmf and bpr take each rating as one.
+                columns (users, items, ratings[, weights]) or a data frame. Pairs that come twice are kept;
+                implicit-als adds them up, as those of a log are, and svd takes their mean. Weights are those
+                of errors; implicit-als multiplies ratings by them, so that counts may be either; svd has them
+                in mean and biases alone, nmf and bpr take each rating as one.
             callback: is called after each epoch with its number from 1, its loss and the seconds so far;
                 training stops where it gives False.
 
