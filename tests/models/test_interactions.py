@@ -215,6 +215,13 @@ def test_side_features(tmp_path):
     (tmp_path / "i.csv").write_text("id,title\n4,Four\n5\n")
     with pytest.raises(ValueError, match=r"^features: .*i\.csv, line 3: columns must be 2, got 1$"):
         read_interactions(tmp_path / "r.csv", items=tmp_path / "i.csv")
+    for first in ("4::Four\n", "77::Unseen\n"):  # as of MovieLens-1M, which has no names on top
+        (tmp_path / "i.csv").write_text(first + "5::Five\n")
+        message = (
+            rf"^features: .*i\.csv must have names of its columns on top, .* got '{first.split('::')[0]}' for"
+        )
+        with pytest.raises(ValueError, match=message):
+            read_interactions(tmp_path / "r.csv", items=tmp_path / "i.csv")
     (tmp_path / "i.csv").write_text("id,title\n")
     with pytest.raises(ValueError, match=r"^features: .*i\.csv must hold a row, got none$"):
         read_interactions(tmp_path / "r.csv", items=tmp_path / "i.csv")

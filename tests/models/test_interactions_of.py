@@ -1,11 +1,14 @@
 """Ratings as people have them, a sparse matrix, columns or a frame, are the same to a factorisation."""
 
+import gzip
+
 import numpy as np
 import pytest
 import torch
 
 from lspm_models.data.interactions import Interactions
 from lspm_models.data.interactions_of import interactions_of
+from lspm_models.data.rating_files import read_interactions
 from lspm_models.models.matrix_factorization import MatrixFactorization, MatrixFactorizationConfig
 
 USERS, ITEMS, RATINGS = [0, 0, 2, 2], [1, 3, 0, 3], [5.0, 0.0, 3.0, 4.0]  # user 1 and item 2 have none
@@ -73,3 +76,12 @@ def test_columns_and_frames():
 def test_what_holds_no_ratings(ratings, message):
     with pytest.raises(ValueError, match=f"^interactions: {message}$"):
         MatrixFactorization(CONFIG).fit(ratings)
+
+
+def test_a_file_is_what_it_begins_with(tmp_path):
+    (tmp_path / "packed").write_bytes(gzip.compress(b"1,2,3\n2,2,4\n"))
+    assert read_interactions(tmp_path / "packed").ratings.tolist() == [3, 4]
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    pandas.DataFrame({"user": ["a", "b"], "item": [1, 2]}).to_parquet(tmp_path / "r.pq")
+    assert read_interactions(tmp_path / "r.pq").user_ids.names == ["a", "b"]

@@ -32,6 +32,9 @@ def with_features(interactions: Interactions, side: str, file: str | Path) -> In
     kinds = [TYPED.fullmatch(cell) for cell in header]
     names = [cell if kind is None else kind[1] for cell, kind in zip(header, kinds, strict=True)]
     ids = Ids(getattr(interactions, f"{side}_ids").names)
+    if header[0] in ids or is_number(header[0]):
+        rule = "names of its columns on top, such as id, title"
+        raise ValueError(f"features: {file} must have {rule}, got {header[0]!r} for a name")
     table: dict[int, list[str]] = {}
     for line, cells in rows:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lspm_models.data.delimited import TYPED, is_number, plain, read_rows
+from lspm_models.data.delimited import TYPED, begins_with, is_number, plain, read_rows
 from lspm_models.data.interactions import MOST, Ids, Interactions
 from lspm_models.data.rating_features import with_features
 
@@ -41,9 +41,9 @@ def read_interactions(
 
     Args:
         source: ml-100k, which the package recbole brings; a file; or a folder with RecBole's NAME.inter and
-            perhaps NAME.user and NAME.item. A file is parquet by its suffix, and else text, gzip or not,
-            with tabs, commas, semicolons, bars, :: or spaces between its columns and perhaps their names on
-            top; without names they are user, item, rating, timestamp. A file without ratings has ones.
+            perhaps NAME.user and NAME.item. A file is parquet, or else text, gzip or not, with tabs, commas,
+            semicolons, bars, :: or spaces between its columns and perhaps their names on top; without names
+            they are user, item, rating, timestamp. A file without ratings has ones.
         columns: which columns are user, item, rating, weight and timestamp, where their names do not tell.
         users: a file with what is known of users, by their ids in its first column.
         items: the same of items; a column called title or name says what people call them.
@@ -55,7 +55,7 @@ def read_interactions(
     """
     path, sides = _found(source)
     columns = dict(columns or {})
-    if path.suffix == ".parquet":
+    if path.suffix == ".parquet" or begins_with(path, b"PAR1"):
         found = from_frame(_parquet(path), columns, name=str(path))
     else:
         found = _read_text(path, columns, skip_bad_lines)
