@@ -85,3 +85,23 @@ def test_a_file_is_what_it_begins_with(tmp_path):
     pytest.importorskip("pyarrow")
     pandas.DataFrame({"user": ["a", "b"], "item": [1, 2]}).to_parquet(tmp_path / "r.pq")
     assert read_interactions(tmp_path / "r.pq").user_ids.names == ["a", "b"]
+
+
+class LikePolars(dict):
+    """A frame that, other than one of pandas, gives its columns where it is iterated over."""
+
+    columns = property(lambda self: list(self.keys()))
+
+    def __iter__(self):
+        return iter(self.values())
+
+
+def test_frames_of_polars():
+    frame = LikePolars(user=["a", "b"], item=[1, 2], rating=[3.0, 4.0])
+    assert interactions_of(frame).user_ids.names == ["a", "b"]
+    frame.collect = None
+    with pytest.raises(ValueError, match=r"^interactions: ratings must be collected, got a LikePolars$"):
+        interactions_of(frame)
+    polars = pytest.importorskip("polars")
+    frame = polars.DataFrame({"user": ["a", "b"], "item": [1, 2], "timestamp": ["2001-01-01", "2001-01-02"]})
+    assert interactions_of(frame).timestamps.tolist() == [978307200, 978393600]

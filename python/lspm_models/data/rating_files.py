@@ -72,7 +72,7 @@ def read_interactions(
 
 
 def from_frame(frame: Any, columns: dict[str, str] | None = None, *, name: str = "frame") -> Interactions:
-    """Takes ratings out of a pandas data frame, a pyarrow table, or a dict of arrays.
+    """Takes ratings out of a data frame of pandas or polars, a pyarrow table, or a dict of arrays.
 
     Args:
         frame: columns by name; what is neither user, item, rating, weight nor timestamp is left.
@@ -82,7 +82,9 @@ def from_frame(frame: Any, columns: dict[str, str] | None = None, *, name: str =
     Raises:
         ValueError: a column is missing, or as of Interactions.from_arrays.
     """
-    labels = list(frame.column_names if hasattr(frame, "column_names") else frame)  # pyarrow's, or pandas'
+    # pyarrow's, those of pandas and polars, or of a dict.
+    names = next((getattr(frame, at) for at in ("column_names", "columns") if hasattr(frame, at)), frame)
+    labels = list(names)
     places = _columns(name, [str(label) for label in labels], columns or {})
     taken = {role: _column(frame[labels[place]]) for role, place in places.items()}
     if "timestamp" in taken and taken["timestamp"].dtype.kind in "OU":  # dates as text
