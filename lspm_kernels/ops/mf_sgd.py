@@ -84,7 +84,7 @@ def mf_sgd_(
         nonnegative: factors below 0 become 0.
         loss: "squared"; or "logistic", of ratings from 0 to 1, whose prediction is the sigmoid of R.
         squares: (U,) and (I,), float32: Adagrad with one rate for a row: the mean square of the gradient of a
-            row's factors is added to its element, by whose root the row's and its bias's lr[0] is divided.
+            row's factors is added to its element, by whose root its lr[0] is divided. Biases have lr[1].
         seed: of the rounding of bfloat16; another one for each pass.
         backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 

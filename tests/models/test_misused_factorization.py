@@ -71,3 +71,13 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     model.save(tmp_path)
     assert MatrixFactorization.load(tmp_path).config == small("sgd", factors=3, epochs=2, lr=0.25)
     assert len(model.recommend(["user1"], numpy.int64(3))[0]) == 3
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, torch.FloatTensor], ids=["tensor", "floats"])
+def test_ids_of_a_tensor_are_those_of_a_list(kind):
+    model = MatrixFactorization(small("sgd", epochs=2)).fit(
+        ([1, 1, 2, 3], [4, 5, 4, 6], [5.0, 2.0, 3.0, 1.0])
+    )
+    assert model.recommend(kind([1, 3]), 2) == model.recommend([1, 3], 2) != model.recommend([8, 9], 2)
+    assert model.recommend(kind([1, 3]).numpy(), 2) == model.recommend([1, 3], 2)
+    assert model.explain(kind([1])[0], kind([6])[0]) == model.explain(1, 6)

@@ -258,6 +258,7 @@ def offsets_of(counts: Tensor) -> Tensor:
 
 def _whole(name: Any) -> Any:
     """Returns an id, whole floats as ints: pandas makes those of whole numbers where one is missing."""
+    name = name.item() if getattr(name, "ndim", None) == 0 else name  # one of a tensor's or an array's
     return int(name) if isinstance(name, float) and name.is_integer() else name
 
 
