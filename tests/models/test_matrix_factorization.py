@@ -233,6 +233,18 @@ def test_weights_are_counts_to_implicit_feedback_and_left_out_by_ranking():
     )
 
 
+def test_without_regularisation_the_shortest_solution_is_folded_in():
+    model = MatrixFactorization(small("sgd", reg=0.0, epochs=10)).fit(interactions())
+    model.partial_fit((["new", "new"], ["item1", "item2"], [4.5, 1.5]))
+    user = model.interactions.user_ids.internal(["new"])
+    items = model.interactions.item_ids.internal(["item1", "item2"])
+    t = model.tables
+    found = torch.cat((t.user_factors[user], t.user_bias[user][:, None]), 1)[0].double()
+    rows = torch.cat((t.item_factors[items], torch.ones(2, 1)), 1).double()
+    left = torch.tensor([4.5, 1.5], dtype=torch.float64) - t.mean - t.item_bias[items]
+    assert torch.allclose(found, torch.linalg.pinv(rows) @ left, atol=1e-4)
+
+
 def test_pairs_that_come_twice():
     """A log of plays is to implicit-als what their number is; to svd a matrix has the mean there."""
     u, i = torch.arange(40) % 8, torch.arange(40) % 5

@@ -40,8 +40,10 @@ def solved(rows: Rows, other: Tensor, other_bias: Tensor, mean: float, config) -
     values = rows.values - mean - other_bias[rows.indices.long()]
     found = torch.zeros(count, other.shape[1] + 1)
     extended = torch.cat((other, torch.ones(len(other), 1)), 1)
+    # Without regularisation fewer ratings than numbers leave many solutions; steps find the shortest.
+    solver = {} if config.reg else {"solver": "cg", "cg_steps": extended.shape[1]}
     lspm_kernels.mf_als_(
-        found, extended, *shape, values, weight=rows.weights, reg=config.reg, weighted_reg=weighted
+        found, extended, *shape, values, weight=rows.weights, reg=config.reg, weighted_reg=weighted, **solver
     )
     return found[:, :-1].contiguous(), found[:, -1].contiguous()
 
