@@ -7,6 +7,7 @@ import torch
 from models.test_matrix_factorization import interactions, small
 
 from lspm_models.data.interactions import Interactions
+from lspm_models.models.factor_methods import METHODS
 from lspm_models.models.factorization_config import MatrixFactorizationConfig
 from lspm_models.models.matrix_factorization import MatrixFactorization
 
@@ -71,6 +72,21 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     model.save(tmp_path)
     assert MatrixFactorization.load(tmp_path).config == small("sgd", factors=3, epochs=2, lr=0.25)
     assert len(model.recommend(["user1"], numpy.int64(3))[0]) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_dtype_is_of_no_consequence(method):
+    given = ([1, 1, 2, 3], [4, 5, 4, 6], [5.0, 2.0, 3.0, 1.0])
+    recommended = []
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            model = MatrixFactorization(small(method, epochs=2, factors=2)).fit(given)
+            model.partial_fit(([9], [5], [2.0]))
+            recommended.append([*model.recommend([1, 9], 3), model.explain(9, 4)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert recommended[0] == recommended[1]
 
 
 @pytest.mark.parametrize("kind", [torch.tensor, torch.FloatTensor], ids=["tensor", "floats"])

@@ -92,7 +92,8 @@ def weighted_ratings(interactions: Interactions) -> Tensor:
 
 def mean_and_biases(interactions: Interactions) -> tuple[float, Tensor, Tensor]:
     """Returns the mean, the items' biases from it, and the users' from both, each drawn towards 0."""
-    weights = torch.ones(len(interactions)) if interactions.weights is None else interactions.weights
+    weights = interactions.weights
+    weights = torch.ones_like(interactions.ratings) if weights is None else weights
     ratings, users, items = interactions.ratings, interactions.users, interactions.items
     mean = float((weights * ratings).double().sum() / weights.double().sum().clamp(min=1e-12))
 
@@ -128,7 +129,7 @@ def sgd(interactions: Interactions, config) -> Method:
         num_users=len(interactions.user_ids), num_items=len(interactions.item_ids),
     )  # fmt: skip
 
-    weights = torch.ones(1) if interactions.weights is None else interactions.weights
+    weights = interactions.ratings.new_ones(1) if interactions.weights is None else interactions.weights
     total = weights.double().expand(len(interactions)).sum().clamp(min=1e-12)
 
     def begin(tables: Tables, generator: torch.Generator) -> None:
@@ -146,7 +147,7 @@ def sgd(interactions: Interactions, config) -> Method:
 
 def bpr(interactions: Interactions, config) -> Method:
     """Bayesian personalised ranking; the parts that items are compared in are dealt anew at every epoch."""
-    ones = torch.ones(len(interactions))
+    ones = torch.ones_like(interactions.ratings)
     sizes = {"num_users": len(interactions.user_ids), "num_items": len(interactions.item_ids)}
     seen = Rows.of(interactions.users, interactions.items, ones, None, sizes["num_users"])
     grid = parts_to_draw_from(sizes["num_items"])
@@ -242,7 +243,8 @@ def svd(interactions: Interactions, config) -> Method:
     matrix = torch.sparse_coo_tensor(found.indices(), means, sizes, check_invariants=True, is_coalesced=True)
     turned = matrix.t().coalesce()
     generator = torch.Generator().manual_seed(config.seed)
-    bases = [torch.randn(sizes[1], min(config.factors + OVERSAMPLING, *sizes), generator=generator)]
+    width = min(config.factors + OVERSAMPLING, *sizes)
+    bases = [torch.randn(sizes[1], width, generator=generator, dtype=torch.float32)]
 
     def begin(tables: Tables, generator: torch.Generator) -> None:
         tables.mean = mean

@@ -25,21 +25,21 @@ def solved(rows: Rows, other: Tensor, other_bias: Tensor, mean: float, config) -
         rows = chosen(rows, config)
     shape = rows.indptr, rows.indices
     if config.method == "nmf":
-        factors = torch.full((count, other.shape[1]), other.mean().item())
+        factors = other.new_full((count, other.shape[1]), other.mean().item())
         for _ in range(NMF_UPDATES):
             lspm_kernels.nmf_(factors, other, *shape, rows.values, reg=config.reg)
-        return factors, torch.zeros(count)
+        return factors, other.new_zeros(count)
     if config.method in IMPLICIT:
-        factors = torch.zeros(count, other.shape[1])
+        factors = other.new_zeros(count, other.shape[1])
         reg = config.reg if config.method == "implicit-als" else max(1.0, config.reg)
         options = {"reg": reg, "alpha": config.alpha, "weighted_reg": config.weighted_reg, "implicit": True}
         lspm_kernels.mf_als_(factors, other, *shape, rows.values, **options)
-        return factors, torch.zeros(count)
+        return factors, other.new_zeros(count)
     # A step of sgd shrinks factors once for every rating.
     weighted = 1.0 if config.method == "sgd" else config.weighted_reg
     values = rows.values - mean - other_bias[rows.indices.long()]
-    found = torch.zeros(count, other.shape[1] + 1)
-    extended = torch.cat((other, torch.ones(len(other), 1)), 1)
+    found = other.new_zeros(count, other.shape[1] + 1)
+    extended = torch.cat((other, other.new_ones(len(other), 1)), 1)
     # Without regularisation fewer ratings than numbers leave many solutions; steps find the shortest.
     solver = {} if config.reg else {"solver": "cg", "cg_steps": extended.shape[1]}
     lspm_kernels.mf_als_(
@@ -92,7 +92,7 @@ def joined(old: Interactions, new: Interactions) -> Interactions:
         features[which] = _longer(getattr(old, which), getattr(new, which), comers, count)
     columns = {"ratings": torch.cat((old.ratings, new.ratings))}
     if old.weights is not None or new.weights is not None:
-        weights = (torch.ones(len(d)) if d.weights is None else d.weights for d in (old, new))
+        weights = (torch.ones_like(d.ratings) if d.weights is None else d.weights for d in (old, new))
         columns["weights"] = torch.cat(tuple(weights))
     times = old.timestamps, new.timestamps
     columns["timestamps"] = None if None in (times[0], times[1]) else torch.cat(times)
@@ -147,7 +147,7 @@ def _longer(old: Features, new: Features, comers: Tensor, count: int) -> Feature
         else:
             labels = [known.labels(row) for row in range(count)]
             categories[name] = Categories.of(labels + [there.labels(row) for row in comers.tolist()])
-    nothing = torch.full((int(comers.max()) + 1,), torch.nan)
+    nothing = torch.full((int(comers.max()) + 1,), torch.nan, dtype=torch.float32)
     return Features(
         categories,
         {name: torch.cat((t, new.numbers.get(name, nothing)[comers])) for name, t in old.numbers.items()},

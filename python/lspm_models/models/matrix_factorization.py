@@ -83,8 +83,9 @@ class MatrixFactorization:
         if self.tables is None:
             generator = torch.Generator().manual_seed(self.config.seed)
             sizes, k = (len(interactions.user_ids), len(interactions.item_ids)), self.config.factors
-            factors = (self.config.std * torch.randn(n, k, generator=generator) for n in sizes)
-            self.tables = Tables(*factors, *map(torch.zeros, sizes))
+            drawn = (torch.randn(n, k, generator=generator, dtype=torch.float32) for n in sizes)
+            biases = (torch.zeros(n, dtype=torch.float32) for n in sizes)
+            self.tables = Tables(*(self.config.std * t for t in drawn), *biases)
             method.begin(self.tables, generator)
         began = time.monotonic()
         for epoch in range(self.epochs_done, self.config.epochs):
