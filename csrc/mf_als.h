@@ -3,6 +3,7 @@
 // Explicit: (sum over entries of w y y' + l I) x = sum of w v y. Implicit, with the confidence 1 + alpha v:
 // (Y'Y + sum of alpha v y y' + l I) x = sum of (1 + alpha v) y. l = reg * n ** reg_exponent for n entries.
 #pragma once
+#include <cfloat>
 #include <cstdint>
 
 #include "csr.h"
@@ -14,6 +15,10 @@ struct MfAlsOptions {
   bool implicit;
   int64_t steps;  // of conjugate gradient; 0: Cholesky
 };
+
+// Conjugate gradient stops where r has come down to this part of the first one, or the curvature to that of
+// the steepest, which rounding alone leaves; and where <r, r> is so small that products lose bits.
+constexpr float kStepEpsilon = FLT_EPSILON, kStepLost = FLT_MIN / FLT_EPSILON;
 
 namespace cpu {
 // factors: (rows, K). other_factors: (columns, K). values, weight: (entries), or null for ones.

@@ -25,7 +25,7 @@ struct MfSgdStep {
   int64_t seed;  // of what rounds at random
 };
 
-// In place: the factors (users, factors) and (items, factors), and biases or null. user_squares and
+// In place: factors (users, factors) and (items, factors), biases or null, at lr_bias. user_squares and
 // item_squares, or null, sum up each row's mean squared gradient, by whose root its lr is divided (Adagrad).
 struct MfSgdTables {
   void *user_factors, *item_factors;

@@ -114,7 +114,9 @@ def residual(op: str, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def rows(x: Tensor) -> Tensor:
     """x with a contiguous last dimension: itself wherever it can be."""
-    return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
+    if x.stride(-1) == 1 or x.size(-1) == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty tensor as it is
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -162,7 +164,7 @@ def within(op: str, name: str, values: list[int] | None, low: int, high: int) ->
 
 def number(op: str, name: str, value: float, low: float, high: float) -> None:
     """Raises ValueError unless low <= value < high."""
-    if not isinstance(value, int | float) or not low <= value < high:
+    if not isinstance(value, int | float | numbers.Real) or not low <= value < high:
         rule = (
             f"be at least {low:g} and below {high:g}"
             if high < float("inf")

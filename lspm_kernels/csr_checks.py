@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks
+from lspm_kernels import checks, checks_of_memory
 
 _FLOATS = (torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
@@ -89,9 +89,4 @@ def changed(op: str, x: Tensor, y: Tensor) -> None:
     if torch.is_grad_enabled() and x.requires_grad:
         rule = "not require a gradient while gradients are recorded: call it under torch.no_grad()"
         raise ValueError(f"{op}: what it changes must {rule}")
-    if checks.readable(x) and checks.readable(y) and x.numel() and y.numel():
-        last = y.data_ptr() + y.element_size() * sum(
-            (n - 1) * s for n, s in zip(y.shape, y.stride(), strict=True)
-        )
-        if x.data_ptr() <= last and y.data_ptr() < x.data_ptr() + x.nbytes:
-            raise ValueError(f"{op}: other_factors must lie apart from factors, got memory of both")
+    checks_of_memory.apart(op, {"factors": x, "other_factors": y})

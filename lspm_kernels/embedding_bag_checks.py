@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks
+from lspm_kernels import checks, checks_of_memory
 from lspm_kernels.dispatch import Limit
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -149,6 +149,7 @@ def step(
     for name, t in {"dout": dout, **states}.items():
         if t.device != weight.device:
             raise ValueError(f"{op}: {name} must be on weight's device {weight.device}, got {t.device}")
+    checks_of_memory.apart(op, {"weight": weight, **states, "dout": dout})
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
         checks.number(op, name, value, 0, float("inf"))
     checks.betas(op, betas)

@@ -125,6 +125,18 @@ class FusedEmbeddingBag(torch.nn.EmbeddingBag):
             self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
         _leave_untraced()
 
+    @classmethod
+    def from_pretrained(
+        cls, embeddings: Tensor, freeze: bool = True, *args, **options
+    ) -> "FusedEmbeddingBag":
+        """As torch.nn.EmbeddingBag's, of rows that are trained on: freeze must be False."""
+        if freeze:
+            rule = "be False, as the backward trains the table while the module is in training"
+            raise ValueError(f"{_OP}: freeze must {rule}, got {freeze!r}")
+        module = super().from_pretrained(embeddings, freeze, *args, **options)
+        module.weight.requires_grad_(False)
+        return module
+
     def __setstate__(self, state):
         super().__setstate__(state)
         _leave_untraced()

@@ -156,7 +156,9 @@ def _parts(ids: Tensor, size: int, grid: int, generator: torch.Generator | None)
     counts = torch.bincount(ids, minlength=groups * together).view(groups, together).sum(1)
     rank = counts
     if generator is not None:
-        rank = (counts + 1) * (0.5 + 0.5 * torch.rand(groups, generator=generator, device="cpu"))
+        rank = (counts + 1) * (
+            0.5 + 0.5 * torch.rand(groups, generator=generator, dtype=torch.float32, device="cpu")
+        )
     order = rank.argsort(descending=True, stable=True)
     loads = [(0.0, part) for part in range(grid)]
     chosen = []

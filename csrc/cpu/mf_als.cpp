@@ -150,7 +150,8 @@ class ConjugateGradient {
   void solve(const int64_t* numbers, const float* const* const* rows, float* const* to, int64_t count) {
     float *const x = room_.get(), *const r = x + kTileHeight * n_, *const p = r + kTileHeight * n_;
     float* const q = p + kTileHeight * n_;
-    float left[kTileHeight];  // <r, r>, or 0 where there is nothing more to gain
+    // <r, r>, or 0 where there is nothing more to gain; how much of it is rounding; the steepest way so far.
+    float left[kTileHeight], least[kTileHeight], steepest[kTileHeight] = {};
     for (int64_t i = 0; i < count; ++i) load_row(to[i], p_.k, x + i * n_);
     times_gram(x, r, count);
     for (int64_t i = 0; i < count; ++i) {
@@ -159,17 +160,19 @@ class ConjugateGradient {
       add_entries<true>(numbers[i], rows[i], x + i * n_, mine);
       each(p + i * n_, [&](int64_t c) { return load(mine + c); });
       left[i] = dot(mine, mine);
+      least[i] = std::max(kStepEpsilon * kStepEpsilon * left[i], kStepLost);
     }
     for (int64_t step = 0; step < p_.options.steps; ++step) {
       times_gram(p, q, count);
       for (int64_t i = 0; i < count; ++i) {
         float *const xi = x + i * n_, *const ri = r + i * n_, *const pi = p + i * n_, *const qi = q + i * n_;
-        if (left[i] == 0) continue;
+        if (left[i] < least[i]) continue;
         const float reg = p_.reg(p_.csr.count(numbers[i]));
         each(qi, [&](int64_t c) { return load(qi + c) + load(pi + c) * reg; });
         add_entries<false>(numbers[i], rows[i], pi, qi);
-        const float curvature = dot(pi, qi), length = left[i] / curvature;
-        if (curvature <= 0) {
+        const float curvature = dot(pi, qi), slope = curvature / dot(pi, pi), length = left[i] / curvature;
+        steepest[i] = std::fmax(steepest[i], slope);
+        if (slope <= kStepEpsilon * steepest[i]) {
           left[i] = 0;
           continue;
         }

@@ -101,8 +101,9 @@ struct Job {
     return v;
   }
 
-  void bias(const Side<T>& s, float e, float lr) const {
-    if (s.bias) *s.bias += lr * (e - s.l2_bias * *s.bias);
+  // At a rate of its own: where factors are small their gradients are, and a rate by these would be huge.
+  void bias(const Side<T>& s, float e) const {
+    if (s.bias) *s.bias += step.lr_bias * (e - s.l2_bias * *s.bias);
   }
 
   // One rating; returns its loss.
@@ -135,9 +136,8 @@ struct Job {
       const F new_q = bounded(q + (to_i * p - shrink_i * q), lr_i * i.l1);
       rounding.store(u.row + k, i.row + k, k, new_p, new_q, lanes);
     });
-    const bool adaptive = !kPlain && u.squares;
-    bias(u, e, adaptive ? lr_u : step.lr_bias);
-    bias(i, e, adaptive ? lr_i : step.lr_bias);
+    bias(u, e);
+    bias(i, e);
     return weight * loss;
   }
 

@@ -337,11 +337,14 @@ class ConjugateGradient {
     if (begin < end) {
       x.load(to, of_.k);
       Row r = product<true>(x, reg, begin, end, team), p = r;
-      float left = dot(r, r);
+      float left = dot(r, r), steepest = 0.0f;
+      const float least = fmaxf(kStepEpsilon * kStepEpsilon * left, kStepLost);
       for (int64_t step = 0; step < of_.options.steps; ++step) {
         const Row q = product<false>(p, reg, begin, end, team);
-        const float curvature = dot(p, q);
-        if (curvature <= 0.0f || left == 0.0f) break;  // for all warps at once, and a NaN goes on
+        const float curvature = dot(p, q), slope = curvature / dot(p, p);
+        steepest = fmaxf(steepest, slope);
+        // For all warps at once, and a NaN goes on.
+        if (slope <= kStepEpsilon * steepest || left < least) break;
         const float length = left / curvature;
 #pragma unroll
         for (int n = 0; n < kValues; ++n) {

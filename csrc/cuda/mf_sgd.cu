@@ -80,7 +80,7 @@ struct MfSgdJob {
       error = pair.rating - 1.0f / (1.0f + __expf(-score));
     }
     const float e = pair.weight * error;
-    float lr_user = step.lr, lr_item = step.lr, lr_user_bias = step.lr_bias, lr_item_bias = step.lr_bias;
+    float lr_user = step.lr, lr_item = step.lr;
     if (users.squares) {
       float2 squares{0.0f, 0.0f};
       R::for_each_factor(factors, [&](int n, int) {
@@ -91,8 +91,8 @@ struct MfSgdJob {
       squares = warp_sum(squares);
       p.squares += squares.x / factors;
       q.squares += squares.y / factors;
-      lr_user = lr_user_bias = rate(p);
-      lr_item = lr_item_bias = rate(q);
+      lr_user = rate(p);
+      lr_item = rate(q);
     }
     const uint32_t bits = uint32_t(random_bits(step.seed, j) >> 32);
     R::for_each_factor(factors, [&](int n, int k) {
@@ -110,8 +110,8 @@ struct MfSgdJob {
       p.set(n, new_user);
       q.set(n, new_item);
     });
-    if (users.bias) p.bias += lr_user_bias * (e - step.l2_user_bias * p.bias);
-    if (items.bias) q.bias += lr_item_bias * (e - step.l2_item_bias * q.bias);
+    if (users.bias) p.bias += step.lr_bias * (e - step.l2_user_bias * p.bias);
+    if (items.bias) q.bias += step.lr_bias * (e - step.l2_item_bias * q.bias);
     p.store(users, pair.user);
     q.store(items, pair.item);
     return pair.weight * loss;

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch, triton
+from lspm_kernels import checks, checks_of_memory, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend, Limit
 from lspm_kernels.operator import InPlaceOperator
 from lspm_kernels.rating_blocks import RatingBlocks, parts_on_gpu, parts_to_draw_from, sort_ratings
@@ -96,6 +96,8 @@ def bpr_(
         _check_table("item_bias", item_bias, user_factors, 1)
         if item_bias.shape[0] != sizes[1]:
             raise ValueError(f"bpr_: item_bias must have {sizes[1]} elements, got {item_bias.shape[0]}")
+    tables = {"user_factors": user_factors, "item_factors": item_factors, "item_bias": item_bias}
+    checks_of_memory.apart("bpr_", tables)
     regs = list(reg) if isinstance(reg, tuple | list) else [reg] * 3
     if len(regs) != 3:
         raise ValueError(f"bpr_: reg must be a number or 3 numbers, got {reg!r}")
@@ -119,7 +121,7 @@ def bpr_(
                 *tables, blocks.users, blocks.items, *lists, lr=lr, reg=regs, seed=seed
             )
         return loss.float(), torch.tensor(skipped)
-    losses = torch.zeros(blocks.offsets.numel() - 1, device=user_factors.device)
+    losses = torch.zeros(blocks.offsets.numel() - 1, dtype=torch.float32, device=user_factors.device)
     skips = torch.zeros_like(losses, dtype=torch.int32)
     of = blocks.users, blocks.items, blocks.offsets, blocks.part_items, blocks.part_offsets
     _bpr(row, *tables, *of, indptr, indices, losses, skips, [float(v) for v in (lr, *regs)], seed)
@@ -144,7 +146,7 @@ def _blocks(users, items, sizes):
         for name, t in (("users", users), ("items", items)):
             if not isinstance(t, Tensor):
                 raise ValueError(f"bpr_: {name} must be a tensor, got {type(t).__name__}")
-        pairs = users.cpu(), items.cpu(), torch.ones(users.shape, device="cpu")
+        pairs = users.cpu(), items.cpu(), torch.ones(users.numel(), dtype=torch.float32, device="cpu")
         grid = parts_to_draw_from(sizes[1], *([parts_on_gpu(*sizes)] if users.is_cuda else []))
         return sort_ratings("bpr_", *pairs, None, *sizes, grid).to(users.device)
     if items is not None:

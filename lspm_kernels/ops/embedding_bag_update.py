@@ -222,7 +222,8 @@ def _run(
     if row is not None:
         seed = checks.seed(op, seed) if stochastic_rounding else None
         first, second = (*states.values(), None, None)[:2]
-        numbers = padding, mean, _OPTIMIZERS[optimizer], lr, eps, *betas, weight_decay, step
+        settings = (float(number) for number in (lr, eps, *betas, weight_decay))
+        numbers = padding, mean, _OPTIMIZERS[optimizer], *settings, step
         _step(row, weight, first, second, dout, *tensors, seed, *numbers)
         return weight
     if stochastic_rounding:

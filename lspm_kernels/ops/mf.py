@@ -1,5 +1,7 @@
 """The ratings that a matrix factorisation predicts."""
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -167,7 +169,7 @@ def _check(user_factors, item_factors, users, items, user_bias, item_bias, mean)
             raise ValueError(f"mf: {name} must be a tensor of torch.int64 or torch.int32, got {got}")
     others = {"item_factors": item_factors, "user_bias": user_bias, "item_bias": item_bias}
     checks.beside("mf", "user_factors", user_factors.device, **others, users=users, items=items)
-    if isinstance(mean, bool) or not isinstance(mean, int | float):
+    if isinstance(mean, bool) or not isinstance(mean, numbers.Real):
         raise ValueError(f"mf: mean must be a number, got {type(mean).__name__}")
     if users.shape == items.shape:
         return users, items

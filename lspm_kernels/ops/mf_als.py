@@ -1,5 +1,7 @@
 """Alternating least squares: a factor of a sparse matrix solved for, given the other one."""
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -95,7 +97,7 @@ def _checked(op, factors, other_factors, indptr, indices, values, weight, reg, a
     csr_checks.factors(op, factors, other_factors)
     csr_checks.entries(op, factors, other_factors, indptr, indices)
     checks.number(op, "reg", reg, 0, _INFINITY)
-    if not isinstance(alpha, int | float) or not 0 < alpha < _INFINITY:
+    if not isinstance(alpha, numbers.Real) or not 0 < alpha < _INFINITY:
         raise ValueError(f"{op}: alpha must be finite and positive, got {alpha!r}")
     checks.number(op, "weighted_reg", weighted_reg, 0, _INFINITY)
     if values is None and not implicit:

@@ -1,11 +1,12 @@
 """Matrix factorisation by stochastic gradient descent, in place."""
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch, triton
+from lspm_kernels import checks, checks_of_memory, compiled, dispatch, triton
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import InPlaceOperator
 from lspm_kernels.rating_blocks import RatingBlocks, parts_on_gpu, sort_ratings
@@ -83,7 +84,7 @@ def mf_sgd_(
         nonnegative: factors below 0 become 0.
         loss: "squared"; or "logistic", of ratings from 0 to 1, whose prediction is the sigmoid of R.
         squares: (U,) and (I,), float32: Adagrad with one rate for a row: the mean square of the gradient of a
-            row's factors is added to its element, by whose root the row's and its bias's lr[0] is divided.
+            row's factors is added to its element, by whose root its lr[0] is divided. Biases have lr[1].
         seed: of the rounding of bfloat16; another one for each pass.
         backend: "cpu", "cuda", "triton" or "reference"; None takes the first that admits the call.
 
@@ -121,6 +122,8 @@ def mf_sgd_(
             _check_table(name, t, user_factors, 1)
             if t.shape[0] != size:
                 raise ValueError(f"mf_sgd_: {name} must have {size} elements, got {t.shape[0]}")
+    tables = {"user_factors": user_factors, "item_factors": item_factors}
+    checks_of_memory.apart("mf_sgd_", tables | {name: t for name, (t, _) in vectors.items()})
     step = _numbers(mean, lr, reg, l1)
     checks.one_of("mf_sgd_", "loss", loss, LOSSES)
     checks.integer("mf_sgd_", "seed", seed, 0)
@@ -149,7 +152,9 @@ def mf_sgd_(
 
 
 def _check_table(name, t, first, dims):
-    dtype = first.dtype if dims == 2 and isinstance(first, Tensor) else torch.float32
+    dtype = torch.float32
+    if dims == 2 and isinstance(first, Tensor) and first.is_floating_point():
+        dtype = first.dtype
     if not isinstance(t, Tensor) or t.dim() != dims or not t.is_floating_point() or t.dtype != dtype:
         rule = f"of {dims} dimensions" if dims == 2 else "a vector"
         raise ValueError(
@@ -176,7 +181,7 @@ def _numbers(mean, lr, reg, l1):
         step += values
     if not lr or step[1] <= 0:
         raise ValueError(f"mf_sgd_: lr must be positive, got {lr!r}")
-    if not isinstance(mean, int | float) or not math.isfinite(mean):
+    if not isinstance(mean, numbers.Real) or not math.isfinite(mean):
         raise ValueError(f"mf_sgd_: mean must be finite, got {mean!r}")
     return [float(v) for v in step]
 

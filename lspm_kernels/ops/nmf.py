@@ -1,5 +1,7 @@
 """A multiplicative update of a factor of a non-negative sparse matrix."""
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -89,7 +91,7 @@ def nmf_(
         csr_checks.finite("nmf_", name, t, negative=False)
     csr_checks.changed("nmf_", factors, other_factors)
     checks.number("nmf_", "reg", reg, 0, _INFINITY)
-    if not isinstance(eps, int | float) or not 0 < eps < _INFINITY:
+    if not isinstance(eps, numbers.Real) or not 0 < eps < _INFINITY:
         raise ValueError(f"nmf_: eps must be finite and positive, got {eps!r}")
     options = float(reg), float(eps)
     row = dispatch.pick("nmf_", BACKENDS, backend, factors)

@@ -15,24 +15,24 @@ def mf_als(x, y, indptr, indices, values, weight, reg, reg_exponent, alpha, impl
         w = alpha * v if implicit else torch.ones_like(v) if weight is None else weight[part]
         matrix = named.T @ (w[:, None] * named) + (gram if implicit else 0) + reg * n**reg_exponent * one
         side = named.T @ (1 + w if implicit else w * v)
-        if steps:
-            out[row] = _steps(matrix, side, x[row], steps)
-            continue
         lacking = reg == 0 and not implicit and n < x.size(1)  # whatever rounding would make of it
-        if lacking or torch.linalg.cholesky_ex(matrix).info:
+        if not steps and (lacking or torch.linalg.cholesky_ex(matrix).info):
             raise ValueError(not_definite(row))
-        out[row] = torch.linalg.solve(matrix, side)
+        out[row] = _steps(matrix, side, x[row], steps) if steps else torch.linalg.solve(matrix, side)
     return out
 
 
 def _steps(matrix, side, x, steps):
     p = r = side - matrix @ x
+    left, steepest, info = r @ r, r.new_zeros(()), torch.finfo(x.dtype)
+    least = (info.eps**2 * left).clamp(min=info.tiny / info.eps)
     for _ in range(steps):
-        if (curvature := p @ (matrix @ p)) <= 0 or r @ r == 0:
-            break
-        length, before = (r @ r) / curvature, r
+        slope = p @ (matrix @ p) / (p @ p)
+        if left < least or slope <= info.eps * (steepest := torch.fmax(steepest, slope)):
+            break  # as but rounding is left
+        length = left / (p @ p) / slope
         x, r = x + length * p, r - length * (matrix @ p)
-        p = r + (r @ r) / (before @ before) * p
+        p, left = r + (r @ r) / left * p, r @ r
     return x
 
 

@@ -28,10 +28,10 @@ def mf_sgd(
         e = w * (rating - score)
         for k, ((factors, bias, squares), i) in enumerate(zip(sides, ids, strict=True)):
             step = e * old[1 - k] - reg[k] * old[k]
-            rate, bias_rate = lr
+            rate, bias_rate = lr  # by small factors' gradients, a bias's rate would be huge
             if squares is not None:
                 squares[i] += (step * step).mean()
-                rate = bias_rate = lr[0] / squares[i].sqrt() if squares[i] > 0 else lr[0]
+                rate = lr[0] / squares[i].sqrt() if squares[i] > 0 else lr[0]
             new = old[k] + rate * step
             new = new.sign() * (new.abs() - rate * l1[k]).clamp(min=0) if l1[k] else new
             factors[i] = new.clamp(min=0) if nonnegative else new

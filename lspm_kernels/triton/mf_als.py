@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+# As csrc/mf_als.h has them: where steps of conjugate gradient stop.
+_EPSILON, _LOST = tl.constexpr(2.0**-23), tl.constexpr(2.0**-103)
 _TILE = 2048  # elements: 16 a thread, with 4 warps
 # Fused, the lanes of a warp that add a product to each other's get sums that differ in the last bit.
 _EXACT = {"enable_fp_fusion": False}
@@ -70,7 +72,8 @@ def _update_kernel(
     r -= reg * x
     if IMPLICIT:
         r -= _times_gram(x, gram, k, K)
-    p, left = r, tl.sum(r * r, 0)
+    p, left, steepest = r, tl.sum(r * r, 0), 0.0
+    least = tl.maximum(_EPSILON * _EPSILON * left, _LOST)
     for _ in range(steps):
         q = _product(
             p, others, indices, values, weight, begin, end, columns, k, alpha, False, IMPLICIT, ENTRIES, K
@@ -79,7 +82,9 @@ def _update_kernel(
         if IMPLICIT:
             q += _times_gram(p, gram, k, K)
         curvature = tl.sum(p * q, 0)
-        done = (curvature <= 0) | (left == 0)  # a NaN goes on
+        slope = curvature / tl.sum(p * p, 0)
+        steepest = tl.maximum(steepest, slope)
+        done = (slope <= _EPSILON * steepest) | (left < least)  # a NaN goes on
         length = tl.where(done, 0.0, left / curvature)
         x += length * p
         r -= length * q

@@ -82,14 +82,13 @@ def _mf_sgd_kernel(
             error = -score
         total += tl.where(valid, w * lost, 0.0)
         e = w * error
-        lr_u, lr_i, lr_b, lr_c = lr, lr, lr_bias, lr_bias
+        lr_u, lr_i = lr, lr
         squares_u, squares_i = _element(user_squares, u, valid), _element(item_squares, i, valid)
         if user_squares is not None:
             squares_u += _mean_square(e, q, p, l2_user, factors)
             squares_i += _mean_square(e, p, q, l2_item, factors)
             lr_u = tl.where(squares_u > 0, lr / tl.sqrt_rn(squares_u), lr)
             lr_i = tl.where(squares_i > 0, lr / tl.sqrt_rn(squares_i), lr)
-            lr_b, lr_c = lr_u, lr_i
         new_p = _bounded(p + (lr_u * e * q - lr_u * l2_user * p), lr_u * l1_user, NONNEGATIVE)
         new_q = _bounded(q + (lr_i * e * p - lr_i * l2_item * q), lr_i * l1_item, NONNEGATIVE)
         bits = random_bits(seed, j).to(tl.uint32) + k.to(tl.uint32) * 0x9E3779B9
@@ -97,8 +96,8 @@ def _mf_sgd_kernel(
         tl.debug_barrier()  # several threads read an element, and one writes it
         _store(user_factors, u * factors + k, new_p, bits >> 16, inside)
         _store(item_factors, i * factors + k, new_q, (bits ^ (bits >> 16)) & 0xFFFF, inside)
-        _put(user_bias, u, b + lr_b * (e - l2_user_bias * b), valid)
-        _put(item_bias, i, c + lr_c * (e - l2_item_bias * c), valid)
+        _put(user_bias, u, b + lr_bias * (e - l2_user_bias * b), valid)
+        _put(item_bias, i, c + lr_bias * (e - l2_item_bias * c), valid)
         _put(user_squares, u, squares_u, valid)
         _put(item_squares, i, squares_i, valid)
         tl.debug_barrier()  # the next rating may be of the same rows

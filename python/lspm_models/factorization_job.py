@@ -77,6 +77,8 @@ class FactorizationTraining:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"training: {name} must be at least {least}, got {value}")
+        if self.seed >= 2**63:
+            raise ValueError(f"training: seed must be below 2 ** 63, got {self.seed}")
 
 
 class FactorizationJob:
@@ -134,7 +136,8 @@ class FactorizationJob:
         after_epoch.last = began
         with Interruption() as interruption, errors_in_one_line(program):
             try:
-                model.fit(training, after_epoch)
+                if model.epochs_done < config.epochs:  # else there is nothing left to do
+                    model.fit(training, after_epoch)
             except FloatingPointError as error:
                 fail(program, str(error), code=1)
             finally:

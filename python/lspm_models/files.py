@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -25,12 +25,18 @@ def synchronize(path: Path) -> None:
 def replaced(path: Path) -> Iterator[Path]:
     """Gives a hidden path to write a file or a folder at, which takes the place of `path` at the end.
 
-    An existing file is replaced; an existing folder must be moved away before.
+    An existing file is replaced; an existing folder must be moved away before. Nothing is left there where
+    the body fails.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     remove(partial)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        with suppress(OSError):
+            remove(partial)
+        raise
     for file in [*partial.rglob("*"), partial]:
         synchronize(file)
     os.replace(partial, path)

@@ -217,9 +217,12 @@ def job_of(arguments: Sequence[str]) -> RecommenderJob | FactorizationJob:
     given, _ = parser.parse_known_args(arguments)
     name = given.model
     for source, read in ((given.config, read_config), (given.resume, read_run)):
-        if name is None and source is not None:
+        if source is not None and (name is None or read is read_run):
             model = read(Path(source)).get("model")
-            name = model.get("model") if isinstance(model, dict) else None
+            known = model.get("model") if isinstance(model, dict) else None
+            if name is not None and known in JOBS and _job(known) is not _job(name):
+                raise ValueError(f"model: name must be {known} as in {source}, got {name}")
+            name = known if name is None else name
     return _job("deepfm" if name is None else name)
 
 

@@ -75,8 +75,8 @@ def recommendations(trained: Trained, output: Recommending, report: Callable[[st
     ranked = top_items(trained, user, output.count, None if output.seen else known)[0]
     items = ranked[ranked >= 0]
     rated = (known.users == user).nonzero()[:, 0]
-    best = rated[known.ratings[rated].argsort(descending=True, stable=True)[:3]]
-    liked = "; ".join(known.title(int(known.items[place])) for place in best)
+    best = known.items[rated[known.ratings[rated].argsort(descending=True, stable=True)]].tolist()
+    liked = "; ".join(known.title(item) for item in list(dict.fromkeys(best))[:3])
     report(f"user {output.user}, {len(rated)} ratings{', the best of ' * bool(liked)}{liked}")
     if not len(items):
         report("nothing is left to recommend: the user has rated everything")
@@ -119,7 +119,8 @@ def report_quality(trained: Trained, output: Evaluation, report: Callable[[str],
     report(f"set aside  {len(trained.held_out):,} ratings of {len(trained.held_out.users.unique()):,} users")
     for name, value in found.items():
         report(f"{name:<18} {value:.4f}")
-    write_atomically(trained.folder / "metrics.json", json.dumps(found, indent=2).encode() + b"\n")
+    kept = {name: None if math.isnan(value) else value for name, value in found.items()}  # JSON has no NaN
+    write_atomically(trained.folder / "metrics.json", json.dumps(kept, indent=2).encode() + b"\n")
     rows = group_rows(trained, predicted, of_users, groups)
     if not rows:
         return

@@ -144,6 +144,31 @@ def test_it_says_how_good_it_is(run, trained, method):
     assert ("RMSE" in found) == (method == "sgd")
 
 
+def test_what_is_finished_is_not_begun_anew(run, trained, tmp_path):
+    path = shutil.copytree(trained["als"][0], tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MatrixFactorization, "fit", lambda *_: pytest.fail("nothing is left to do"))
+        code, said, _ = run(recommend, "train", "--resume", path)
+    assert code == 0 and "trained    4 epochs" in said
+    message = rf"recommend\.py train: model: name must be mf as in {path}, got deepfm"
+    refused(run(recommend, "train", "--resume", path, "--model", "deepfm"), message)
+
+
+def test_of_ratings_that_are_all_alike_the_metrics_are_json_too(run, tmp_path):
+    """There is no AUC; and whoever rated an item twice has it once among the best."""
+    pairs = [(user, item) for user in "abcde" for item in "xyxyz"]
+    (tmp_path / "plays.csv").write_text("user,item\n" + "".join(f"{u},{i}\n" for u, i in pairs))
+    where = ("--data", tmp_path / "plays.csv", "--out", tmp_path / "run")
+    assert run(recommend, "train", "--model", "mf", *where, *EPOCHS)[0] == 0
+    assert run(recommend, "evaluate", tmp_path / "run")[0] == 0
+    text = (tmp_path / "run" / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["AUC"] is None
+    best = (
+        run(recommend, "recommend", tmp_path / "run", "--user", "a")[1].splitlines()[0].split("best of ")[1]
+    )
+    assert sorted(best.split("; ")) == sorted(set(best.split("; ")))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -151,6 +176,13 @@ def test_it_says_how_good_it_is(run, trained, method):
         ("--method svm", r"--method: invalid choice: 'svm' .*"),
         ("--epochs 0", r"training: epochs must be at least 1, got 0"),
         ("--lr -1", r"mf: lr must be positive, got -1\.0"),
+        ("--seed 9223372036854775808", r"training: seed must be below 2 \*\* 63, got 9223372036854775808"),
+        (
+            "--split-seed 4294967296",
+            r"data: split_seed must be 0 or greater and below 2 \*\* 32, got 4294967296",
+        ),
+        ("--items gone.csv", r"ratings: items must be a file, got no such path: gone\.csv"),
+        ("--users /", r"ratings: users must be a file, got a folder: /"),
     ],
 )
 def test_a_mistake_is_one_line(run, data, tmp_path, arguments, message):

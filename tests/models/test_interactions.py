@@ -79,6 +79,7 @@ GOOD = "user\titem\trating\n1\t2\t3\n1\t3\t4\n"
             "r.tsv must have a column for the user, got name, thing, grade; say which",
         ),
         ("user\tgrade\n1\t2\n", "r.tsv must have a column for the item, got user, grade; say which it is"),
+        ("user\tuser\titem\n1\t2\t3\n", "r.tsv must have one column 'user', got several"),
         (GOOD + "1\t2\n", "r.tsv, line 4: columns must be 3, got 2"),
         (GOOD + "1\t2\tgood\n", "r.tsv, line 4: rating must be a finite number, got 'good'"),
         (GOOD + "1\t2\tnan\n", "r.tsv, line 4: rating must be a finite number, got 'nan'"),
@@ -214,6 +215,13 @@ def test_side_features(tmp_path):
     (tmp_path / "i.csv").write_text("id,title\n4,Four\n5\n")
     with pytest.raises(ValueError, match=r"^features: .*i\.csv, line 3: columns must be 2, got 1$"):
         read_interactions(tmp_path / "r.csv", items=tmp_path / "i.csv")
+    for first in ("4::Four\n", "77::Unseen\n"):  # as of MovieLens-1M, which has no names on top
+        (tmp_path / "i.csv").write_text(first + "5::Five\n")
+        message = (
+            rf"^features: .*i\.csv must have names of its columns on top, .* got '{first.split('::')[0]}' for"
+        )
+        with pytest.raises(ValueError, match=message):
+            read_interactions(tmp_path / "r.csv", items=tmp_path / "i.csv")
     (tmp_path / "i.csv").write_text("id,title\n")
     with pytest.raises(ValueError, match=r"^features: .*i\.csv must hold a row, got none$"):
         read_interactions(tmp_path / "r.csv", items=tmp_path / "i.csv")
@@ -250,6 +258,8 @@ def test_frames(tmp_path):
     found = from_frame(frame)
     assert triples(found) == triples(from_frame(columns))
     assert found.timestamps[0] == 978307200
+    dated = frame.assign(timestamp=["2001-01-01"] * (len(frame) - 1) + ["978307201"])
+    assert from_frame(dated).timestamps[-2:].tolist() == [978307200, 978307201]
     zoned = frame.assign(timestamp=pandas.Timestamp("2001-01-01 01:00", tz="Europe/Vienna"))
     assert from_frame(zoned).timestamps[0] == 978307200
     zoned.loc[1, "timestamp"] = None

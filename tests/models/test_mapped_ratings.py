@@ -28,6 +28,16 @@ def test_training_from_disk_gives_the_bits_of_training_in_memory(tmp_path, colum
         assert torch.equal(a, b)
 
 
+def test_batches_of_arrays_and_lists(tmp_path):
+    columns = drawn(20)
+    for kind in ("numpy", "tolist", "requires_grad_"):
+        batch = [
+            t if kind == "requires_grad_" and n < 2 else getattr(t, kind)() for n, t in enumerate(columns)
+        ]
+        found = write_ratings(tmp_path / kind, [batch])
+        assert found.ratings.sort().values.equal(columns[2].detach().sort().values)
+
+
 def test_ratings_take_the_place_of_others_but_of_nothing_else(tmp_path):
     write_ratings(tmp_path / "ratings", [drawn()])
     assert len(write_ratings(tmp_path / "ratings", [drawn(10)])) == 10
@@ -47,13 +57,15 @@ def test_ratings_take_the_place_of_others_but_of_nothing_else(tmp_path):
         ([drawn()[:2]], "a batch must be 3 or 4 columns of one length"),
         ([(torch.tensor([2**31]), torch.tensor([0]), torch.tensor([1.0]))], "users must fit 32 bits"),
         ([(torch.tensor([0]), torch.tensor([1.5]), torch.tensor([1.0]))], "items must be integers"),
+        ([([True], [1], [1.0])], "users must be integers, got torch.bool"),
+        ([([[0]], [[1]], [[1.0]])], r"a batch must be 3 or 4 columns of one length, got \[\(1, 1\)"),
         ([(torch.tensor([-1]), torch.tensor([0]), torch.tensor([1.0]))], "users must be from 0 to"),
     ],
 )
 def test_misuse(tmp_path, batches, message):
     with pytest.raises(ValueError, match=message):
         write_ratings(tmp_path / "ratings", batches)
-    assert not (tmp_path / "ratings").exists()
+    assert not list(tmp_path.iterdir())  # nor what was written so far
 
 
 def test_a_damaged_folder_is_refused(tmp_path):

@@ -233,6 +233,36 @@ def test_weights_are_counts_to_implicit_feedback_and_left_out_by_ranking():
     )
 
 
+def test_without_regularisation_the_shortest_solution_is_folded_in():
+    model = MatrixFactorization(small("sgd", reg=0.0, epochs=10)).fit(interactions())
+    model.partial_fit((["new", "new"], ["item1", "item2"], [4.5, 1.5]))
+    user = model.interactions.user_ids.internal(["new"])
+    items = model.interactions.item_ids.internal(["item1", "item2"])
+    t = model.tables
+    found = torch.cat((t.user_factors[user], t.user_bias[user][:, None]), 1)[0].double()
+    rows = torch.cat((t.item_factors[items], torch.ones(2, 1)), 1).double()
+    left = torch.tensor([4.5, 1.5], dtype=torch.float64) - t.mean - t.item_bias[items]
+    assert torch.allclose(found, torch.linalg.pinv(rows) @ left, atol=1e-4)
+
+
+def test_pairs_that_come_twice():
+    """A log of plays is to implicit-als what their number is; to svd a matrix has the mean there."""
+    u, i = torch.arange(40) % 8, torch.arange(40) % 5
+    twice = (u.repeat(2), i.repeat(2))
+    for method, one in (("implicit-als", torch.full((40,), 2.0)), ("svd", torch.arange(40) % 4 + 1.5)):
+        other = torch.ones(80) if method == "implicit-als" else torch.cat((one - 0.5, one + 0.5))
+        a = MatrixFactorization(small(method)).fit((u, i, one, torch.full((40,), 1.0 + (method == "svd"))))
+        b = MatrixFactorization(small(method)).fit((*twice, other))
+        a.partial_fit(([9, 9], [0, 1], [4.0, 2.0])), b.partial_fit(([9, 9], [0, 1], [4.0, 2.0]))
+        assert torch.allclose(a.scores(torch.arange(9)), b.scores(torch.arange(9)), atol=1e-4)
+        assert {r.item for r in b.explain(0, 1)} == {r.item for r in a.explain(0, 1)}
+    for method in IMPLICIT:
+        model = MatrixFactorization(small(method, epochs=2)).fit((u, i))
+        model.partial_fit(([9, 9, 9], [2, 2, 2])), model.partial_fit(([10], [2], [3.0]))
+        rows = model.tables.user_factors[model.interactions.user_ids.internal([9, 10])]
+        assert torch.allclose(rows[0], rows[1]) and len(model.explain(9, 1)) == 1
+
+
 def test_a_few_items_are_ranked_too():
     """As many as a Latin square has parts, so that every item would be alone in its part."""
     users, items = torch.arange(40).repeat_interleave(3), torch.tensor([0, 2, 4]).repeat(40)
@@ -240,53 +270,6 @@ def test_a_few_items_are_ranked_too():
     model = MatrixFactorization(small("bpr", factors=2))
     model.fit((users, items + users % 2), lambda epoch, loss, seconds: losses.append(loss))
     assert losses[-1] < 0.5 < losses[0]
-
-
-MISUSES = {
-    "method must be one of sgd, als, implicit-als, nmf, bpr, svd, got 'magic'": {"method": "magic"},
-    "factors must be at least 1, got 0": {"factors": 0},
-    "epochs must be at least 1, got -1": {"epochs": -1},
-    "factors must be a whole number, got 1.5": {"factors": 1.5},
-    "seed must be at least 0, got -1": {"seed": -1},
-    "lr must be positive, got 0": {"lr": 0},
-    "lr must be a number, got '1'": {"lr": "1"},
-    "alpha must be positive, got nan": {"alpha": math.nan},
-    "reg must be finite and at least 0, got -1": {"reg": -1, "method": "svd"},
-    "weighted_reg must be finite and at least 0, got nan": {"weighted_reg": math.nan},
-    "solver must be one of cholesky, cg, got 'lu'": {"solver": "lu"},
-    "std must be positive, got inf": {"std": math.inf},
-}
-
-
-@pytest.mark.parametrize("message", MISUSES)
-def test_bad_settings(message):
-    with pytest.raises(ValueError) as error:
-        MatrixFactorizationConfig.of(**MISUSES[message])
-    assert str(error.value) == f"mf: {message}"
-
-
-def test_bad_use():
-    model = MatrixFactorization(small("nmf"))
-    with pytest.raises(ValueError, match="mf: the model must be fitted before it is used"):
-        model.recommend(["user1"])
-    with pytest.raises(ValueError, match="mf: ratings must be at least 0 for nmf, got -1"):
-        model.fit(Interactions.from_arrays(["a"], ["x"], [-1.0]))
-    with pytest.raises(FloatingPointError, match=r"mf: RMSE while training of epoch \d+ must be finite"):
-        (diverged := MatrixFactorization(small("sgd", lr=50.0))).fit(interactions())
-    with pytest.raises(ValueError, match="mf: the model must be fitted before it is used"):
-        diverged.recommend(["user1"])
-    model = MatrixFactorization(small("sgd", epochs=1)).fit(interactions())
-    for ask in (model.recommend, model.similar_items, lambda item, n: model.explain("user1", item, n)):
-        with pytest.raises(
-            ValueError, match=r"^(recommend|similar_items|explain): n must be at least 1, got 0"
-        ):
-            ask("item1", 0)
-    with pytest.raises(ValueError, match="recommend: users must be a sequence of ids, got 'user1'"):
-        model.recommend("user1")
-    with pytest.raises(ValueError, match="item must be one of the 40 known, got 'none such'"):
-        model.similar_items("none such")
-    with pytest.raises(ValueError, match="user must be one of the 60 known, got 'nobody'"):
-        model.explain("nobody", "item1")
 
 
 def test_one_rating_is_enough():

@@ -47,7 +47,7 @@ MUTATIONS = [
     ),
     in_als(
         name="mf_als, cpu: a step of conjugate gradient where there is no curvature",
-        old="if (curvature <= 0) {",
+        old="if (slope <= kStepEpsilon * steepest[i]) {",
         new="if (false) {",
     ),
     in_als(
@@ -167,7 +167,7 @@ MUTATIONS = [
     ),
     in_als_cuda(
         name="mf_als, cuda: a step where there is no curvature",
-        old="if (curvature <= 0.0f || left == 0.0f) break;",
+        old="if (slope <= kStepEpsilon * steepest || left < least) break;",
         new="",
     ),
     in_als_cuda(

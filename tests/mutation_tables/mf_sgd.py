@@ -70,8 +70,8 @@ MUTATIONS = [
     ),
     in_cuda(
         name="mf_sgd, cuda: a bias learns with the rate of factors",
-        old="lr_user_bias = step.lr_bias, ",
-        new="lr_user_bias = step.lr, ",
+        old="p.bias += step.lr_bias * ",
+        new="p.bias += step.lr * ",
     ),
     in_cuda(
         name="mf_sgd, cuda: an item's row is not handed on to the rating after",

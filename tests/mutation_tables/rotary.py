@@ -79,8 +79,8 @@ MUTATIONS = [
     in_op(
         name="rotary, op: a copy of what could be read where it lies",
         file="lspm_kernels/checks.py",
-        old="x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()",
-        new="x.contiguous()",
+        old="if x.stride(-1) == 1 or x.size(-1) == 1:",
+        new="if x.is_contiguous():",
     ),
     in_cuda(
         name="rotary, cuda: single elements of a pair moved together",

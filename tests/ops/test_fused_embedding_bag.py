@@ -191,3 +191,13 @@ def test_a_bad_call_changes_nothing():
     with pytest.raises(ValueError, match="embedding_bag: indices must be at least 0 and below 9, got 9"):
         bag(INDICES + 1)
     assert all(map(torch.equal, tensors(bag), before))
+
+
+def test_rows_of_before_are_trained_on_or_refused():
+    rows = torch.randn(9, 5)
+    with pytest.raises(ValueError, match=r"^FusedEmbeddingBag: freeze must be False, as .*, got True$"):
+        lk.FusedEmbeddingBag.from_pretrained(rows)
+    bag = lk.FusedEmbeddingBag.from_pretrained(rows.clone(), freeze=False, mode="sum")
+    bag(torch.tensor([[3, 4]])).sum().backward()
+    assert not bag.weight.requires_grad
+    assert (bag.weight != rows).any(1).nonzero().flatten().tolist() == [3, 4]

@@ -172,6 +172,22 @@ def test_huge_and_tiny_values(scale):
     check(x * 0, y, indptr, indices, values * scale, solver="cg", cg_steps=2, **EXPLICIT)
 
 
+@pytest.mark.every_backend
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_steps_beyond_the_last_that_gains_change_nothing_much(backend):
+    """A row of one entry has all it can have after one step; what is left of it is rounding."""
+    (x, y), entries = factors(16, 40, 24), (torch.arange(17), torch.arange(16), torch.rand(16) + 1)
+    steps = {"solver": "cg", "cg_steps": 400, "backend": backend}
+    named, values = y[:16].double(), entries[2].double()
+    nearest = x + ((values - (x * named).sum(1)) / named.square().sum(1))[:, None] * named
+    found = lk.mf_als_(x.clone(), y, *entries, reg=0.0, **steps)
+    assert (found - nearest).norm(dim=1).max() <= 0.01 * nearest.norm(dim=1).max()
+    for options in (EXPLICIT, IMPLICIT):
+        exact = lk.mf_als_(x.clone(), y, *entries, solver="cholesky", **options)
+        found = lk.mf_als_(x.clone(), y, *entries, **options, **steps)
+        assert (found - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
 def test_a_factor_that_is_not_finite_is_never_hidden():
     (x, y), entries = (
         factors(3, 4, 5),

@@ -206,6 +206,10 @@ def test_steps_stop_where_there_is_nothing_to_gain(module):
     (x, y), entries = factors(4, 20, 5), counted([20, 3, 1, 140], 20)
     y[5:] = 0
     assert lk.mf_als_(x, y, *entries, reg=0.0, solver="cg", cg_steps=9).isfinite().all()
+    (x, y), entries = factors(4, 20, 24), (torch.arange(5), torch.arange(4), torch.ones(4))
+    lacking = (1 - (x * y[:4]).sum(1)) / y[:4].square().sum(1)
+    found = lk.mf_als_(x.clone(), y, *entries, reg=0.0, solver="cg", cg_steps=60)
+    assert (found - x - lacking[:, None] * y[:4]).abs().max() <= 0.01 * found.abs().max()
 
 
 @EACH_SOLVER

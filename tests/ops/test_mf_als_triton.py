@@ -70,6 +70,10 @@ def test_options_and_edges_of_mf_als(driver):
     assert empty.shape == (0, 5)
     solved = lk.mf_als_(x, y, *entries, solver="cg", cg_steps=8, reg=0.0)
     assert solved.isfinite().all() and not solved[-1].any()
+    x, one_each = torch.randn(4, 5), (torch.arange(5), torch.arange(4), torch.ones(4))
+    lacking = (1 - (x * y[:4]).sum(1)) / y[:4].square().sum(1)
+    solved = lk.mf_als_(x.clone(), y, *one_each, solver="cg", cg_steps=60, reg=0.0)
+    assert (solved - x - lacking[:, None] * y[:4]).abs().max() <= 0.01 * solved.abs().max()
     y[entries[1][0]] = float("nan")
     assert lk.mf_als_(x, y, *entries, **CG, **EXPLICIT)[0].isnan().all()
 

@@ -206,3 +206,18 @@ def test_opcheck():
     step = [0.0, 0.05, 0.05, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0]
     losses = torch.zeros(blocks.offsets.numel() - 1)
     torch.library.opcheck(torch.ops.lspm.mf_sgd.default, (*arguments, losses, step, False, False, 0, "cpu"))
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_with_rates_of_rows_biases_do_not_run_away_from_small_factors(backend):
+    """A row's gradients are as small as the other's factors, and a bias's are not."""
+    users, items = torch.randint(30, (2000,)), torch.randint(20, (2000,))
+    ratings = torch.randn(30)[users] + torch.randn(20)[items]
+    tables = [1e-3 * torch.randn(30, 8), 1e-3 * torch.randn(20, 8), torch.zeros(30), torch.zeros(20)]
+    squares = torch.zeros(30), torch.zeros(20)
+    losses = [
+        lk.mf_sgd_(*tables, users, items, ratings, lr=0.05, squares=squares, backend=backend).item()
+        for _ in range(4)
+    ]
+    assert losses[-1] < 0.1 * losses[0] <= 0.1 * 2 * ratings.square().sum()

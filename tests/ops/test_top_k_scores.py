@@ -166,6 +166,8 @@ def test_memory_that_is_not_contiguous_is_read_where_it_lies():
     identical(lk.top_k_scores(q, i, 4, **options), lk.top_k_scores(*plain[0], 4, **plain[1]))
     q, i = integers((6, 9), F32).t(), integers((6, 40), F32).t()
     identical(lk.top_k_scores(q, i, 4), reference.top_k_scores(q, i, 4))
+    assert lk.top_k_scores(q[:0], i, 4)[1].shape == (0, 4)
+    assert lk.top_k_scores(q, i[:0], 4)[1].eq(-1).all()
 
 
 def _peak(shape, k):

@@ -28,6 +28,14 @@ def is_number(text: str) -> bool:
         return False
 
 
+def begins_with(path: Path, mark: bytes) -> bool:
+    """Tells whether a file begins with these bytes; of what can be read once, as a pipe, nobody asks."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(mark)) == mark
+
+
 def read_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """Returns the cells of the first line, and the others with their numbers.
 
@@ -54,7 +62,8 @@ def read_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields lines that are not blank with their numbers; not UTF-8 is Latin-1, as of MovieLens-1M."""
-    opened = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    packed = path.suffix == ".gz" or begins_with(path, b"\x1f\x8b")
+    opened = gzip.open(path) if packed else path.open("rb")
     with opened as file:
         try:
             number = 0

@@ -181,6 +181,9 @@ class Interactions:
             ValueError: there are none, their numbers differ, an id is negative or missing, or a number is not
                 finite; the message says where.
         """
+        for what, names in (("users", users), ("items", items)):
+            if isinstance(names, str) or not hasattr(names, "__len__"):
+                raise ValueError(f"interactions: {what} must be a column of ids, got {names!r:.60}")
         if not len(users):
             raise ValueError("interactions: users must hold at least one rating, got none")
         ids, internal = [], []
@@ -191,10 +194,9 @@ class Interactions:
         numbers = {"ratings": np.ones(len(users)) if ratings is None else ratings}
         numbers |= {"weights": weights, "timestamps": timestamps}
         for what, values in {"items": items, **numbers}.items():
-            if values is not None and len(values) != len(users):
-                raise ValueError(
-                    f"interactions: {what} must be as many as users, {len(users)}, got {len(values)}"
-                )
+            count = getattr(values, "__len__", lambda: "no column")()
+            if values is not None and count != len(users):
+                raise ValueError(f"interactions: {what} must be as many as users, {len(users)}, got {count}")
         columns = {
             what: None if values is None else _finite(what, values) for what, values in numbers.items()
         }
@@ -256,6 +258,7 @@ def offsets_of(counts: Tensor) -> Tensor:
 
 def _whole(name: Any) -> Any:
     """Returns an id, whole floats as ints: pandas makes those of whole numbers where one is missing."""
+    name = name.item() if getattr(name, "ndim", None) == 0 else name  # one of a tensor's or an array's
     return int(name) if isinstance(name, float) and name.is_integer() else name
 
 
@@ -275,8 +278,13 @@ def _numbered(known: Ids, what: str, names: Sequence) -> list[int]:
 
 def _finite(what: str, values: Any) -> Tensor:
     """Returns numbers as a tensor: float32, or float64 of times, which need all digits."""
+    if isinstance(values, Tensor):  # bfloat16 too, which NumPy has not
+        values = values.detach().to("cpu", torch.promote_types(values.dtype, torch.float64))
     try:
-        found = torch.tensor(np.asarray(values, np.float64))
+        values = np.asarray(values)
+        if values.dtype.kind == "c":
+            raise TypeError(values.dtype)
+        found = torch.tensor(values.astype(np.float64))
     except (TypeError, ValueError) as error:
         raise ValueError(f"interactions: {what} must be numbers, got others: {error}") from error
     if found.dim() != 1:

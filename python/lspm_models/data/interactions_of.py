@@ -39,6 +39,8 @@ def interactions_of(ratings: Any) -> Interactions:
         return _of_entries(matrix.row, matrix.col, matrix.data, matrix.shape)
     if isinstance(ratings, tuple | list) and 2 <= len(ratings) <= 4:
         return Interactions.from_arrays(*ratings)
+    if hasattr(ratings, "collect"):
+        raise ValueError(f"interactions: ratings must be collected, got a {type(ratings).__name__}")
     if isinstance(ratings, dict) or hasattr(ratings, "columns"):
         return from_frame(ratings)
     rule = "Interactions, a sparse matrix, 2 to 4 columns or a data frame"

@@ -18,6 +18,7 @@ from lspm_models.checkpoint import read_tensors
 from lspm_models.files import remove, replaced, write_tensors
 
 COLUMNS = {"users": torch.int32, "items": torch.int32, "ratings": torch.float32, "weight": torch.float32}
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 BYTES = 4
 
 
@@ -35,7 +36,8 @@ def write_ratings(
 
     Args:
         folder: to write to; what it held of ratings is replaced in the end.
-        batches: of users (n,), items (n,), ratings (n,) and, in all or none, weights (n,).
+        batches: of users (n,), items (n,), ratings (n,) and, in all or none, weights (n,), as tensors, arrays
+            or lists.
         num_users, num_items, grid: as rating_blocks() takes them.
 
     Raises:
@@ -87,16 +89,17 @@ def open_ratings(folder: Path | str) -> RatingBlocks:
 def _append(folder: Path, batches: Iterable[tuple[Tensor, ...]]) -> tuple[int, list[str]]:
     """Writes the columns of all batches one after another; returns how many ratings, and which columns."""
     count, names = 0, []
-    for batch in batches:
+    for given in batches:
+        batch = [torch.as_tensor(column).detach() for column in given]
         if names and len(batch) != len(names):
             raise ValueError(f"ratings: batches must all have {len(names)} columns, got {len(batch)}")
-        if len(batch) not in (3, 4) or len({len(column) for column in batch}) != 1:
+        if len(batch) not in (3, 4) or {tuple(t.shape) for t in batch} != {(batch[0].numel(),)}:
             got = [tuple(column.shape) for column in batch]
             raise ValueError(f"ratings: a batch must be 3 or 4 columns of one length, got {got}")
         names = list(COLUMNS)[: len(batch)]
         for name, column in zip(names, batch, strict=True):
             of_ids, low, high = COLUMNS[name] == torch.int32, -(2**31), 2**31 - 1
-            if of_ids and column.is_floating_point():
+            if of_ids and column.dtype not in INTEGERS:
                 raise ValueError(f"ratings: {name} must be integers, got {column.dtype}")
             if of_ids and len(column) and not low <= column.min() <= column.max() <= high:
                 raise ValueError(f"ratings: {name} must fit 32 bits, got {column.min()} to {column.max()}")

@@ -32,6 +32,9 @@ def with_features(interactions: Interactions, side: str, file: str | Path) -> In
     kinds = [TYPED.fullmatch(cell) for cell in header]
     names = [cell if kind is None else kind[1] for cell, kind in zip(header, kinds, strict=True)]
     ids = Ids(getattr(interactions, f"{side}_ids").names)
+    if header[0] in ids or is_number(header[0]):
+        rule = "names of its columns on top, such as id, title"
+        raise ValueError(f"features: {file} must have {rule}, got {header[0]!r} for a name")
     table: dict[int, list[str]] = {}
     for line, cells in rows:
         try:
@@ -49,7 +52,7 @@ def with_features(interactions: Interactions, side: str, file: str | Path) -> In
             titles = tuple(cell or str(name) for cell, name in zip(cells, ids.names, strict=True))
         elif (kind[2] == "float" or name in NUMBERS) if kind else all(map(is_number, filter(None, cells))):
             numbers = [float(cell) if is_number(cell) else math.nan for cell in cells]
-            features.numbers[name] = torch.tensor(numbers)
+            features.numbers[name] = torch.tensor(numbers, dtype=torch.float32)
         elif kind is None or kind[2] != "float_seq":
             several = _separator(kind, cells)
             split = [[part for part in cell.split(several) if part] for cell in cells]

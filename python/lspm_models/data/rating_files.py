@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lspm_models.data.delimited import TYPED, is_number, plain, read_rows
+from lspm_models.data.delimited import TYPED, begins_with, is_number, plain, read_rows
 from lspm_models.data.interactions import MOST, Ids, Interactions
 from lspm_models.data.rating_features import with_features
 
@@ -41,9 +41,9 @@ def read_interactions(
 
     Args:
         source: ml-100k, which the package recbole brings; a file; or a folder with RecBole's NAME.inter and
-            perhaps NAME.user and NAME.item. A file is parquet by its suffix, and else text, gzip or not,
-            with tabs, commas, semicolons, bars, :: or spaces between its columns and perhaps their names on
-            top; without names they are user, item, rating, timestamp. A file without ratings has ones.
+            perhaps NAME.user and NAME.item. A file is parquet, or else text, gzip or not, with tabs, commas,
+            semicolons, bars, :: or spaces between its columns and perhaps their names on top; without names
+            they are user, item, rating, timestamp. A file without ratings has ones.
         columns: which columns are user, item, rating, weight and timestamp, where their names do not tell.
         users: a file with what is known of users, by their ids in its first column.
         items: the same of items; a column called title or name says what people call them.
@@ -55,7 +55,7 @@ def read_interactions(
     """
     path, sides = _found(source)
     columns = dict(columns or {})
-    if path.suffix == ".parquet":
+    if path.suffix == ".parquet" or begins_with(path, b"PAR1"):
         found = from_frame(_parquet(path), columns, name=str(path))
     else:
         found = _read_text(path, columns, skip_bad_lines)
@@ -64,12 +64,15 @@ def read_interactions(
     for side, given in (("user", users), ("item", items)):
         file = sides.get(side) if given is None else Path(given)
         if file is not None:
+            if not file.exists() or file.is_dir():
+                got = "a folder" if file.is_dir() else "no such path"
+                raise ValueError(f"ratings: {side}s must be a file, got {got}: {file}")
             found = with_features(found, side, file)
     return found
 
 
 def from_frame(frame: Any, columns: dict[str, str] | None = None, *, name: str = "frame") -> Interactions:
-    """Takes ratings out of a pandas data frame, a pyarrow table, or a dict of arrays.
+    """Takes ratings out of a data frame of pandas or polars, a pyarrow table, or a dict of arrays.
 
     Args:
         frame: columns by name; what is neither user, item, rating, weight nor timestamp is left.
@@ -79,9 +82,14 @@ def from_frame(frame: Any, columns: dict[str, str] | None = None, *, name: str =
     Raises:
         ValueError: a column is missing, or as of Interactions.from_arrays.
     """
-    labels = list(frame.column_names if hasattr(frame, "column_names") else frame)  # pyarrow's, or pandas'
+    # pyarrow's, those of pandas and polars, or of a dict.
+    names = next((getattr(frame, at) for at in ("column_names", "columns") if hasattr(frame, at)), frame)
+    labels = list(names)
     places = _columns(name, [str(label) for label in labels], columns or {})
     taken = {role: _column(frame[labels[place]]) for role, place in places.items()}
+    if "timestamp" in taken and taken["timestamp"].dtype.kind in "OU":  # dates as text
+        moments = ((t, seconds_of(t) if isinstance(t, str) else None) for t in taken["timestamp"])
+        taken["timestamp"] = [t if moment is None else moment for t, moment in moments]
     try:
         arguments = (taken.get(role) for role in ("user", "item", "rating", "weight", "timestamp"))
         return Interactions.from_arrays(*arguments)
@@ -145,6 +153,9 @@ def _columns(name: str, header: Sequence[str], given: dict[str, str]) -> dict[st
             raise ValueError(
                 f"ratings: {name} must have a column for the {role}, got {_shown(header)}; say which it is"
             )
+    for place in places.values():
+        if header.count(header[place]) > 1:
+            raise ValueError(f"ratings: {name} must have one column {header[place]!r}, got several")
     for role, other in itertools.combinations(given, 2):
         if given[role] == given[other]:
             rule = f"have columns of their own for {role} and {other}"

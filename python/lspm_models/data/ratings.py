@@ -49,8 +49,9 @@ class RatingConfig:
             raise ValueError(f"data: folds must be at least 2, got {self.folds}")
         if not 0 <= self.fold < self.folds:
             raise ValueError(f"data: fold must be 0 to {self.folds - 1}, got {self.fold}")
-        if self.split_seed < 0:
-            raise ValueError(f"data: split_seed must be 0 or greater, got {self.split_seed}")
+        if not 0 <= self.split_seed < 2**32:
+            rule = "0 or greater and below 2 ** 32"
+            raise ValueError(f"data: split_seed must be {rule}, got {self.split_seed}")
         if not abs(self.positive) < float("inf"):
             raise ValueError(f"data: positive must be a finite number, got {self.positive}")
         self.roles()

@@ -65,6 +65,17 @@ class Rows:
         kept = None if weights is None else weights[order].contiguous()
         return cls(indptr, columns[order].int().contiguous(), values[order].contiguous(), kept)
 
+    def added_up(self) -> Rows:
+        """Returns one entry for each pair, whose value is the sum of all it has; without weights."""
+        count = len(self.indptr) - 1
+        rows = torch.repeat_interleave(torch.arange(count), self.indptr.diff())
+        first = torch.ones(len(rows), dtype=torch.bool)
+        first[1:] = (rows.diff() != 0) | (self.indices.diff() != 0)
+        sums = torch.zeros(int(first.sum()), dtype=torch.float64)
+        sums.index_add_(0, first.cumsum(0) - 1, self.values.double())
+        indptr = offsets_of(torch.bincount(rows[first], minlength=count))
+        return Rows(indptr, self.indices[first], sums.float(), None)
+
 
 def both_ways(interactions: Interactions, values: Tensor) -> tuple[Rows, Rows]:
     """Returns values of the ratings by user, and by item."""
@@ -81,7 +92,8 @@ def weighted_ratings(interactions: Interactions) -> Tensor:
 
 def mean_and_biases(interactions: Interactions) -> tuple[float, Tensor, Tensor]:
     """Returns the mean, the items' biases from it, and the users' from both, each drawn towards 0."""
-    weights = torch.ones(len(interactions)) if interactions.weights is None else interactions.weights
+    weights = interactions.weights
+    weights = torch.ones_like(interactions.ratings) if weights is None else weights
     ratings, users, items = interactions.ratings, interactions.users, interactions.items
     mean = float((weights * ratings).double().sum() / weights.double().sum().clamp(min=1e-12))
 
@@ -117,7 +129,7 @@ def sgd(interactions: Interactions, config) -> Method:
         num_users=len(interactions.user_ids), num_items=len(interactions.item_ids),
     )  # fmt: skip
 
-    weights = torch.ones(1) if interactions.weights is None else interactions.weights
+    weights = interactions.ratings.new_ones(1) if interactions.weights is None else interactions.weights
     total = weights.double().expand(len(interactions)).sum().clamp(min=1e-12)
 
     def begin(tables: Tables, generator: torch.Generator) -> None:
@@ -135,7 +147,7 @@ def sgd(interactions: Interactions, config) -> Method:
 
 def bpr(interactions: Interactions, config) -> Method:
     """Bayesian personalised ranking; the parts that items are compared in are dealt anew at every epoch."""
-    ones = torch.ones(len(interactions))
+    ones = torch.ones_like(interactions.ratings)
     sizes = {"num_users": len(interactions.user_ids), "num_items": len(interactions.item_ids)}
     seen = Rows.of(interactions.users, interactions.items, ones, None, sizes["num_users"])
     grid = parts_to_draw_from(sizes["num_items"])
@@ -170,7 +182,8 @@ def als(interactions: Interactions, config) -> Method:
 
 def implicit_als(interactions: Interactions, config) -> Method:
     """Alternating least squares on what users chose, with a confidence that grows with the rating."""
-    rows = both_ways(interactions, weighted_ratings(interactions))
+    both = both_ways(interactions, weighted_ratings(interactions))
+    rows = [each.added_up() for each in both]  # as two entries, a pair would be wanted twice as much as one
     return Method(lambda tables, generator: None, _sweeps(*rows, config, implicit=True), "objective")
 
 
@@ -224,11 +237,14 @@ def svd(interactions: Interactions, config) -> Method:
     left = interactions.ratings - mean - user_bias[interactions.users] - item_bias[interactions.items]
     sizes = len(user_bias), len(item_bias)
     places = torch.stack((interactions.users, interactions.items))
-    matrix = torch.sparse_coo_tensor(places, left, sizes, check_invariants=True)
+    both = torch.stack((left, torch.ones_like(left)), 1)  # of a pair that comes twice the mean
+    found = torch.sparse_coo_tensor(places, both, (*sizes, 2), check_invariants=True).coalesce()
+    means = found.values()[:, 0] / found.values()[:, 1]
+    matrix = torch.sparse_coo_tensor(found.indices(), means, sizes, check_invariants=True, is_coalesced=True)
     turned = matrix.t().coalesce()
-    matrix = matrix.coalesce()
     generator = torch.Generator().manual_seed(config.seed)
-    bases = [torch.randn(sizes[1], min(config.factors + OVERSAMPLING, *sizes), generator=generator)]
+    width = min(config.factors + OVERSAMPLING, *sizes)
+    bases = [torch.randn(sizes[1], width, generator=generator, dtype=torch.float32)]
 
     def begin(tables: Tables, generator: torch.Generator) -> None:
         tables.mean = mean

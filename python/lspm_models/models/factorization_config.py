@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import numbers
+from dataclasses import dataclass, fields
 
 from lspm_models.models.factor_methods import METHODS
 
@@ -63,7 +64,7 @@ class MatrixFactorizationConfig:
             raise ValueError(f"mf: solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
         for name, least in (("factors", 1), ("epochs", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int):
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise ValueError(f"mf: {name} must be a whole number, got {value!r}")
             if value < least:
                 raise ValueError(f"mf: {name} must be at least {least}, got {value}")
@@ -73,9 +74,13 @@ class MatrixFactorizationConfig:
         for name in ("reg", "weighted_reg"):
             if not 0 <= self._number(name) < float("inf"):
                 raise ValueError(f"mf: {name} must be finite and at least 0, got {getattr(self, name)}")
+        for item in fields(self):
+            if item.name not in ("method", "solver", "nonnegative"):  # JSON has none of NumPy's
+                kind = float if isinstance(item.default, float) else int
+                object.__setattr__(self, item.name, kind(getattr(self, item.name)))
 
     def _number(self, name: str) -> float:
         value = getattr(self, name)
-        if not isinstance(value, int | float):
+        if not isinstance(value, numbers.Real):
             raise ValueError(f"mf: {name} must be a number, got {value!r}")
         return value

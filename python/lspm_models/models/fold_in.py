@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lspm_kernels
 from lspm_models.data.interactions import Categories, Features, Ids, Interactions
-from lspm_models.models.factor_methods import Rows, Tables
+from lspm_models.models.factor_methods import IMPLICIT, Rows, Tables
 
 NMF_UPDATES = 50
 
@@ -21,33 +21,37 @@ def solved(rows: Rows, other: Tensor, other_bias: Tensor, mean: float, config) -
     nmf: multiplicative updates; of choices: one half sweep of implicit least squares.
     """
     count = len(rows.indptr) - 1
+    if config.method in IMPLICIT:
+        rows = chosen(rows, config)
     shape = rows.indptr, rows.indices
     if config.method == "nmf":
-        factors = torch.full((count, other.shape[1]), other.mean().item())
+        factors = other.new_full((count, other.shape[1]), other.mean().item())
         for _ in range(NMF_UPDATES):
             lspm_kernels.nmf_(factors, other, *shape, rows.values, reg=config.reg)
-        return factors, torch.zeros(count)
-    if config.method in ("bpr", "implicit-als"):
-        factors = torch.zeros(count, other.shape[1])
+        return factors, other.new_zeros(count)
+    if config.method in IMPLICIT:
+        factors = other.new_zeros(count, other.shape[1])
         reg = config.reg if config.method == "implicit-als" else max(1.0, config.reg)
         options = {"reg": reg, "alpha": config.alpha, "weighted_reg": config.weighted_reg, "implicit": True}
-        lspm_kernels.mf_als_(factors, other, *shape, chosen_values(rows, config), **options)
-        return factors, torch.zeros(count)
+        lspm_kernels.mf_als_(factors, other, *shape, rows.values, **options)
+        return factors, other.new_zeros(count)
     # A step of sgd shrinks factors once for every rating.
     weighted = 1.0 if config.method == "sgd" else config.weighted_reg
     values = rows.values - mean - other_bias[rows.indices.long()]
-    found = torch.zeros(count, other.shape[1] + 1)
-    extended = torch.cat((other, torch.ones(len(other), 1)), 1)
+    found = other.new_zeros(count, other.shape[1] + 1)
+    extended = torch.cat((other, other.new_ones(len(other), 1)), 1)
+    # Without regularisation fewer ratings than numbers leave many solutions; steps find the shortest.
+    solver = {} if config.reg else {"solver": "cg", "cg_steps": extended.shape[1]}
     lspm_kernels.mf_als_(
-        found, extended, *shape, values, weight=rows.weights, reg=config.reg, weighted_reg=weighted
+        found, extended, *shape, values, weight=rows.weights, reg=config.reg, weighted_reg=weighted, **solver
     )
     return found[:, :-1].contiguous(), found[:, -1].contiguous()
 
 
-def chosen_values(rows: Rows, config) -> Tensor:
-    """Returns how much each item was chosen, as the method was trained with it."""
+def chosen(rows: Rows, config) -> Rows:
+    """Returns how much each item was chosen, as the method was trained with it, once for each item."""
     weighted = config.method == "implicit-als" and rows.weights is not None
-    return rows.values * rows.weights if weighted else rows.values
+    return replace(rows, values=rows.values * rows.weights if weighted else rows.values).added_up()
 
 
 def folded_in(tables: Tables, old: Interactions, new: Interactions, config) -> tuple[Tables, Interactions]:
@@ -88,7 +92,7 @@ def joined(old: Interactions, new: Interactions) -> Interactions:
         features[which] = _longer(getattr(old, which), getattr(new, which), comers, count)
     columns = {"ratings": torch.cat((old.ratings, new.ratings))}
     if old.weights is not None or new.weights is not None:
-        weights = (torch.ones(len(d)) if d.weights is None else d.weights for d in (old, new))
+        weights = (torch.ones_like(d.ratings) if d.weights is None else d.weights for d in (old, new))
         columns["weights"] = torch.cat(tuple(weights))
     times = old.timestamps, new.timestamps
     columns["timestamps"] = None if None in (times[0], times[1]) else torch.cat(times)
@@ -109,11 +113,13 @@ def contributions(tables: Tables, mine: Rows, item: int, config) -> tuple[Tensor
 
     Returns: (n,) items and (n,) numbers.
     """
+    if config.method in IMPLICIT:
+        mine = chosen(mine, config)
     items = mine.indices.long()
     y, q = tables.item_factors[items].double(), tables.item_factors[item].double()
     reg = config.reg * (len(items) if config.method == "sgd" else len(items) ** config.weighted_reg)
-    if config.method in ("bpr", "implicit-als"):
-        confidence = config.alpha * chosen_values(mine, config).double()
+    if config.method in IMPLICIT:
+        confidence = config.alpha * mine.values.double()
         everything = tables.item_factors.double()
         matrix = everything.T @ everything + y.T @ (confidence[:, None] * y)
         values = 1 + confidence
@@ -141,7 +147,7 @@ def _longer(old: Features, new: Features, comers: Tensor, count: int) -> Feature
         else:
             labels = [known.labels(row) for row in range(count)]
             categories[name] = Categories.of(labels + [there.labels(row) for row in comers.tolist()])
-    nothing = torch.full((int(comers.max()) + 1,), torch.nan)
+    nothing = torch.full((int(comers.max()) + 1,), torch.nan, dtype=torch.float32)
     return Features(
         categories,
         {name: torch.cat((t, new.numbers.get(name, nothing)[comers])) for name, t in old.numbers.items()},

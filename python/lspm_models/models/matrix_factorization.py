@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import numbers
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,9 +58,10 @@ class MatrixFactorization:
 
         Args:
             interactions: the ratings: Interactions, or what interactions_of() takes, as a sparse matrix,
-                columns (users, items, ratings[, weights]) or a data frame. Pairs that come twice are kept.
-                Weights are those of errors; implicit-als multiplies ratings by them, so that counts may be
-                either; svd has them in mean and biases alone, nmf and bpr take each rating as one.
+                columns (users, items, ratings[, weights]) or a data frame. Pairs that come twice are kept;
+                implicit-als adds them up, as those of a log are, and svd takes their mean. Weights are those
+                of errors; implicit-als multiplies ratings by them, so that counts may be either; svd has them
+                in mean and biases alone, nmf and bpr take each rating as one.
             callback: is called after each epoch with its number from 1, its loss and the seconds so far;
                 training stops where it gives False.
 
@@ -81,8 +83,9 @@ class MatrixFactorization:
         if self.tables is None:
             generator = torch.Generator().manual_seed(self.config.seed)
             sizes, k = (len(interactions.user_ids), len(interactions.item_ids)), self.config.factors
-            factors = (self.config.std * torch.randn(n, k, generator=generator) for n in sizes)
-            self.tables = Tables(*factors, *map(torch.zeros, sizes))
+            drawn = (torch.randn(n, k, generator=generator, dtype=torch.float32) for n in sizes)
+            biases = (torch.zeros(n, dtype=torch.float32) for n in sizes)
+            self.tables = Tables(*(self.config.std * t for t in drawn), *biases)
             method.begin(self.tables, generator)
         began = time.monotonic()
         for epoch in range(self.epochs_done, self.config.epochs):
@@ -101,9 +104,13 @@ class MatrixFactorization:
         Whoever has no rating is as those with like features are; of whom nothing is known, only the mean and
         the other side's bias count, or to nmf and implicit-als the average row. Ratings stay within the
         scale; of an implicit method these are scores.
+
+        Raises:
+            ValueError: an id is neither internal nor -1.
         """
         t = self._with_cold()
-        u, i = users % len(t.user_bias), items % len(t.item_bias)  # -1 is the last row, a stranger's
+        # -1 is the last row, a stranger's.
+        u, i = (_rows(*side) for side in (("users", users, t.user_bias), ("items", items, t.item_bias)))
         biases = {"user_bias": t.user_bias, "item_bias": t.item_bias, "mean": t.mean}
         found = lspm_kernels.mf(t.user_factors, t.item_factors, u, i, **biases)
         return found if self.implicit else found.clamp(*self.interactions.scale)
@@ -125,11 +132,11 @@ class MatrixFactorization:
         """The n best items for each user, by their own id; one without a rating is as predict() has it.
 
         Raises:
-            ValueError: n is less than 1, or users are one text.
+            ValueError: n is less than 1, or users are no sequence or one text.
         """
         t, data = self._with_cold(), self.interactions
         _check_count("recommend", n)
-        if isinstance(users, str):
+        if isinstance(users, str) or not isinstance(users, Iterable):
             raise ValueError(f"recommend: users must be a sequence of ids, got {users!r}")
         rows = torch.tensor([data.user_ids.place(user, -1) for user in users], dtype=torch.int64)
         known, row = (rows >= 0), rows.clamp(min=0)
@@ -261,6 +268,14 @@ class MatrixFactorization:
         return [Recommendation(data.item_ids.names[i], data.title(i), s) for i, s in found]
 
 
+def _rows(what: str, ids: Tensor, table: Tensor) -> Tensor:
+    ids, most = torch.as_tensor(ids), len(table) - 2
+    if ids.numel() and not -1 <= ids.min() <= ids.max() <= most:
+        got = ids[(ids < -1) | (ids > most)][0].item()
+        raise ValueError(f"predict: {what} must be internal ids, -1 to {most}, got {got}")
+    return ids % len(table)
+
+
 def _check_count(what: str, n: int) -> None:
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"{what}: n must be at least 1, got {n}")
+    if not isinstance(n, numbers.Integral) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"{what}: n must be a whole number of at least 1, got {n}")
