@@ -42,6 +42,11 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * COLS
     col = begin + tl.arange(0, COLS)
+    if seed is not None:  # drawn behind the sums, words of 16384 columns would spill on sm_100
+        if ALIGNED:
+            drawn = words_of(seed, row * 0, row * dim + begin, COLS)
+        else:
+            drawn = word_of(seed, row * dim + col)
     value = _row(weight, tokens, row, token_rows, dim, col, first, length)
     if position_weight is not None:
         value += _row(position_weight, positions, row, position_rows, dim, col, first, length)
@@ -58,10 +63,6 @@ def _forward_kernel(
         if norm_bias is not None:
             value += tl.load(norm_bias + col, mask=col < dim, other=0.0).to(tl.float32)
     if seed is not None:
-        if ALIGNED:
-            drawn = words_of(seed, row * 0, row * dim + begin, COLS)
-        else:
-            drawn = word_of(seed, row * dim + col)
         value = dropped(value, drawn, threshold, scale)
     tl.store(out + row * dim + col, value.to(out.dtype.element_ty), mask=col < dim)
 

@@ -176,5 +176,5 @@ def _options(logits, smoothing, z_loss, softcap):
     cols = min(triton.next_power_of_2(logits.shape[1]), _TILE)
     tile = {"ROWS": max(1, _NARROW // cols), "COLS": cols, "num_warps": 8 if cols == _TILE else 4}
     if tile["ROWS"] > 1:
-        tile["maxnreg"] = 128  # left to itself, ptxas aims at one more block and spills
+        tile["maxnreg"] = 168  # left to itself, ptxas aims at one more block and spills
     return tile, {"SMOOTH": smoothing > 0, "CAPPED": softcap > 0, "Z": z_loss > 0, **_EXACT}
