@@ -11,7 +11,8 @@ the sum. But a block waits for the sums of its rows over all classes: the backwa
 
 By rows, half types would need another matrix in float32 for the weight's gradient, read and written for
 each block: in a prototype on a Zen 5, from 768 features to 50257 classes, that took 1.06 times as long as by
-classes for 1024 rows, and 0.94 times for 4096. So half types go by classes, which needs less memory.
+classes for 1024 rows, and 0.94 times for 4096. So half types go by classes, which needs less memory. Where
+all logits are small they are kept, which saves the fourth product.
 """
 
 import torch
@@ -29,6 +30,7 @@ _BY_ROWS, _BY_CLASSES = 9, 16  # a block is at most such a part of the logits
 # block has fewer than these; that was not timed.
 _LEAST_ROWS = 64
 _WHOLE = 13 << 20  # bytes of logits that are one block: 64 rows of GPT-2's
+_KEPT = 25 << 20  # bytes of logits in bfloat16 that are kept for the gradients: 256 rows of GPT-2's
 _RUN = 4096  # losses of a sum, which one thread adds up
 _UNIT = 16  # of rows or classes a block has a multiple: what products take at once
 
@@ -41,14 +43,17 @@ def losses(
     target: Tensor,
     class_weight: Tensor | None,
     options: tuple,
+    made: list[tuple[slice, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The losses (N,) and the statistics (3, N) of rows."""
+    """The losses (N,) and the statistics (3, N) of rows; made takes the blocks of logits, for gradients."""
     dtype = product_dtype(hidden)
     hidden = hidden.to(dtype)
     kept = hidden.new_empty(5, len(hidden), dtype=F32)
     found = hidden.new_empty(len(hidden), dtype=F32)
     for part, memory in _blocks(len(weight), len(hidden), hidden, _BY_CLASSES):
         logits = memory.view(len(hidden), -1)
+        if made is not None:
+            made.append((part, logits := torch.empty_like(logits)))
         products.put(logits, hidden, weight[part].to(dtype).t(), _part(bias, part))
         given = logits, target, class_weight, kept, found
         row.forward(*given, part.start, len(weight), *options)
@@ -67,16 +72,21 @@ def gradients(
     statistics: Tensor,
     wanted: list[bool],
     options: tuple,
+    made: list[tuple[slice, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden and bias in float32, and of weight; (0,) of what is not wanted."""
+    """The gradients of hidden and bias in float32, and of weight; (0,) of what is not wanted.
+
+    made: the blocks of logits that losses has made, which are written over.
+    """
     dtype = product_dtype(hidden)
     hidden = hidden.to(dtype)
     dhidden = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=F32)
     dweight = (weight.new_empty if len(hidden) else weight.new_zeros)(weight.shape if wanted[1] else 0)
     dbias = hidden.new_zeros(len(weight) if wanted[2] else 0, dtype=F32)
-    for part, memory in _blocks(len(weight), len(hidden), hidden, _BY_CLASSES):
+    for part, memory in made or _blocks(len(weight), len(hidden), hidden, _BY_CLASSES):
         logits, classes = memory.view(len(hidden), -1), weight[part].to(dtype)
-        products.put(logits, hidden, classes.t(), _part(bias, part))
+        if not made:
+            products.put(logits, hidden, classes.t(), _part(bias, part))
         given = dloss, dlse, logits, target, class_weight, statistics
         row.backward(*given, dbias[part] if wanted[2] else None, part.start, len(weight), *options)
         if wanted[0]:
@@ -86,7 +96,7 @@ def gradients(
     return dhidden, dweight, dbias
 
 
-def losses_and_gradients(
+def by_rows(
     row: Backend,
     hidden: Tensor,
     places: Tensor | None,
@@ -127,6 +137,23 @@ def losses_and_gradients(
     return found, dhidden, dweight, dbias
 
 
+def by_classes(row, hidden, places, weight, bias, target, class_weight, dloss, wanted, options):
+    """What by_rows gives, by losses and gradients, where all logits are kept between them."""
+    given, logits = (taken(hidden, places), weight, bias, target, class_weight), []
+    found, statistics = losses(row, *given, options, logits)
+    made = gradients(row, dloss, None, *given, statistics, wanted, options, logits)
+    return found, *like_inputs(made, hidden, places, bias, wanted)
+
+
+def like_inputs(made, hidden, places, bias, wanted):
+    """The gradients of rows at `places` as those of hidden, weight and bias."""
+    dhidden, dweight, dbias = made
+    dhidden = dhidden.to(hidden.dtype)
+    if places is not None and wanted[0]:
+        dhidden = torch.zeros_like(hidden).index_copy_(0, places, dhidden)
+    return dhidden, dweight, dbias.to(hidden.dtype if bias is None else bias.dtype)
+
+
 def places(row, target, counts, classes, ignore_index):
     """The rows that count, where some do not; None on a GPU, for which nothing waits."""
     if row.name != "cpu":
@@ -162,8 +189,10 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype if here else F32
 
 
-def rows_pay(rows: int, classes: int) -> bool:
-    """Whether blocks of rows are large enough for float32."""
+def in_one_pass(rows: int, classes: int, dtype: torch.dtype) -> bool:
+    """Whether three products serve: blocks of rows are large enough, or all logits in bfloat16 are small."""
+    if dtype != F32:
+        return dtype == torch.bfloat16 and rows * classes * dtype.itemsize <= _KEPT
     return rows // _BY_ROWS >= _LEAST_ROWS or rows * classes * F32.itemsize <= _WHOLE
 
 

@@ -46,9 +46,8 @@ def _forward(row, hidden, weight, bias, target, class_weight, ignore_index, redu
     known = blocks.taken(target, places), class_weight
     if any(now):
         dloss = (1 / divisor).expand(len(known[0])).contiguous()
-        losses, *made = blocks.losses_and_gradients(
-            row, hidden, places, weight, bias, *known, dloss, now, options
-        )
+        one_pass = blocks.by_rows if hidden.dtype == _F32 else blocks.by_classes
+        losses, *made = one_pass(row, hidden, places, weight, bias, *known, dloss, now, options)
         statistics = share.new_zeros(3, rows)
     else:
         losses, statistics = blocks.losses(row, blocks.taken(hidden, places), weight, bias, *known, options)
@@ -62,7 +61,7 @@ def _forward(row, hidden, weight, bias, target, class_weight, ignore_index, redu
 def _empty(tensors, wanted):
     """Memory like that of tensors, of what is not wanted: (0,)."""
     pairs = zip(tensors, wanted, strict=True)
-    return tuple(t.new_empty(t.shape) if w else tensors[0].new_empty(0) for t, w in pairs)
+    return tuple((tensors[0] if t is None else t).new_empty(t.shape if w else 0) for t, w in pairs)
 
 
 def _recompute(row, dloss, dlse, hidden, weight, bias, target, class_weight, statistics, *others, saves=True):
@@ -78,11 +77,8 @@ def _recompute(row, dloss, dlse, hidden, weight, bias, target, class_weight, sta
     kept = statistics[:-1].view(3, rows)
     kept = kept if places is None else kept.index_select(1, places)
     given = taken(hidden), weight, bias, taken(target), class_weight, kept, wanted
-    dhidden, dweight, dbias = blocks.gradients(row, dloss, dlse, *given, (ignore_index, *options))
-    dhidden = dhidden.to(hidden.dtype)
-    if places is not None and wanted[0]:
-        dhidden = torch.zeros_like(hidden).index_copy_(0, places, dhidden)
-    return dhidden, dweight, dbias if bias is None else dbias.to(bias.dtype)
+    made = blocks.gradients(row, dloss, dlse, *given, (ignore_index, *options))
+    return blocks.like_inputs(made, hidden, places, bias, wanted)
 
 
 _backward = Operator(
@@ -171,9 +167,10 @@ def linear_cross_entropy(
     1/8 of them (but all up to 13 MiB, and 16 rows); half types take hidden's gradient in float32 besides.
 
     Where all is float32 and the loss is one number, its gradients are made in the forward, by three products
-    in all, and the backward scales them, unless the gradient of the loss is 1. Else, and from 13 MiB of
-    logits on for fewer than 576 rows, the backward makes the logits again, which is a fourth product. Without
-    a gradient there is one. What our kernels add up has the same bits for any number of threads; torch's
+    in all, and the backward scales them, unless the gradient of the loss is 1. So are they on a CPU beside
+    hidden in bfloat16, up to 25 MiB of logits, which are then all there. Else, and from 13 MiB of logits in
+    float32 on for fewer than 576 rows, the backward makes them again, which is a fourth product. Without a
+    gradient there is one. What our kernels add up has the same bits for any number of threads; torch's
     products may differ.
 
     Args:
@@ -222,8 +219,8 @@ def linear_cross_entropy(
     rows = hidden.reshape(len(classes), hidden.shape[-1])
     if class_weight is not None:
         class_weight = class_weight.to(_F32).contiguous()
-    once = reduction != "none" and not return_lse and _in_one_pass(hidden, weight, bias)
-    once = once and blocks.rows_pay(len(rows), len(weight))
+    once = reduction != "none" and not return_lse and _at_once(hidden, weight, bias)
+    once = once and blocks.in_one_pass(len(rows), len(weight), hidden.dtype)
     now = [once and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     options = float(label_smoothing), float(z_loss), float(softcap or 0), now
     given = rows, weight, bias, classes, class_weight, int(ignore_index), _REDUCTIONS[reduction]
@@ -232,8 +229,14 @@ def linear_cross_entropy(
     return (loss, lse.reshape(target.shape)) if return_lse else loss
 
 
-def _in_one_pass(*tensors):
-    """Whether gradients are made in the forward: not in torch.func's, where no tensor says it wants one."""
-    if not torch.is_grad_enabled() or any(t is not None and t.dtype != _F32 for t in tensors):
+def _at_once(hidden, *others):
+    """Whether gradients may be made in the forward: not in torch.func's, where no tensor says it wants one.
+
+    Not in float16, which they would leave before a loss scale is known, nor of halves on a GPU: not timed.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    dtypes = {t.dtype for t in (hidden, *others) if t is not None}
+    if dtypes != {_F32} and not (hidden.is_cpu and dtypes <= {torch.bfloat16, _F32}):
         return False
     return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.test_linear_cross_entropy import made, ours, plain
+from ops.test_linear_cross_entropy import KINDS, made, ours, plain
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import lspm_kernels as lk
 import oracle
 from lspm_kernels import compiled
+from lspm_kernels import linear_cross_entropy_blocks as blocks
 from lspm_kernels.ops import linear_cross_entropy as ops
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -36,6 +37,28 @@ def one_number(function):
         return sum((y * y).sum() for y in (found if isinstance(found, tuple) else (found,)))
 
     return of
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "kind", [kind for kind, (_, options) in KINDS.items() if "return_lse" not in options]
+)
+def test_kept_logits_give_the_bits_of_those_that_are_made_again(kind, dtype, monkeypatch):
+    torch.compiler.reset()  # each kind is another graph of the same function
+    monkeypatch.setattr(blocks, "_WHOLE", 0)  # blocks of 16 classes
+    tensors, options = made((70, 16, 75), kind, BF16, dtype)
+    found = []
+    for most, function in (
+        (blocks._KEPT, ours),
+        (blocks._KEPT, torch.compile(ours, fullgraph=True)),
+        (0, ours),
+    ):
+        monkeypatch.setattr(blocks, "_KEPT", most)
+        leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        (function(*leaves, **options) * 4).backward()
+        found.append([t.grad for t in leaves if t is not None])
+    for of_one in zip(*found, strict=True):
+        assert all(torch.equal(gradient, of_one[0]) for gradient in of_one)
 
 
 @EACH
