@@ -164,7 +164,7 @@ def within(op: str, name: str, values: list[int] | None, low: int, high: int) ->
 
 def number(op: str, name: str, value: float, low: float, high: float) -> None:
     """Raises ValueError unless low <= value < high."""
-    if not isinstance(value, int | float | numbers.Real) or not low <= value < high:
+    if not isinstance(value, numbers.Real) or not low <= value < high:
         rule = (
             f"be at least {low:g} and below {high:g}"
             if high < float("inf")
