@@ -85,10 +85,11 @@ def sides(
         return None, 0 if causal else None
     if not isinstance(window, tuple | list) or len(window) != 2:
         raise ValueError(f"{op}: window must be a pair (left, right), got {window!r}")
-    for side in window:
-        if side is not None and (not isinstance(side, int) or side < 0):
+    numbers = tuple(map(checks.whole, window))
+    for side, number in zip(window, numbers, strict=True):
+        if side is not None and (number is None or number < 0):
             raise ValueError(f"{op}: window must have sides that are None or at least 0, got {tuple(window)}")
-    left, right = (None if side is None or side >= _FAR else side for side in window)
+    left, right = (None if side is None or side >= _FAR else side for side in numbers)
     return left, 0 if causal else right
 
 

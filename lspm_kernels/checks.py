@@ -196,14 +196,18 @@ def rms_eps(op: str, x: Tensor, value: float | Tensor | None) -> float:
     return eps(op, value)
 
 
+def whole(value: object) -> int | None:
+    """A whole number, also one of NumPy's, as an int, a SymInt as it is; None of all else, as of a bool."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+
+
 def integer(op: str, name: str, value: int, least: int | None = None) -> None:
     """Raises ValueError unless value is a whole number of 64 bits, from `least` on where that is given."""
-    known = type(value) is int  # asked first, as the others take as long as some ops
-    if not known:
-        known = isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
     low = -(2**63) if least is None else least
     # No trace is to be guarded by what holds of all that it can be given.
-    if not known or value < low or (isinstance(value, int) and value >= 2**63):
+    if whole(value) is None or value < low or (isinstance(value, int) and value >= 2**63):
         rule = "of 64 bits" if least is None else f"from {least} to 2 ** 63 - 1"
         raise ValueError(f"{op}: {name} must be an integer {rule}, got {value!r}")
 
@@ -216,7 +220,7 @@ def one_of(op: str, name: str, value: str | None, known: Iterable[str | None]) -
 
 def probability(op: str, name: str, value: float) -> None:
     """Raises ValueError unless 0 <= value <= 1."""
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
         raise ValueError(f"{op}: {name} must be from 0 to 1, got {value!r}")
 
 

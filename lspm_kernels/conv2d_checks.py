@@ -12,11 +12,10 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 def pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
     """An int, or one for rows and one for columns, as two; ValueError unless both are at least `least`."""
-    both = tuple(value) if isinstance(value, tuple | list) else (value,)
+    both = tuple(map(checks.whole, value if isinstance(value, tuple | list) else (value,)))
     if len(both) == 1:
         both *= 2
-    whole = all(isinstance(v, int | torch.SymInt) and not isinstance(v, bool) and v >= least for v in both)
-    if len(both) != 2 or not whole:
+    if len(both) != 2 or any(v is None or v < least for v in both):
         raise ValueError(f"{op}: {name} must be an integer of at least {least}, or two, got {value!r}")
     return both
 
@@ -35,7 +34,7 @@ def weight(op: str, x: Tensor, w: Tensor, groups: int) -> None:
         raise ValueError(
             f"{op}: weight must be a tensor (K, C / groups, R, S), none of them 0, got {checks.shape(w)}"
         )
-    if not isinstance(groups, int) or groups < 1 or w.shape[0] % groups:
+    if checks.whole(groups) is None or groups < 1 or w.shape[0] % groups:
         raise ValueError(f"{op}: groups must divide weight's {w.shape[0]} filters, got {groups!r}")
     if x.shape[1] != w.shape[1] * groups:
         raise ValueError(
@@ -87,7 +86,7 @@ def geometry(op: str, x: Tensor, w: Tensor, stride, padding_, dilation, groups: 
     stride, dilation = pair(op, "stride", stride, 1), pair(op, "dilation", dilation, 1)
     first, added = padding(op, padding_, kernel, stride, dilation)
     size = out_size(op, x, kernel, stride, added, dilation)
-    return size, (*stride, *first, *dilation, groups)
+    return size, (*stride, *first, *dilation, checks.whole(groups))
 
 
 def grouped(geometry):

@@ -93,10 +93,11 @@ def padding(op: str, padding_idx: int | None, rows: int) -> int:
     """padding_idx as the kernels take it, -1 for None; raises ValueError unless it is a row."""
     if padding_idx is None:
         return -1
-    if not isinstance(padding_idx, int) or not -rows <= padding_idx < rows:
+    row = checks.whole(padding_idx)
+    if row is None or not -rows <= row < rows:
         rule = f"be None or at least {-rows} and below {rows}"
         raise ValueError(f"{op}: padding_idx must {rule}, got {padding_idx!r}")
-    return padding_idx % rows
+    return row % rows
 
 
 def values(op: str, rows: int, indices: Tensor, offsets: Tensor | None, count: int) -> None:

@@ -1,9 +1,11 @@
 """Max pooling of images, channels last inside."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from lspm_kernels import checks, compiled, dispatch, triton
+from lspm_kernels import checks, compiled, conv2d_checks, dispatch, triton
 from lspm_kernels.dispatch import Backend
 from lspm_kernels.operator import Operator
 from lspm_kernels.reference import max_pool2d as reference
@@ -162,9 +164,11 @@ def _check(x, kernel_size, stride, padding, dilation, ceil_mode):
             f"max_pool2d: x must be a floating-point tensor (N, C, H, W) or (C, H, W), where only N may be 0,"
             f" got {checks.kind(x)}"
         )
-    kernel = _pair("kernel_size", kernel_size, 1)
-    stride = kernel if stride is None or stride in ((), []) else _pair("stride", stride, 1)
-    padding, dilation = _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    pair = partial(conv2d_checks.pair, "max_pool2d")
+    kernel = pair("kernel_size", kernel_size, 1)
+    defaults = stride is None or (isinstance(stride, tuple | list) and not stride)
+    stride = kernel if defaults else pair("stride", stride, 1)
+    padding, dilation = pair("padding", padding, 0), pair("dilation", dilation, 1)
     if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
         raise ValueError(f"max_pool2d: padding must be at most half of kernel_size {kernel}, got {padding}")
     window = [*kernel, *stride, *padding, *dilation]
@@ -174,10 +178,3 @@ def _check(x, kernel_size, stride, padding, dilation, ceil_mode):
             f" for {tuple(x.shape)}"
         )
     return window
-
-
-def _pair(name, value, least):
-    numbers = value if isinstance(value, tuple | list) else (value,)
-    if len(numbers) not in (1, 2) or not all(type(n) is int and n >= least for n in numbers):
-        raise ValueError(f"max_pool2d: {name} must be one or two integers of at least {least}, got {value!r}")
-    return tuple(numbers) * (3 - len(numbers))

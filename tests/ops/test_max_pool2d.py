@@ -138,18 +138,18 @@ def test_same_bits_for_any_number_of_threads(dtype):
 
 X = torch.ones(2, 3, 8, 8)
 SHAPES = "x must be a floating-point tensor (N, C, H, W) or (C, H, W), where only N may be 0"
-NUMBERS = "must be one or two integers of at least"
+NUMBERS = "must be an integer of at least"
 BAD = {
     f"{SHAPES}, got list": ([1.0], 2),
     f"{SHAPES}, got (8, 8) torch.float32": (X[0, 0], 2),
     f"{SHAPES}, got (2, 3, 8, 8) torch.int64": (X.long(), 2),
     f"{SHAPES}, got (2, 0, 8, 8) torch.float32": (X[:, :0], 2),
-    f"kernel_size {NUMBERS} 1, got 0": (X, 0),
-    f"kernel_size {NUMBERS} 1, got 2.0": (X, 2.0),
-    f"kernel_size {NUMBERS} 1, got (2, 2, 2)": (X, (2, 2, 2)),
-    f"stride {NUMBERS} 1, got 0": (X, 2, 0),
-    f"padding {NUMBERS} 0, got -1": (X, 2, 1, -1),
-    f"dilation {NUMBERS} 1, got (1, 0)": (X, 2, 1, 0, (1, 0)),
+    f"kernel_size {NUMBERS} 1, or two, got 0": (X, 0),
+    f"kernel_size {NUMBERS} 1, or two, got 2.0": (X, 2.0),
+    f"kernel_size {NUMBERS} 1, or two, got (2, 2, 2)": (X, (2, 2, 2)),
+    f"stride {NUMBERS} 1, or two, got 0": (X, 2, 0),
+    f"padding {NUMBERS} 0, or two, got -1": (X, 2, 1, -1),
+    f"dilation {NUMBERS} 1, or two, got (1, 0)": (X, 2, 1, 0, (1, 0)),
     "padding must be at most half of kernel_size (3, 3), got (2, 2)": (X, 3, 1, 2),
     "kernel_size must fit into x with its padding, got (9, 1) with dilation (1, 1) for (2, 3, 8, 8)": (
         X,

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lspm_kernels.checks import whole
+
 
 def window_of(sides: tuple[int, int] | list[int] | Tensor) -> tuple[int | None, int | None]:
     """(left, right), with None for -1, a side without a bound.
@@ -14,7 +16,7 @@ def window_of(sides: tuple[int, int] | list[int] | Tensor) -> tuple[int | None, 
         sides = sides.tolist()
     if not isinstance(sides, tuple | list) or len(sides) != 2:
         raise ValueError(f"flash_attn_func: window_size must be a pair (left, right), got {sides!r}")
-    if any(not isinstance(side, int) or side < -1 for side in sides):
+    if any(whole(side) is None or side < -1 for side in sides):
         raise ValueError(
             f"flash_attn_func: window_size must have integers of at least -1, got {tuple(sides)}"
         )
