@@ -12,6 +12,8 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 def pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
     """An int, or one for rows and one for columns, as two; ValueError unless both are at least `least`."""
+    if type(value) is int and value >= least:
+        return value, value
     both = tuple(map(checks.whole, value if isinstance(value, tuple | list) else (value,)))
     if len(both) == 1:
         both *= 2

@@ -34,38 +34,55 @@ __attribute__((always_inline)) inline void for_each_group(int64_t n, Body body) 
   for_each_vector(n - c, [&](int64_t i, auto lanes) { body(c + i, lanes, Indices<0>{}); });
 }
 
+// Where a window lies along one dimension, with the taps [first, end) of it that are inside.
+struct Window {
+  int64_t start, first, end;
+  Window(const PoolAxis& axis, int64_t at)
+      : start(axis.start(at)), first(axis.first(at)), end(axis.end(at)) {}
+};
+
 template <class T, class P>
 struct Forward {
   const T* x;
   T* y;
   P* positions;
   const MaxPool2dShape& shape;
+  std::vector<Window> columns{};
 
-  template <bool kPositions>
-  void rows(int64_t begin, int64_t end) const {
-    for (; begin < end; ++begin)
-      for (int64_t col = 0; col < shape.cols.out; ++col) window<kPositions>(begin, col);
+  Forward(const T* x, T* y, P* positions, const MaxPool2dShape& s)
+      : x(x), y(y), positions(positions), shape(s) {
+    for (int64_t col = 0; col < s.cols.out; ++col) columns.emplace_back(s.cols, col);
   }
 
-  // `row`: of all images' rows of the output.
+  // Of all images' rows of the output.
   template <bool kPositions>
-  void window(int64_t row, int64_t col) const {
+  void rows(int64_t begin, int64_t end) const {
     const PoolAxis &h = shape.rows, &w = shape.cols;
-    const int64_t i = row % h.out, channels = shape.channels, out = (row * w.out + col) * channels;
-    const int64_t first_a = h.first(i), end_a = h.end(i), first_b = w.first(col), end_b = w.end(col);
-    // Of tap (0, 0), which may lie outside: only what is added to it makes it an element.
-    const int64_t corner = (row / h.out * h.in + h.start(i)) * w.in + w.start(col);
-    for_each_group(channels, [&](int64_t c, auto lanes, auto vectors) {
+    for (; begin < end; ++begin) {
+      const Window a(h, begin % h.out);
+      const T* const from = x + (begin / h.out * h.in + a.start) * w.in * shape.channels;
+      for (int64_t col = 0; col < w.out; ++col)
+        window<kPositions>(a, columns[col], from + columns[col].start * shape.channels,
+                           (begin * w.out + col) * shape.channels);
+    }
+  }
+
+  // corner: of tap (0, 0), which may lie outside: only what is added to it makes it an element.
+  template <bool kPositions>
+  void window(Window rows, Window cols, const T* corner, int64_t out) const {
+    const int64_t kernel = shape.cols.kernel, across = shape.cols.dilation * shape.channels;
+    const int64_t down = shape.rows.dilation * shape.cols.in * shape.channels;
+    for_each_group(shape.channels, [&](int64_t c, auto lanes, auto vectors) {
       F best[vectors.kCount];
       U taken[vectors.kCount];
       vectors.each([&](int v) {
         best[v] = broadcast(-std::numeric_limits<float>::infinity());
-        taken[v] = U{} + uint32_t(first_a * w.kernel + first_b);
+        taken[v] = U{} + uint32_t(rows.first * kernel + cols.first);
       });
-      for (int64_t a = first_a; a < end_a; ++a)
-        for (int64_t b = first_b; b < end_b; ++b) {
-          const T* const from = x + (corner + a * h.dilation * w.in + b * w.dilation) * channels + c;
-          const U tap = U{} + uint32_t(a * w.kernel + b);
+      for (int64_t a = rows.first; a < rows.end; ++a) {
+        const T* from = corner + a * down + cols.first * across + c;
+        for (int64_t b = cols.first; b < cols.end; ++b, from += across) {
+          const U tap = U{} + uint32_t(a * kernel + b);
           vectors.each([&](int v) {
             const F value = lanes.load(from + v * kLanes);
             const auto larger = (value > best[v]) | (value != value);
@@ -73,6 +90,7 @@ struct Forward {
             if constexpr (kPositions) taken[v] = larger ? tap : taken[v];
           });
         }
+      }
       vectors.each([&](int v) {
         lanes.store_unchanged(y + out + c + v * kLanes, best[v]);
         if constexpr (kPositions) lanes.store(positions + out + c + v * kLanes, taken[v]);
@@ -114,25 +132,35 @@ struct Backward {
   // Of all images' rows of dx.
   void rows(int64_t begin, int64_t end) const {
     const PoolAxis &h = shape.rows, &w = shape.cols;
-    const int64_t channels = shape.channels;
-    for (; begin < end; ++begin)
+    for (; begin < end; ++begin) {
+      const int64_t image = begin / h.in * h.out;
+      const auto first = by_row.begin(begin % h.in), last = by_row.end(begin % h.in);
       for (int64_t col = 0; col < w.in; ++col)
-        for_each_group(channels, [&](int64_t c, auto lanes, auto vectors) {
-          F sum[vectors.kCount];
-          vectors.each([&](int v) { sum[v] = F{}; });
-          for (auto a = by_row.begin(begin % h.in); a != by_row.end(begin % h.in); ++a)
-            for (auto b = by_col.begin(col); b != by_col.end(col); ++b) {
-              const int64_t row = begin / h.in * h.out + a->window;
-              const int64_t at = (row * w.out + b->window) * channels + c;
-              const U tap = U{} + uint32_t(a->tap * w.kernel + b->tap);
-              vectors.each([&](int v) {
-                const F gradient = lanes.load(dy + at + v * kLanes);
-                sum[v] += lanes.load(positions + at + v * kLanes) == tap ? gradient : F{};
-              });
-            }
-          vectors.each(
-              [&](int v) { lanes.store(dx + (begin * w.in + col) * channels + c + v * kLanes, sum[v]); });
-        });
+        element(image, first, last, by_col.begin(col), by_col.end(col),
+                dx + (begin * w.in + col) * shape.channels);
+    }
+  }
+
+  // image: the first of its rows of y.
+  void element(int64_t image, const Reaching::Tap* first_a, const Reaching::Tap* last_a,
+               const Reaching::Tap* first_b, const Reaching::Tap* last_b, T* to) const {
+    const int64_t channels = shape.channels, width = shape.cols.out, kernel = shape.cols.kernel;
+    const T* const dy = this->dy;
+    const P* const positions = this->positions;
+    for_each_group(channels, [=](int64_t c, auto lanes, auto vectors) {
+      F sum[vectors.kCount];
+      vectors.each([&](int v) { sum[v] = F{}; });
+      for (auto a = first_a; a != last_a; ++a)
+        for (auto b = first_b; b != last_b; ++b) {
+          const int64_t at = ((image + a->window) * width + b->window) * channels + c;
+          const U tap = U{} + uint32_t(a->tap * kernel + b->tap);
+          vectors.each([&](int v) {
+            const F gradient = lanes.load(dy + at + v * kLanes);
+            sum[v] += lanes.load(positions + at + v * kLanes) == tap ? gradient : F{};
+          });
+        }
+      vectors.each([&](int v) { lanes.store(to + c + v * kLanes, sum[v]); });
+    });
   }
 };
 

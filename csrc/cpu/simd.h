@@ -153,9 +153,15 @@ inline void store(f16* p, F v) {
 using U8 = uint8_t __attribute__((vector_size(kLanes)));
 using U16 = uint16_t __attribute__((vector_size(2 * kLanes)));
 inline U load(const uint8_t* p) {
+#if defined(__AVX512F__)  // GCC 12 takes a convertvector apart, byte by byte
+  return reinterpret_cast<U>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
   U8 v;
   std::memcpy(&v, p, sizeof v);
   return __builtin_convertvector(v, U);
+#endif
 }
 inline U load(const int32_t* p) {
   U v;
@@ -408,15 +414,7 @@ inline F exp(F x) {
 }
 
 // `yes` where a byte at p is not 0.
-inline F select(const uint8_t* p, F yes, F no) {
-#if defined(__AVX512F__)
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return _mm512_mask_mov_ps(no, _mm512_test_epi32_mask(bytes, bytes), yes);
-#else
-  for (int i = 0; i < kLanes; ++i) no[i] = p[i] ? yes[i] : no[i];
-  return no;
-#endif
-}
+inline F select(const uint8_t* p, F yes, F no) { return load(p) != 0u ? yes : no; }
 
 // The two halves of the 64-bit products a * b.
 inline void multiply_wide(U a, uint32_t b, U& high, U& low) {

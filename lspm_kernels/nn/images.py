@@ -17,7 +17,8 @@ from lspm_kernels.ops.max_pool2d import max_pool2d
 
 _F32 = torch.float32
 _LEAST = 2**16  # conv2d of 1x16x8x8, 3x3: 0.5 times as fast as torch's
-_LEAST_OF_POOLS = 2**18  # max_pool2d of 2x32x32x32, 0.9, of 4x64x56x56 2.2
+_LEAST_OF_POOLS = 2**18  # max_pool2d of 1x64x56x56: 0.93 to 1.25, of 4x64x32x32 1.0 to 1.4
+_LEAST_CHANNELS_OF_POOLS = 16  # of 2x3x224x224 with gradients, bfloat16: 0.34
 _LEAST_CHANNELS = 32  # conv2d of 4x3x112x112, 3x3 with stride 2: 0.7; with norm and activation 0.95
 # What a pixel of one filter sums: conv2d_batch_norm of 4x512x14x14, 3x3: 0.9, but
 # conv2d/forward/float32/B8-256-256-k3-14-s1 1.6; of 4x3x112x112, 3x3: 0.95.
@@ -47,10 +48,9 @@ _CONVOLUTIONS, _NORMS = {nn.Conv2d, Conv2d}, {nn.BatchNorm2d, BatchNorm2d}
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """torch.nn.MaxPool2d: without a gradient, in channels_last memory on a CPU, by max_pool2d."""
+    """torch.nn.MaxPool2d: of images in channels_last memory on a CPU, by max_pool2d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        # max_pool2d/forward+backward/float32/N8-C64-112x112: 0.77, forward/bfloat16 2.5.
         if (
             type(input) is Tensor
             and input.numel() >= _LEAST_OF_POOLS
@@ -58,8 +58,8 @@ class MaxPool2d(nn.MaxPool2d):
             and calls.plain(input)
             and not self.return_indices
             and input.dim() == 4
+            and input.shape[1] >= _LEAST_CHANNELS_OF_POOLS
             and calls.channels_last(input)
-            and not calls.records(input)
         ):
             return max_pool2d(
                 input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode

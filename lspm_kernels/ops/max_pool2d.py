@@ -25,9 +25,8 @@ BACKENDS = tuple(
 )
 
 
-def _forward(row, x, window, ceil_mode, positioned, saves=True):
-    N, C, *size = x.shape
-    out = [N, C, *_sizes(size, window, ceil_mode)]
+def _forward(row, x, size, window, positioned, saves=True):
+    out = [*x.shape[:2], *size]
     y, positions = _empty(x, out, x.dtype), None
     if saves or positioned:
         dtype = torch.uint8 if window[0] * window[1] <= 256 else torch.int32
@@ -53,12 +52,11 @@ def _empty(like, size, dtype):
     return torch.empty(size, dtype=dtype, device=like.device, memory_format=_LAST)
 
 
-def _sizes(size, window, ceil_mode):
-    """Windows along each dimension; the last one must begin within the input or the padding before it."""
-    for n, kernel, stride, padding, dilation in zip(size, *_pairs(window), strict=True):
-        room = n + 2 * padding - dilation * (kernel - 1) - 1
-        windows = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
-        yield windows - 1 if ceil_mode and (windows - 1) * stride >= n + padding else windows
+def _windows(n, kernel, stride, padding, dilation, ceil_mode):
+    """Those along a dimension of n; the last one must begin within the input or the padding before it."""
+    room = n + 2 * padding - dilation * (kernel - 1) - 1
+    windows = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
+    return windows - 1 if ceil_mode and (windows - 1) * stride >= n + padding else windows
 
 
 def _pairs(window):
@@ -74,7 +72,7 @@ _pool_backward = Operator(
 
 
 def _save(ctx, inputs, output):
-    x, ctx.window, _, _ = inputs
+    x, _, ctx.window, _ = inputs
     positions = output[1]
     ctx.size = x.shape[2:]
     ctx.save_for_backward(positions)
@@ -86,7 +84,7 @@ def _gradient(ctx, dy, _):
 
 
 _pool = Operator(
-    "max_pool2d(Tensor x, int[] window, bool ceil_mode, bool positioned) -> (Tensor y, Tensor positions)",
+    "max_pool2d(Tensor x, SymInt[] size, int[] window, bool positioned) -> (Tensor y, Tensor positions)",
     BACKENDS,
     _forward,
     _save,
@@ -130,14 +128,14 @@ def max_pool2d(
         ValueError: an argument has the wrong shape, dtype or value.
         NotImplementedError: the backend asked for does not take this call.
     """
-    window = _check(x, kernel_size, stride, padding, dilation, ceil_mode)
+    size, window = _check(x, kernel_size, stride, padding, dilation, ceil_mode)
     row = dispatch.pick("max_pool2d", BACKENDS, backend, x)
     if row is None:
         return reference.max_pool2d(
-            x, *map(tuple, _pairs(window)), ceil_mode=bool(ceil_mode), return_indices=bool(return_indices)
+            x, *_pairs(window), ceil_mode=bool(ceil_mode), return_indices=bool(return_indices)
         )
     images = x if x.dim() == 4 else x[None]
-    y, positions = _pool(row, images, window, bool(ceil_mode), bool(return_indices))
+    y, positions = _pool(row, images, size, window, bool(return_indices))
     if x.dim() == 3:
         y = y[0]
     if not return_indices:
@@ -158,7 +156,7 @@ def _indices(positions, width, window):
 
 
 def _check(x, kernel_size, stride, padding, dilation, ceil_mode):
-    """Checks all arguments; gives kernel, stride, padding and dilation as eight numbers."""
+    """Checks all arguments; gives (H', W') and kernel, stride, padding and dilation as eight numbers."""
     if not isinstance(x, Tensor) or x.dim() not in (3, 4) or not x.is_floating_point() or 0 in x.shape[-3:]:
         raise ValueError(
             f"max_pool2d: x must be a floating-point tensor (N, C, H, W) or (C, H, W), where only N may be 0,"
@@ -169,12 +167,14 @@ def _check(x, kernel_size, stride, padding, dilation, ceil_mode):
     defaults = stride is None or (isinstance(stride, tuple | list) and not stride)
     stride = kernel if defaults else pair("stride", stride, 1)
     padding, dilation = pair("padding", padding, 0), pair("dilation", dilation, 1)
-    if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+    if 2 * padding[0] > kernel[0] or 2 * padding[1] > kernel[1]:
         raise ValueError(f"max_pool2d: padding must be at most half of kernel_size {kernel}, got {padding}")
-    window = [*kernel, *stride, *padding, *dilation]
-    if any(n < 1 for n in _sizes(x.shape[-2:], window, ceil_mode)):
+    size = tuple(
+        _windows(x.shape[i - 2], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in range(2)
+    )
+    if min(size) < 1:
         raise ValueError(
             f"max_pool2d: kernel_size must fit into x with its padding, got {kernel} with dilation {dilation}"
             f" for {tuple(x.shape)}"
         )
-    return window
+    return size, (*kernel, *stride, *padding, *dilation)

@@ -50,9 +50,10 @@ def test_compile_with_indices_and_probabilities():
 
 def test_opcheck():
     ops, x = torch.ops.lspm, images(requires_grad=True)
+    size = lk.max_pool2d(x, WINDOW[:2], WINDOW[2:4], WINDOW[4:6], WINDOW[6:]).shape[2:]
     for positioned in (False, True):
-        torch.library.opcheck(ops.max_pool2d.default, (x, WINDOW, False, positioned, "cpu"))
-    y, positions = ops.max_pool2d(x.detach(), WINDOW, False, True, "cpu")
+        torch.library.opcheck(ops.max_pool2d.default, (x, size, WINDOW, positioned, "cpu"))
+    y, positions = ops.max_pool2d(x.detach(), size, WINDOW, True, "cpu")
     torch.library.opcheck(ops.max_pool2d_backward.default, (y, positions, [5, 7], WINDOW, "cpu"))
     torch.library.opcheck(ops.global_avg_pool.default, (x, "cpu"))
     torch.library.opcheck(ops.global_avg_pool_backward.default, (torch.randn(2, 3, 1, 1), 5, 7, "cpu"))
