@@ -168,7 +168,10 @@ def test_special_values(driver, value):
 
 
 @pytest.mark.parametrize("sm", [80, 90, 100], ids="sm_{}".format)
-@pytest.mark.parametrize("cols", [63, 64, 767, 768, 4096, 5000, 8192, 16384])
+@pytest.mark.parametrize(
+    "cols",
+    [63, 768, 8192, 16384, *(pytest.param(cols, marks=pytest.mark.long) for cols in (64, 767, 4096, 5000))],
+)
 def test_compiles_without_spills(sm, cols):
     with triton_driver.activated(sm, execute=False) as driver:
         for dtype, weight_dtype, centered in [(F32, F32, True), (BF16, F32, True), (BF16, BF16, False)]:

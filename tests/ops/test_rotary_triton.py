@@ -116,7 +116,9 @@ def test_empty(driver, shape):
     assert not driver.launches
 
 
-@pytest.mark.parametrize("sm", [80, 90, 100], ids="sm_{}".format)
+@pytest.mark.parametrize(
+    "sm", [90, *(pytest.param(sm, marks=pytest.mark.long) for sm in (80, 100))], ids="sm_{}".format
+)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("dim, rotated", [(64, 64), (128, 128), (256, 64), (80, 20), (4096, 4096)])
 def test_compiles_without_spills(sm, interleaved, dim, rotated):
