@@ -114,7 +114,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _chosen(model, name, names) -> set[str] | None:
-    """The paths of modules that names fit, and of all within them."""
+    """The paths of modules that names fit, and of all within them; of a shared one by any of its names."""
     if names is None:
         return set() if name == "deny" else None
     found = set()
@@ -122,15 +122,17 @@ def _chosen(model, name, names) -> set[str] | None:
     given = [names] if isinstance(names, str | type) else names
     if not isinstance(given, Iterable):
         raise TypeError(f"{_OP}: {rule}, got {given!r}")
+    named = list(model.named_modules(remove_duplicate=False))
     for wanted in given:
         if not isinstance(wanted, str | type):
             raise TypeError(f"{_OP}: {rule}, got {wanted!r}")
         if isinstance(wanted, type):
-            fits = {path for path, module in model.named_modules() if isinstance(module, wanted)}
+            fits = {path for path, module in named if isinstance(module, wanted)}
         else:
-            fits = {path for path, _ in model.named_modules() if fnmatch(path, wanted)}
+            fits = {path for path, _ in named if fnmatch(path, wanted)}
         if not fits:
             raise ValueError(f"{_OP}: {rule}, got {wanted!r}")
         found |= fits
-    inner = {path for path, _ in model.named_modules() for outer in found if path.startswith(f"{outer}.")}
-    return found | inner
+    within = tuple(f"{path}." for path in found)
+    first = {module: path for path, module in model.named_modules()}
+    return {first[module] for path, module in named if "" in found or f"{path}.".startswith(within)}

@@ -172,10 +172,11 @@ def _tensor(model: nn.Module, text: str) -> Tensor:
         rule = "sizes, as 8,3,224,224 or int64:2,512 or int64:2,512@1000 (integers below 1000)"
         raise UsageError(f"--input must be {rule}, got {text!r}")
     sizes = tuple(map(int, match[2].split(",")))
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(sizes).to(dtype)
-    most = 2 if dtype == torch.bool else int(match[3] or _vocabulary(model))
-    return torch.randint(max(most, 1), sizes).to(dtype)
+    with told(f"--input {text}"):  # sizes beyond memory, dtypes that cannot be made
+        if dtype.is_floating_point or dtype.is_complex:
+            return torch.randn(sizes).to(dtype)
+        most = 2 if dtype == torch.bool else int(match[3] or _vocabulary(model))
+        return torch.randint(max(most, 1), sizes).to(dtype)
 
 
 def moved(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:

@@ -181,6 +181,7 @@ def test_a_wrong_model_has_no_time(command, monkeypatch, tmp_path):
          " int64:2,512@1000 (integers below 1000), got '6x16'"),
         ("mine:Tiny", ["--input", "real:6,16"], "--input must be sizes, as 8,3,224,224 or int64:2,512 or"
          " int64:2,512@1000 (integers below 1000), got 'real:6,16'"),
+        ("mine:Tiny", ["--input", f"{2**60},16"], f"--input {2**60},16 raised"),
         ("mine:Tiny", ["--inputs", "alone"], "--inputs must be 'package.module:name', got 'alone'"),
         ("mine:Tiny", ["--input", "6,16", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         ("mine:Tiny", ["--input", "6,16", "--threads", "-1"], "--threads must be at least 1, got -1"),

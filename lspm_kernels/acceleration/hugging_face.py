@@ -9,6 +9,9 @@ from torch import nn
 from lspm_kernels.acceleration.report import Report
 from lspm_kernels.compat import hugging_face
 
+_CONFIGS = "PreTrainedConfig", "PretrainedConfig"
+_MISSING = object()
+
 
 def replace_attention(model: nn.Module, is_chosen: Callable[[str], bool], report: Report) -> None:
     """Has the models of transformers within model, those that are chosen, use our attention for sdpa's.
@@ -34,23 +37,43 @@ def replace_attention(model: nn.Module, is_chosen: Callable[[str], bool], report
             report.left[place] = "its attention does not ask transformers' interface"
         else:
             hugging_face.register()
-            _own_config(module, type(module.config).__mro__)
+            base = next(c for c in type(module.config).__mro__ if c.__name__ in _CONFIGS)
+            owners = _own_config(module, base)
             module.set_attn_implementation(hugging_face.IN_PLACE_OF_SDPA)
+            made: dict = {}
+            for owner in owners:
+                vars(owner)["lspm_config"] += (copy.deepcopy(owner.config, made),)
             report.replaced[place] = "attention, by transformers' interface"
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Gives the modules within model the configs that they had."""
+    """Gives the modules within model the configs that they had, with what was set since."""
     for module in model.modules():
         if "lspm_config" in vars(module):
-            module.config = vars(module).pop("lspm_config")
+            config, ours, made = vars(module).pop("lspm_config")
+            _carry_over(ours, made, config)
+            if module.config is ours:  # else it was given another one
+                module.config = config
 
 
-def _own_config(model, classes) -> None:
-    base = next(cls for cls in classes if cls.__name__ in ("PreTrainedConfig", "PretrainedConfig"))
+def _carry_over(ours, made, config) -> None:
+    """Sets in config what was changed in ours since it was made, as by resize_token_embeddings."""
+    for name, value in vars(ours).items():
+        before = vars(made).get(name, _MISSING)
+        if type(value) is type(before) and isinstance(getattr(value, "sub_configs", None), dict):
+            _carry_over(value, before, vars(config)[name])
+        elif value is not before and value != before:
+            vars(config)[name] = value
+
+
+def _own_config(model, base) -> list[nn.Module]:
+    """The modules that have a copy of their config now; `lspm_config` has theirs and the copy."""
+    owners = []
     copies: dict = {}  # what is one config stays one
     for module in model.modules():
         config = vars(module).get("config")
         if isinstance(config, base):
             module.config = copy.deepcopy(config, copies)
-            vars(module)["lspm_config"] = config
+            vars(module)["lspm_config"] = config, module.config
+            owners.append(module)
+    return owners

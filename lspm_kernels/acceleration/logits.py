@@ -194,7 +194,7 @@ _LAZY = {
 }
 
 
-_OF_GRADIENTS = {Tensor.retain_grad, torch.autograd.grad}
+_OF_GRADIENTS = {Tensor.retain_grad, Tensor.register_hook, torch.autograd.grad}
 
 
 @contextlib.contextmanager

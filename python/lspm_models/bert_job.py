@@ -67,4 +67,4 @@ class BertJob(TextJob):
         guess = data.unigram_accuracy()
         if guess is not None:
             run.report(f"guess      the most frequent token has an accuracy of {guess:.4f}")
-        run.report(f"try it     python python/predict.py {run.folder} --text 'return [MASK]'")
+        run.report(f"try it     python python/predict.py {run.quoted} --text 'return [MASK]'")

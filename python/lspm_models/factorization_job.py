@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -144,13 +145,13 @@ class FactorizationJob:
                 progress.close()
         if interruption.received and model.epochs_done < config.epochs:
             run.report(f"\ninterrupted after epoch {model.epochs_done}, which is saved; go on with")
-            run.report(f"  python python/{program} --resume {run.folder}")
+            run.report(f"  python python/{program} --resume {run.quoted}")
             return 128 + interruption.received
         run.report(f"\ntrained    {epochs}; this session took {duration(time.monotonic() - began)}")
         run.report(f"checkpoint {checkpoints(run.folder / 'checkpoints')[-1]}")
-        user = training.user_ids.names[int(training.users[0])]
-        run.report(f"try it     python python/recommend.py evaluate {run.folder}")
-        run.report(f"           python python/recommend.py recommend {run.folder} --user {user}")
+        user = shlex.quote(str(training.user_ids.names[int(training.users[0])]))
+        run.report(f"try it     python python/recommend.py evaluate {run.quoted}")
+        run.report(f"           python python/recommend.py recommend {run.quoted} --user {user}")
         return 0
 
     def loss_of(self, model: MatrixFactorization, loss: float, held_out: Interactions) -> str:

@@ -227,7 +227,8 @@ def write_head(task: str, kind: str, labels: Sequence[str]) -> dict:
 
 
 def _rope(content: dict, where: str) -> dict:
-    given = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    # Of both transformers takes the older name, which people add to a config to stretch its context.
+    given = content.get("rope_scaling") or content.get("rope_parameters") or {}
     if not isinstance(given, dict):
         _refuse("rope_scaling", "an object", given, where)
     kind = given.get("rope_type", given.get("type", "default"))

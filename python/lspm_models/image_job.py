@@ -166,7 +166,7 @@ class ImageJob:
 
         if run.processes.first and len(data.held_out.images):
             report_classes(task, data, run.folder, run.report)
-            run.report(f"try it     python python/predict.py {run.folder} image.png")
+            run.report(f"try it     python python/predict.py {run.quoted} image.png")
 
 
 def make_task(model: ModelConfig, look: ImageFormat, *, label_smoothing: float = 0.0) -> Classification:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -152,9 +153,9 @@ class RecommenderJob:
 
     def finish(self, run: Run, task: Recommendation, data: RatingData) -> None:
         if run.processes.first:
-            user = data.known.user_ids.names[int(data.known.users[0])]
-            run.report(f"try it     python python/recommend.py evaluate {run.folder}")
-            run.report(f"           python python/recommend.py recommend {run.folder} --user {user}")
+            user = shlex.quote(str(data.known.user_ids.names[int(data.known.users[0])]))
+            run.report(f"try it     python python/recommend.py evaluate {run.quoted}")
+            run.report(f"           python python/recommend.py recommend {run.quoted} --user {user}")
 
     def load(
         self, path: Path, device: str | torch.device, training: Interactions, data: RatingConfig

@@ -206,7 +206,7 @@ class SceneJob:
 
         if run.processes.first:
             report_scenes(task, data, run.folder, run.report)
-            run.report(f"try it     python python/predict.py {run.folder} image.png")
+            run.report(f"try it     python python/predict.py {run.quoted} image.png")
 
     def _shape_in(self, init: Path) -> dict:
         """Returns the options of the model that weights bring: all, those of a ResNet, or of a file none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,11 @@ class Run:
     processes: Processes
     report: Callable[[str], None]
     tuning: Any = None
+
+    @property
+    def quoted(self) -> str:
+        """The folder, as a shell takes it."""
+        return shlex.quote(str(self.folder))
 
 
 class Job(Protocol):
@@ -188,7 +194,7 @@ def train(program: str, run: Run, job: Job, task: nn.Module, data: Any) -> int:
         fail(program, str(error), code=1)
     if result.interrupted:
         run.report(f"\ninterrupted at step {result.step}, which is saved; go on with")
-        run.report(f"  python python/{program} --resume {run.folder}")
+        run.report(f"  python python/{program} --resume {run.quoted}")
         return 128 + result.interrupted
     took = duration(time.monotonic() - began)
     run.report(f"\ntrained    {counted(result.step, 'step')}; this session took {took}")

@@ -164,7 +164,7 @@ class ClassificationJob(SequenceJob):
     def finish(self, run: Run, task: nn.Module, data: SequenceData) -> None:
         if run.processes.first and len(data.held_out):
             report_texts(task, data, self._held_out, self._head["labels"], run.folder, run.report)
-        run.report(f'try it     python python/predict.py {run.folder} --text "a text"')
+        run.report(f'try it     python python/predict.py {run.quoted} --text "a text"')
 
 
 class QuestionsJob(SequenceJob):
@@ -205,7 +205,7 @@ class QuestionsJob(SequenceJob):
     def finish(self, run: Run, task: nn.Module, data: SequenceData) -> None:
         if run.processes.first and len(data.held_out):
             report_answers(task, self._held_out, self._windows, self._head["none"], run.report)
-        run.report(f'try it     python python/predict.py {run.folder} --text "a text" --question "What ...?"')
+        run.report(f'try it     python python/predict.py {run.quoted} --text "a text" --question "What ...?"')
 
 
 TASKS: dict[str, type[SequenceJob]] = {job.name: job for job in (ClassificationJob, QuestionsJob)}

@@ -131,7 +131,7 @@ class TextJob:
         if lora_layers(task) and run.processes.first:
             save_adapter(task, run.folder / "adapter", run.init)
             run.report(f"adapter    {run.folder}/adapter, as peft reads it")
-        run.report(f"try it     python python/generate.py {run.folder}")
+        run.report(f"try it     python python/generate.py {run.quoted}")
 
 
 class LlamaJob(TextJob):

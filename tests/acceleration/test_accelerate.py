@@ -182,10 +182,14 @@ def test_gradients_come_although_it_was_done_without():
         ([nn.LayerNorm, "1.act"], None, {"0.final", "1.final", "1.act"}),
         (None, ["1", nn.GELU], {"0.norm", "0.final"}),
         (Block, "*.act", {"0.norm", "0.final", "1.norm", "1.final"}),
+        (nn.Sequential, "1", {"0.norm", "0.act", "0.final"}),  # the model itself, with all in it
+        ("2", None, {"0.norm", "0.act", "0.final"}),
+        (None, "2.*", {"1.norm", "1.act", "1.final"}),
     ],
 )
 def test_allow_and_deny(allow, deny, expected):
     m = model()
+    m.append(m[0])  # "2" is another name of "0"
     report = lk.accelerate(m, allow=allow, deny=deny)
     leaves = {path for path in report.replaced if path[2:]}
     assert leaves == expected

@@ -245,6 +245,7 @@ def test_a_gradient_of_logits_whose_loss_has_none_is_refused():
     logits, loss = model(TOKENS, LABELS)
     for ask in (
         logits.retain_grad,
+        lambda: logits.register_hook(print),
         lambda: torch.autograd.grad(loss, logits, allow_unused=True),
         lambda: torch.autograd.grad(loss, [model.head.weight, logits], allow_unused=True),
     ):

@@ -134,6 +134,27 @@ def test_the_config_stays_that_of_other_models():
     assert model.config is model.model.layers[0].self_attn.config is config
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_set_in_a_config_is_set_after_it_is_restored():
+    model, other = models.build("llama"), models.build("llama").config
+    config, words = model.config, model.config.id2label
+    lk.accelerate(model)
+    config.rms_norm_eps = 1e-3  # as by another model, that shares it
+    model.resize_token_embeddings(103)
+    model.config.use_cache = False
+    lk.restore(model)
+    assert model.config is config
+    assert (config.vocab_size, config.use_cache, config.rms_norm_eps) == (103, False, 1e-3)
+    assert config.id2label is words
+    assert config._attn_implementation == "sdpa"
+    lk.accelerate(model)
+    model.set_attn_implementation("eager")
+    model.model.config = other
+    lk.restore(model)
+    assert config._attn_implementation == "eager"
+    assert model.model.config is other
+
+
 @pytest.mark.parametrize("name", ["eager", "flex_attention"])
 def test_attention_that_was_chosen_stays(name):
     model = models.build("llama")

@@ -172,6 +172,23 @@ def test_fused_linear_cross_entropy(case, dtype):
     )
 
 
+@pytest.mark.parametrize("case", LOSSES)
+@pytest.mark.parametrize("rows", [9, 0])
+def test_of_rows_that_are_all_ignored_the_loss_is_0(rows, case):
+    """Liger divides row by row; torch's mean of nothing is NaN."""
+    options, _, weight = case_of(case)
+    target = torch.full((rows,), -100)
+    x, head = torch.randn(rows, 16, requires_grad=True), torch.randn(37, 16, requires_grad=True)
+    loss = liger.LigerCrossEntropyLoss(weight, **options)(x @ head.t(), target)
+    fused = liger.LigerFusedLinearCrossEntropyLoss(weight, return_z_loss=True, **options)
+    fused = fused(head, x, target)
+    alone = liger.LigerFusedLinearCrossEntropyLoss(weight, **options)(head, x, target)
+    for value in (loss, fused.loss, alone):
+        assert value.detach().count_nonzero() == 0
+        assert all(grad.count_nonzero() == 0 for grad in torch.autograd.grad(value.sum(), [x, head]))
+    assert fused.z_loss.count_nonzero() == 0
+
+
 @pytest.mark.parametrize("weight", [None, torch.rand(37)], ids=["", "weighted"])
 def test_what_is_returned_beside_the_loss(weight):
     logits, target = torch.randn(9, 37), torch.randint(37, (9,))

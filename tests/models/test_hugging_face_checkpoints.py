@@ -147,6 +147,7 @@ def test_buffers_of_old_checkpoints_are_passed_over(tmp_path):
         (LLAMA, {"quantization_config": {"a": 1}}, "quantization_config must be None, got {'a': 1} in"),
         (LLAMA, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be one of default, linear, ll"),
         (LLAMA, {"rope_parameters": {"rope_type": "linear"}}, "factor must be given for rope_type linear"),
+        (LLAMA, {"rope_scaling": {"rope_type": "yarn"}}, "rope_type must be one of default, linear, ll"),
         (LLAMA, {"rope_parameters": {"rope_theta": 10**400}}, "theta must be a number, got 1000"),
         (LLAMA, {"num_key_value_heads": 3}, "heads must be a multiple of key_value_heads (3), got 4"),
         (LLAMA, {"hidden_size": 10**12}, "model.embed_tokens.weight must have the config's shape (61, 1000"),

@@ -127,11 +127,11 @@ def test_control_c_saves_and_says_how_to_go_on(run, text, tmp_path, monkeypatch)
     monkeypatch.setattr(
         "lspm_models.train.learning_rate", lambda done, config: os.kill(os.getpid(), 2) or 1e-3
     )
-    code, out, _ = run(pretrain, "--corpus", text, *SMALL, *SHORT, "--out", tmp_path / "run")
+    code, out, _ = run(pretrain, "--corpus", text, *SMALL, *SHORT, "--out", tmp_path / "a run")
     assert code == 130
     assert "interrupted at step 1, which is saved; go on with" in out
-    assert f"python python/pretrain.py --resume {tmp_path / 'run'}" in out
-    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
+    assert f"python python/pretrain.py --resume '{tmp_path / 'a run'}'" in out
+    assert [path.name for path in checkpoints(tmp_path / "a run" / "checkpoints")] == ["step-00000001"]
 
 
 def refused(result, message, code=2):
@@ -252,8 +252,9 @@ def test_a_loss_that_is_not_finite_ends_with_one_line(run, text, tmp_path):
 
 
 def test_one_step_is_no_steps(run, text, tmp_path):
-    _, out, _ = run(pretrain, "--corpus", text, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+    _, out, _ = run(pretrain, "--corpus", text, *SMALL, "--steps", 1, "--out", tmp_path / "a run")
     assert "trained    1 step; this session took" in out
+    assert f"try it     python python/generate.py '{tmp_path / 'a run'}'" in out
 
 
 def test_a_missing_package_is_one_line(run, text, tmp_path, monkeypatch):

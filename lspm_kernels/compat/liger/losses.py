@@ -46,7 +46,7 @@ def liger_cross_entropy(
         weight: (C,), of classes; it does not weight the z-loss, as Liger's does not.
         size_average, reduce: only None.
         ignore_index: the class of rows that have neither loss nor gradient.
-        reduction: "mean", by the weights of targets that count, "sum" or "none".
+        reduction: "mean", by the weights of targets that count, and 0 where none does; "sum" or "none".
         label_smoothing: from 0 to 1.
         return_z_loss: the part of the loss that is z-loss, too; it has no gradient of its own.
         return_token_accuracy: the share of rows whose largest logit is their class, with "none" of each row.
@@ -68,8 +68,8 @@ def liger_cross_entropy(
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "softcap": softcap}
     losses, lse = logit_losses(op, input, target, weight, **options)
     counts = target != ignore_index
-    loss = reduced(losses, _share(target, weight, counts), reduction)
-    z_loss = reduced(lse_square_scale * lse.square(), counts.sum(), reduction)
+    loss = reduced(losses, _divisor(_share(target, weight, counts), counts), reduction)
+    z_loss = reduced(lse_square_scale * lse.square(), _divisor(counts.sum(), counts), reduction)
     found = CrossEntropyOutput((loss + z_loss if lse_square_scale else loss).to(input.dtype))
     if return_z_loss:
         found.z_loss = z_loss.detach().to(input.dtype)
@@ -141,10 +141,13 @@ def liger_fused_linear_cross_entropy(
         reduction=reduction,
         return_lse=needs_lse,
     )
+    loss, lse = found if needs_lse else (found, None)
+    counts = target != ignore_index
+    if reduction == "mean":
+        loss = loss.where(counts.any(), 0.0)
     if not needs_lse:
-        return found
-    loss, lse = found
-    z_loss = reduced(lse_square_scale * lse.square(), (target != ignore_index).sum(), reduction)
+        return loss
+    z_loss = reduced(lse_square_scale * lse.square(), _divisor(counts.sum(), counts), reduction)
     loss = loss + z_loss if apart else loss
     return CrossEntropyOutput(loss, z_loss.detach()) if return_z_loss else loss
 
@@ -152,6 +155,11 @@ def liger_fused_linear_cross_entropy(
 def check_reduction(op: str, reduction: str) -> None:
     """Raises ValueError unless reduction is known."""
     checks.one_of(op, "reduction", reduction, _REDUCTIONS)
+
+
+def _divisor(share, counts):
+    """share, or 1 where no row counts: of nothing the mean is 0, as Liger divides row by row."""
+    return share.where(counts.any(), 1)
 
 
 def _share(target, weight, counts):
