@@ -60,6 +60,8 @@ def scale(op: str, value: float | Tensor | None, dim: int) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         without_gradient(op, {"scale": value})
         known = True
+    elif known and not isinstance(value, int | torch.SymFloat):
+        value = float(value)  # a NumPy number may be too narrow for the comparison
     if not known or not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{op}: scale must be a finite number, got {value!r}")
     return float(value)
@@ -85,9 +87,10 @@ def sides(
         return None, 0 if causal else None
     if not isinstance(window, tuple | list) or len(window) != 2:
         raise ValueError(f"{op}: window must be a pair (left, right), got {window!r}")
+    window = tuple(map(checks.whole, window))
     for side in window:
-        if side is not None and (not isinstance(side, int) or side < 0):
-            raise ValueError(f"{op}: window must have sides that are None or at least 0, got {tuple(window)}")
+        if side is not None and (not isinstance(side, int | torch.SymInt) or side < 0):
+            raise ValueError(f"{op}: window must have sides that are None or at least 0, got {window}")
     left, right = (None if side is None or side >= _FAR else side for side in window)
     return left, 0 if causal else right
 
@@ -164,6 +167,7 @@ def starts(
     t, ends = checks.integers(op, name, t, None, device)
     if t.numel() == 0:
         raise ValueError(f"{op}: {name} must have an element more than there are sequences, got none")
+    longest = checks.whole(longest)
     if longest is not None and (not isinstance(longest, int | torch.SymInt) or longest < 0):
         raise ValueError(f"{op}: {longest_name} must be an integer of at least 0, got {longest!r}")
     if ends is None:

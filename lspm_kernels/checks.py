@@ -125,7 +125,7 @@ def plain(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+    return all(t is None or (type(t) in _PLAIN and not (t.is_meta or t.is_neg())) for t in tensors)
 
 
 def pixels(t: Tensor) -> Tensor:
@@ -165,11 +165,9 @@ def within(op: str, name: str, values: list[int] | None, low: int, high: int) ->
 def number(op: str, name: str, value: float, low: float, high: float) -> None:
     """Raises ValueError unless low <= value < high."""
     if not isinstance(value, numbers.Real) or not low <= value < high:
-        rule = (
-            f"be at least {low:g} and below {high:g}"
-            if high < float("inf")
-            else f"be finite and at least {low:g}"
-        )
+        rule = f"be at least {low:g} and below {high:g}"
+        if high == float("inf"):
+            rule = f"be finite and at least {low:g}"
         raise ValueError(f"{op}: {name} must {rule}, got {value!r}")
 
 
@@ -184,6 +182,8 @@ def betas(op: str, values: tuple[float, float]) -> None:
 def eps(op: str, value: float | Tensor) -> float:
     """Gives what is added to a variance as a number; raises ValueError unless it is finite and at least 0."""
     if isinstance(value, Tensor) and value.numel() == 1:
+        if value.requires_grad and torch.is_grad_enabled():  # one that is not computed must not look like 0
+            raise ValueError(f"{op}: eps must be without a gradient, got requires_grad=True")
         value = value.item()
     number(op, "eps", value, 0.0, float("inf"))
     return float(value)
@@ -206,6 +206,11 @@ def integer(op: str, name: str, value: int, least: int | None = None) -> None:
     if not known or value < low or (isinstance(value, int) and value >= 2**63):
         rule = "of 64 bits" if least is None else f"from {least} to 2 ** 63 - 1"
         raise ValueError(f"{op}: {name} must be an integer {rule}, got {value!r}")
+
+
+def whole(value: object) -> object:
+    """value, as an int where it is one of NumPy's."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, int) else value
 
 
 def one_of(op: str, name: str, value: str | None, known: Iterable[str | None]) -> None:

@@ -155,6 +155,7 @@ def _check_offsets(offsets, x, last):
         if offsets.device != x.device:
             raise ValueError(f"rotary: offsets must be on x's device {x.device}, got {offsets.device}")
         return 0, offsets
+    offsets = checks.whole(offsets)
     if isinstance(offsets, bool) or not isinstance(offsets, int | torch.SymInt):
         raise ValueError(f"rotary: offsets must be None, an int or a tensor, got {type(offsets).__name__}")
     if not 0 <= offsets <= last:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lspm_kernels import checks
+
 
 def window_of(sides: tuple[int, int] | list[int] | Tensor) -> tuple[int | None, int | None]:
     """(left, right), with None for -1, a side without a bound.
@@ -14,8 +16,7 @@ def window_of(sides: tuple[int, int] | list[int] | Tensor) -> tuple[int | None, 
         sides = sides.tolist()
     if not isinstance(sides, tuple | list) or len(sides) != 2:
         raise ValueError(f"flash_attn_func: window_size must be a pair (left, right), got {sides!r}")
+    sides = tuple(map(checks.whole, sides))
     if any(not isinstance(side, int) or side < -1 for side in sides):
-        raise ValueError(
-            f"flash_attn_func: window_size must have integers of at least -1, got {tuple(sides)}"
-        )
+        raise ValueError(f"flash_attn_func: window_size must have integers of at least -1, got {sides}")
     return tuple(None if side == -1 else side for side in sides)
