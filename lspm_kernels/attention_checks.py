@@ -168,6 +168,8 @@ def starts(
     if t.numel() == 0:
         raise ValueError(f"{op}: {name} must have an element more than there are sequences, got none")
     longest = checks.whole(longest)
+    if isinstance(longest, Tensor) and longest.numel() == 1 and checks.readable(longest):
+        longest = longest.item()  # what lengths.max() gives
     if longest is not None and (not isinstance(longest, int | torch.SymInt) or longest < 0):
         raise ValueError(f"{op}: {longest_name} must be an integer of at least 0, got {longest!r}")
     if ends is None:
