@@ -121,7 +121,7 @@ def rows(x: Tensor) -> Tensor:
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are but their data, and nothing traces or transforms what is done with them."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False

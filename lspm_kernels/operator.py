@@ -17,6 +17,7 @@ from lspm_kernels.dispatch import Backend
 
 _library = torch.library.Library("lspm", "DEF")
 _is_compiling = torch.compiler.is_compiling
+_jit_trace = torch._C._get_tracing_state
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -116,7 +117,7 @@ class Operator:
         self._eager, self._transformed = Eager.apply, Transformed.apply
 
     def __call__(self, row: Backend, *args):
-        if _is_compiling():
+        if _is_compiling() or _jit_trace():  # a trace would be without what a kernel writes
             return self._op(*args, row.name)
         if _transforms_active():
             return self._transformed(*args, row.name)
@@ -184,7 +185,7 @@ class InPlaceOperator:
             rule = "not require a gradient while gradients are recorded: call it under torch.no_grad()"
             raise ValueError(f"{self._name}_: what it changes must {rule}")
         given = _tensors(args)
-        if _is_compiling() or _dispatch_modes() or not _ORDINARY.issuperset(map(type, given)):
+        if _is_compiling() or _jit_trace() or _dispatch_modes() or not _ORDINARY.issuperset(map(type, given)):
             return self._op(*args, row.name)
         if any(map(Tensor.is_neg, given)):  # their memory has the opposite numbers
             return self._op(*args, row.name)

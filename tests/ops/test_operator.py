@@ -220,3 +220,23 @@ def test_an_eps_that_wants_a_gradient_is_refused():
     assert str(error.value) == "rms_norm: eps must be without a gradient, got requires_grad=True"
     with torch.no_grad():
         assert torch.equal(lk.rms_norm(x, eps=eps), lk.rms_norm(x, eps=0.5))
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "attention", "attention_with_kv_cache"])
+def test_a_trace_holds_what_kernels_do(name):
+    """torch.jit.trace sees calls of the dispatcher alone, and repeats no other."""
+    call = {
+        "attention": lambda x: lk.attention(x, x, x, causal=True),
+        "layer_norm": lk.layer_norm,
+        "attention_with_kv_cache": lambda x: lk.attention_with_kv_cache(
+            x, torch.ones(1, 2, 9, 8), torch.ones(1, 2, 9, 8), x, x, cache_seqlens=2, causal=True
+        ),
+    }[name]
+    with torch.no_grad():
+        traced = torch.jit.trace(call, torch.randn(1, 2, 5, 8), check_trace=False)
+        x = torch.randn(1, 2, 5, 8)
+        torch.testing.assert_close(traced(x), call(x))
+    if name != "attention_with_kv_cache":
+        x.requires_grad_()
+        gradients = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (traced, call)]
+        torch.testing.assert_close(*gradients)
