@@ -60,6 +60,8 @@ def scale(op: str, value: float | Tensor | None, dim: int) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         without_gradient(op, {"scale": value})
         known = True
+    elif known and not isinstance(value, int | torch.SymFloat):
+        value = float(value)  # a NumPy number may be too narrow for the comparison
     if not known or not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{op}: scale must be a finite number, got {value!r}")
     return float(value)
@@ -165,12 +167,14 @@ def starts(
     t, ends = checks.integers(op, name, t, None, device)
     if t.numel() == 0:
         raise ValueError(f"{op}: {name} must have an element more than there are sequences, got none")
-    if longest is not None and (not isinstance(longest, int | torch.SymInt) or longest < 0):
+    if isinstance(longest, Tensor) and longest.numel() == 1 and checks.readable(longest):
+        longest = longest.item()  # what lengths.max() gives
+    if longest is not None and ((number := checks.whole(longest)) is None or number < 0):
         raise ValueError(f"{op}: {longest_name} must be an integer of at least 0, got {longest!r}")
     if ends is None:
         if longest is None:
             raise ValueError(f"{op}: {longest_name} must be given where {name} cannot be read, got None")
-        return t, longest, None
+        return t, number, None
     lengths = [end - begin for begin, end in itertools.pairwise(ends)]
     if ends[0] != 0:
         raise ValueError(f"{op}: {name} must begin with 0, got {ends[0]}")

@@ -121,11 +121,11 @@ def rows(x: Tensor) -> Tensor:
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are but their data, and nothing traces or transforms what is done with them."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+    return all(t is None or (type(t) in _PLAIN and not (t.is_meta or t.is_neg())) for t in tensors)
 
 
 def pixels(t: Tensor) -> Tensor:
@@ -165,11 +165,9 @@ def within(op: str, name: str, values: list[int] | None, low: int, high: int) ->
 def number(op: str, name: str, value: float, low: float, high: float) -> None:
     """Raises ValueError unless low <= value < high."""
     if not isinstance(value, numbers.Real) or not low <= value < high:
-        rule = (
-            f"be at least {low:g} and below {high:g}"
-            if high < float("inf")
-            else f"be finite and at least {low:g}"
-        )
+        rule = f"be at least {low:g} and below {high:g}"
+        if high == float("inf"):
+            rule = f"be finite and at least {low:g}"
         raise ValueError(f"{op}: {name} must {rule}, got {value!r}")
 
 
@@ -184,6 +182,8 @@ def betas(op: str, values: tuple[float, float]) -> None:
 def eps(op: str, value: float | Tensor) -> float:
     """Gives what is added to a variance as a number; raises ValueError unless it is finite and at least 0."""
     if isinstance(value, Tensor) and value.numel() == 1:
+        if value.requires_grad and torch.is_grad_enabled():  # one that is not computed must not look like 0
+            raise ValueError(f"{op}: eps must be without a gradient, got requires_grad=True")
         value = value.item()
     number(op, "eps", value, 0.0, float("inf"))
     return float(value)

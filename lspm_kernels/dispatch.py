@@ -68,6 +68,8 @@ class Backend:
             return f"a tensor on {self.device}, got {x.device}"
         if x.dtype not in self.dtypes:
             return f"dtype {', '.join(map(dtype_name, self.dtypes))}, got {dtype_name(x.dtype)}"
+        if x.layout is not torch.strided:
+            return f"strided memory, got layout {dtype_name(x.layout)}"
         return self.missing()
 
 
@@ -103,8 +105,8 @@ def pick(
 
 
 def admitting(op: str, backends: tuple[Backend, ...], x: torch.Tensor) -> tuple[Backend, ...]:
-    """The rows that take tensors of x's device and dtype on this machine, by the other arguments or not."""
-    key = (op, x.device, x.dtype)
+    """The rows that take tensors such as x on this machine, by the other arguments or not."""
+    key = (op, x.device, x.dtype, x.layout)
     known = {} if torch.compiler.is_compiling() else _admitted  # a graph is guarded by what it reads there
     rows = known.get(key)
     if rows is None:

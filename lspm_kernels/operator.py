@@ -17,6 +17,7 @@ from lspm_kernels.dispatch import Backend
 
 _library = torch.library.Library("lspm", "DEF")
 _is_compiling = torch.compiler.is_compiling
+_jit_trace = torch._C._get_tracing_state
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -116,7 +117,7 @@ class Operator:
         self._eager, self._transformed = Eager.apply, Transformed.apply
 
     def __call__(self, row: Backend, *args):
-        if _is_compiling():
+        if _is_compiling() or _jit_trace():  # a trace would be without what a kernel writes
             return self._op(*args, row.name)
         if _transforms_active():
             return self._transformed(*args, row.name)
@@ -125,11 +126,10 @@ class Operator:
         wants_grad = False
         for a in args:
             kind = type(a)
-            if kind is Tensor or kind is Parameter:
+            if (kind is Tensor or kind is Parameter) and not a.is_neg():
                 wants_grad = wants_grad or a.requires_grad
-            elif kind not in _PLAIN and isinstance(
-                a, Tensor
-            ):  # of another class: it may have no data of its own
+            elif kind not in _PLAIN and isinstance(a, Tensor):
+                # Of another class it may have no data of its own; what is_neg() has the opposite numbers.
                 return self._op(*args, row.name)
         # Within a dual level a tensor may have a tangent: a Function without jvp says that it would be lost.
         if (wants_grad and _is_grad_enabled()) or forward_ad._current_level >= 0:
@@ -137,15 +137,21 @@ class Operator:
         return self._compute(row, *args, saves=False)
 
     def _vmap(self, info, in_dims, *args):
-        """Runs the operator once for each sample."""
+        """Runs the operator once for each sample; where there is none, on zeros, for the shapes."""
+        size = info.batch_size
         pairs = list(zip(args, in_dims, strict=True))  # of a list of numbers the dim is a list of Nones
+        if not size:
+            pairs = [
+                (a.new_zeros(*a.shape[:d], 1, *a.shape[d + 1 :]) if isinstance(d, int) else a, d)
+                for a, d in pairs
+            ]
         samples = [
             self._op(*(a.select(d, i) if isinstance(d, int) else a for a, d in pairs))
-            for i in range(info.batch_size)
+            for i in range(max(size, 1))
         ]
         if isinstance(samples[0], Tensor):
-            return torch.stack(samples), 0
-        outputs = tuple(torch.stack(o) for o in zip(*samples, strict=True))
+            return torch.stack(samples)[:size], 0
+        outputs = tuple(torch.stack(o)[:size] for o in zip(*samples, strict=True))
         return outputs, (0,) * len(outputs)
 
 
@@ -178,7 +184,10 @@ class InPlaceOperator:
         if _is_grad_enabled() and any(t.requires_grad for t in written):
             rule = "not require a gradient while gradients are recorded: call it under torch.no_grad()"
             raise ValueError(f"{self._name}_: what it changes must {rule}")
-        if _is_compiling() or _dispatch_modes() or not _ORDINARY.issuperset(map(type, _tensors(args))):
+        given = _tensors(args)
+        if _is_compiling() or _jit_trace() or _dispatch_modes() or not _ORDINARY.issuperset(map(type, given)):
+            return self._op(*args, row.name)
+        if any(map(Tensor.is_neg, given)):  # their memory has the opposite numbers
             return self._op(*args, row.name)
         self._update(row, *args)
         torch.autograd.graph.increment_version(written)

@@ -115,6 +115,22 @@ def modernbert():
     return transformers.ModernBertForMaskedLM(config)
 
 
+def git():
+    """Its text layers have code of their own, which adds masks to scores."""
+    vision = {"image_size": 32, "patch_size": 16, **SIZES}
+    return transformers.GitForCausalLM(transformers.GitConfig(vision_config=vision, **SIZES, **TEXT))
+
+
+def pegasus_x():
+    """Its decoder's attention does not tell that it is causal."""
+    config = transformers.PegasusXConfig(
+        d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=96, decoder_ffn_dim=96, block_size=8, num_global_tokens=4, init_std=0.1,
+        max_position_embeddings=64, **TEXT | {"decoder_start_token_id": 1},
+    )  # fmt: skip
+    return transformers.PegasusXForConditionalGeneration(config)
+
+
 def build(name, **options):
     """One of the models above, by its name."""
     return globals()[name](**options)

@@ -62,6 +62,17 @@ def test_no_row_warns_once_for_each_reason_and_names_them_all():
     assert [str(w.message) for w in caught] == [reasons, reasons.replace("float64", "float16")]
 
 
+def test_tensors_that_are_not_strided_are_for_plain_pytorch():
+    parts = torch.randn(4, 16), torch.randn(7, 16)
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    with pytest.warns(FallbackWarning, match="^layer_norm: cpu needs strided memory, got layout jagged;"):
+        y = layer_norm(x)
+    torch.testing.assert_close(y.values(), layer_norm(torch.cat(parts)))
+    message = "^layer_norm: cpu needs strided memory, got layout sparse_coo$"
+    with pytest.raises(NotImplementedError, match=message):
+        layer_norm(parts[0].to_sparse(), backend="cpu")
+
+
 def test_the_printed_table_says_what_a_row_needs_and_what_else_runs(monkeypatch):
     monkeypatch.setattr(__main__, "_tables", lambda: {"op": TABLE})
     assert __main__.backends().splitlines()[2:] == [

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lspm_kernels.compat.hugging_face_mask import WindowMask, window_mask
+from lspm_kernels.compat.hugging_face_mask import WindowMask, window_mask, without_sdpa
 from lspm_kernels.dispatch import admitting
 from lspm_kernels.nn import calls
 from lspm_kernels.ops.attention import BACKENDS, attention
@@ -60,8 +60,9 @@ def attention_forward(
             WindowMask is not written unless there is a position_bias, which is of that size anyway.
         dropout: 0 outside training, which the model sees to.
         scaling: D ** -0.5 where None.
-        is_causal: counts only where there is no mask and more than one query. The first query then stands at
-            the first key, since a key behind the last query is an empty place of a static cache.
+        is_causal: counts only where there is no mask and more than one query, in models that support "sdpa",
+            which relies on it too. The first query then stands at the first key, since a key behind the last
+            query is an empty place of a static cache.
         softcap: scores stay within (-softcap, softcap); None: no cap.
         s_aux: (H,) sinks, with a gradient.
         position_bias: added to the scores, with a gradient; broadcast to (B, H, T_q, T_k).
@@ -87,6 +88,7 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
+    causal = causal and not without_sdpa(type(getattr(module, "config", None)))
     if query.shape[0] == 1 != key.shape[0]:  # learned queries have no batch
         query = query.expand(key.shape[0], -1, -1, -1)
     bias, window = position_bias, None

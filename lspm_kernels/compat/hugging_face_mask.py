@@ -1,6 +1,7 @@
 """Masks for the models of transformers that stay unwritten while a window and padding say all of them."""
 
-from functools import partial
+import sys
+from functools import cache, partial
 from types import FunctionType
 
 import torch
@@ -11,20 +12,21 @@ class WindowMask:
     """A bool mask (B, 1, T_q, T_k) as a window and the keys that padding hides: memory O(T_k), no more.
 
     Only attention_forward reads it so. An operator, a method or a function of torch that touches it gets the
-    mask as sdpa_mask writes it, and from then on so does attention_forward. It is no Tensor, since compiled
-    code would read a tensor's memory.
+    mask as sdpa_mask writes it (eager_mask: without_sdpa says where), and from then on so does
+    attention_forward. It is no Tensor, since compiled code would read a tensor's memory.
 
     Attributes:
         shape: (B, 1, T_q, T_k).
         window: (left, right) of lspm_kernels.attention: the last query stands at the last of the keys.
         keys: how many keys queries may see; what a static cache has behind them is empty.
-        padding: bool (B, 1, 1, keys), True where a key is none; or None.
+        padding: bool (B, 1, 1, keys), True where a key is no padding; or None.
+        dtype: of the mask as it is written.
     """
 
-    dtype, ndim, requires_grad = torch.bool, 4, False
+    ndim, requires_grad = 4, False
 
-    def __init__(self, shape, window, keys, padding, write):
-        self.shape = torch.Size(shape)
+    def __init__(self, shape, window, keys, padding, dtype, write):
+        self.shape, self.dtype = torch.Size(shape), dtype
         self.window, self.keys, self.padding = window, keys, padding
         self._write, self._written = write, None
 
@@ -77,11 +79,35 @@ def window_mask(masks, **arguments) -> WindowMask | Tensor | None:
     """
     if isinstance(arguments.get("attention_mask"), WindowMask):  # made already, by generate()
         return arguments["attention_mask"]
-    return _unwritten(masks, **arguments) or masks.sdpa_mask(**arguments)
+    like_eager = without_sdpa(type(arguments.get("config")))
+    mask = _unwritten(masks, like_eager, **arguments)
+    if mask is not None or not like_eager:
+        return mask or masks.sdpa_mask(**arguments)
+    if arguments.get("q_length") == 1 and masks.sdpa_mask(**arguments) is None:  # a lone query sees all
+        return None
+    return masks.eager_mask(**arguments)
+
+
+@torch.compiler.assume_constant_result
+def without_sdpa(config: type) -> bool:
+    """Whether the model that a config is of is known not to support transformers' "sdpa".
+
+    Its attention need not tell whether it is causal then, and may be its own code: masks are to be as for
+    "eager", where None hides nothing and what is written is added to scores.
+    """
+    return _without_sdpa(config)
+
+
+@cache
+def _without_sdpa(config):
+    name = config.__module__.replace("configuration_", "modeling_")
+    own = (c for c in vars(sys.modules.get(name, sys)).values() if getattr(c, "__module__", None) == name)
+    found = [c._supports_sdpa for c in own if hasattr(c, "_supports_sdpa")]
+    return bool(found) and not any(found)
 
 
 def _unwritten(
-    masks, *, batch_size, kv_length, q_length=None, q_offset=0, kv_offset=0, mask_function=None,
+    masks, like_eager, *, batch_size, kv_length, q_length=None, q_offset=0, kv_offset=0, mask_function=None,
     attention_mask=None, local_size=None, allow_is_causal_skip=True, allow_is_bidirectional_skip=False,
     **rest,
 ) -> WindowMask | None:  # fmt: skip
@@ -106,7 +132,7 @@ def _unwritten(
             return None
         padding = None if padding.all() else padding[:, None, None]
     # Here None says as much: a causal mask is then taken to begin at the first key, a lone query to see all.
-    placed = shift == 0 if q_length > 1 else keys == kv_length
+    placed = shift == 0 and not like_eager if q_length > 1 else keys == kv_length
     if padding is None and (local_size is None or kv_length < local_size) and (placed or window[1] is None):
         return None
     given = {
@@ -114,8 +140,10 @@ def _unwritten(
         "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask,
         "local_size": local_size, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False,
     }  # fmt: skip
-    write = partial(masks.sdpa_mask, **given, **rest)
-    return WindowMask((batch_size, 1, q_length, kv_length), window, keys, padding, write)
+    shape = batch_size, 1, q_length, kv_length
+    dtype = rest.get("dtype", torch.float32) if like_eager else torch.bool
+    write = partial(masks.eager_mask if like_eager else masks.sdpa_mask, **given, **rest)
+    return WindowMask(shape, window, keys, padding, dtype, write)
 
 
 def _window(masks, mask_function, size) -> tuple[int | None, int | None] | None:

@@ -16,8 +16,8 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
@@ -43,7 +43,8 @@ def attention_varlen(
         v: (rows of k, H_kv, Dv). Dv from 1 to 256.
         cu_seqlens_q, cu_seqlens_k: (B + 1,), int32 or int64, from 0 to the number of rows. They are read for
             their check; on a GPU that waits for it. Within torch.compile they are checked on the CPU alone.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence; None finds it, outside of torch.compile.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence; None finds it, outside of torch.compile. A
+            tensor of one integer will do too, there.
         causal, window, softcap, scale: as attention's.
         alibi_slopes: (H,) or (B, H).
         dropout_p, seed: as attention's; (b, h, row and column within the sequence) choose what is dropped.

@@ -235,9 +235,9 @@ def _counts(q, cache_seqlens, room, new):
         raise ValueError(f"{_OP}: cache_seqlens must be given where k is, got None")
     if isinstance(cache_seqlens, Tensor):
         return checks.integers(_OP, "cache_seqlens", cache_seqlens, B, q.device)
-    length = room if cache_seqlens is None else cache_seqlens
-    if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
-        raise ValueError(f"{_OP}: cache_seqlens must be an int or a tensor, got {type(length).__name__}")
+    given = room if cache_seqlens is None else cache_seqlens
+    if (length := checks.whole(given)) is None:
+        raise ValueError(f"{_OP}: cache_seqlens must be an int or a tensor, got {type(given).__name__}")
     _check_length(length, room, new)  # first, as what does not fit may be no int32
     return torch.full((B,), length, dtype=torch.int32, device=q.device), [length] * B
 

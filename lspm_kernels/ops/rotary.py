@@ -155,11 +155,12 @@ def _check_offsets(offsets, x, last):
         if offsets.device != x.device:
             raise ValueError(f"rotary: offsets must be on x's device {x.device}, got {offsets.device}")
         return 0, offsets
-    if isinstance(offsets, bool) or not isinstance(offsets, int | torch.SymInt):
+    number = checks.whole(offsets)
+    if number is None:
         raise ValueError(f"rotary: offsets must be None, an int or a tensor, got {type(offsets).__name__}")
     if not 0 <= offsets <= last:
         raise ValueError(_outside(last, offsets))
-    return offsets, None
+    return number, None
 
 
 def _check_values(offsets, last):

@@ -125,6 +125,18 @@ def test_what_packed_sequences_return():
     assert torch.equal(first, flash_attn_varlen_func(q, k, v, ENDS_Q, ENDS_K, 37, 50, dropout_p=0.4))
 
 
+def test_the_longest_sequence_may_be_a_tensor():
+    """As lengths.max() gives it; FlashAttention-2's operators take it for an int."""
+    q, k, v = packed()
+    longest = ENDS_Q.diff().max(), ENDS_K.diff().max()
+    out = flash_attn_varlen_func(q, k, v, ENDS_Q, ENDS_K, *longest)
+    assert torch.equal(out, flash_attn_varlen_func(q, k, v, ENDS_Q, ENDS_K, 37, 50))
+    with pytest.raises(ValueError, match="max_seqlen_q must be at least the longest sequence 37, got 36"):
+        flash_attn_varlen_func(q, k, v, ENDS_Q, ENDS_K, longest[0] - 1, longest[1])
+    with pytest.raises(ValueError, match=r"max_seqlen_k must be an integer of at least 0, got 50\.0"):
+        flash_attn_varlen_func(q, k, v, ENDS_Q, ENDS_K, longest[0], longest[1].float())
+
+
 def test_unpadding_a_batch_changes_nothing():
     q, k, v = torch.randn(3, 2, 30, 4, 16)
     ends = torch.tensor([0, 30, 60], dtype=torch.int32)

@@ -32,6 +32,22 @@ def test_logits_and_gradients(name, padded, dtype, calls):
         oracle.compare(parameter, actual[parameter], truth[parameter], plain[parameter])
 
 
+@pytest.mark.parametrize("name", ["git", "git of an image", "pegasus_x"])
+def test_models_that_do_not_support_sdpa_see_what_eager_sees(name, calls):
+    """For lack of a mask only those that do support it are causal by what their attention tells."""
+    ids, _ = prompts()
+    given = {"decoder_input_ids": ids[:, :6]} if name == "pegasus_x" else {}
+    if name == "git of an image":  # what it hides is no window
+        given["pixel_values"] = torch.randn(2, 3, 32, 32)
+    found = []
+    for model in three(models.build(name.split()[0]), torch.float32):
+        with torch.no_grad():
+            floats = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in given.items()}
+            found.append(model(input_ids=ids, **floats).logits)
+    assert calls or name == "git"
+    oracle.compare("logits", *found)
+
+
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padded", [0, 5])

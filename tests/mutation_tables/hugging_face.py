@@ -64,7 +64,7 @@ MUTATIONS = [
     ),
     in_mask(
         name="hugging_face: a part behind a cache is taken to begin at the first key",
-        old="placed = shift == 0 if q_length > 1 else keys == kv_length",
+        old="placed = shift == 0 and not like_eager if q_length > 1 else keys == kv_length",
         new="placed = True",
     ),
     in_mask(
@@ -74,8 +74,8 @@ MUTATIONS = [
     ),
     in_mask(
         name="hugging_face: every mask is written",
-        old="return _unwritten(masks, **arguments) or masks.sdpa_mask(**arguments)",
-        new="return masks.sdpa_mask(**arguments)",
+        old="mask = _unwritten(masks, like_eager, **arguments)",
+        new="mask = None",
     ),
     in_mask(
         name="hugging_face: a step over a static cache is a window too",

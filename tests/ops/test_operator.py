@@ -175,3 +175,68 @@ def test_attentions_output_may_be_changed_in_place_where_no_backward_reads_it():
     y.mul_(3)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def opposite(x):
+    """x, in memory that has its negative, which is_neg() tells alone; as the imag of a conj() may be."""
+    return torch._neg_view(-x)
+
+
+def test_memory_of_the_opposite_numbers():
+    x, weight, bias = torch.randn(3, 8), torch.randn(8), torch.randn(5, 5)
+    assert torch.equal(lk.layer_norm(opposite(x), opposite(weight)), lk.layer_norm(x, weight))
+    q = torch.randn(1, 2, 5, 8)
+    turned = torch.complex(bias, -bias).conj().imag
+    assert turned.is_neg()
+    assert torch.equal(lk.attention(q, q, q, bias=turned), lk.attention(q, q, q, bias=bias))
+    leaves, dout = [x.clone().requires_grad_() for _ in range(2)], torch.randn(3, 8)
+    lk.layer_norm(torch._neg_view(leaves[0])).backward(opposite(dout))
+    lk.layer_norm(-leaves[1]).backward(dout)
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+    caches = [q.clone(), opposite(q)]
+    new = torch.ones(1, 2, 1, 8)
+    outs = [lk.attention_with_kv_cache(new, c, c.clone(), new, new, cache_seqlens=3) for c in caches]
+    assert torch.equal(*outs) and torch.equal(*caches) and caches[0][0, 0, 3, 0] == 1
+    parameters = [torch.ones(8, requires_grad=True) for _ in range(2)]
+    for p, grad in zip(parameters, (weight, opposite(weight)), strict=True):
+        p.grad = grad
+        lk.AdamW([p]).step()
+    assert torch.equal(*parameters) and not torch.equal(parameters[0], torch.ones(8))
+
+
+def test_vmap_over_no_sample():
+    x = torch.ones(0, 3, 8)
+    assert torch.vmap(lk.layer_norm)(x).shape == (0, 3, 8)
+    y, total = torch.vmap(lk.add_layer_norm, (0, 1))(x, torch.ones(3, 0, 8))
+    assert y.shape == total.shape == (0, 3, 8)
+    gradient = torch.vmap(torch.func.grad(lambda t: lk.layer_norm(t).sum()))(x)
+    assert gradient.shape == (0, 3, 8)
+
+
+def test_an_eps_that_wants_a_gradient_is_refused():
+    x, eps = torch.ones(3, 8), torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(ValueError) as error:
+        lk.rms_norm(x, eps=eps)
+    assert str(error.value) == "rms_norm: eps must be without a gradient, got requires_grad=True"
+    with torch.no_grad():
+        assert torch.equal(lk.rms_norm(x, eps=eps), lk.rms_norm(x, eps=0.5))
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "attention", "attention_with_kv_cache"])
+def test_a_trace_holds_what_kernels_do(name):
+    """torch.jit.trace sees calls of the dispatcher alone, and repeats no other."""
+    call = {
+        "attention": lambda x: lk.attention(x, x, x, causal=True),
+        "layer_norm": lk.layer_norm,
+        "attention_with_kv_cache": lambda x: lk.attention_with_kv_cache(
+            x, torch.ones(1, 2, 9, 8), torch.ones(1, 2, 9, 8), x, x, cache_seqlens=2, causal=True
+        ),
+    }[name]
+    with torch.no_grad():
+        traced = torch.jit.trace(call, torch.randn(1, 2, 5, 8), check_trace=False)
+        x = torch.randn(1, 2, 5, 8)
+        torch.testing.assert_close(traced(x), call(x))
+    if name != "attention_with_kv_cache":
+        x.requires_grad_()
+        gradients = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (traced, call)]
+        torch.testing.assert_close(*gradients)
