@@ -26,6 +26,7 @@ namespace {
 constexpr int64_t kTileQueries = 2 * kTileRows;
 constexpr int64_t kBlockQueries = 9 * kTileQueries;  // packing is then 1 % of the products
 constexpr int64_t kBlockBytes = 128 * 1024;          // of packed items: an eighth of a second-level cache
+constexpr int64_t kBytesAhead = 8 * 1024;            // of items that are fetched before they are packed
 constexpr int64_t kStateBytes = 4 << 20;             // of what a block keeps of its rows, where k is large
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -150,13 +151,27 @@ struct Job {
     [[maybe_unused]] const TileRegisters registers;
     const int64_t depth = std::min(kMaxDepth, shape.dim), panel = panel_size(depth);
     const int64_t fitting = kBlockBytes / int64_t(sizeof(Operand)) / std::max<int64_t>(1, shape.dim);
-    const int64_t block = std::clamp(fitting / kPanel, int64_t{1}, int64_t{16}) * kPanel;
+    // One tile of queries meets each panel while that is in the first-level cache.
+    const bool one_tile = last_query - first_query <= kTileQueries;
+    const int64_t block = one_tile ? kPanel : std::clamp(fitting / kPanel, int64_t{1}, int64_t{16}) * kPanel;
+    const int64_t row_bytes = shape.dim * int64_t(sizeof(T));
+    const int64_t ahead = std::max(kPanel, kBytesAhead / std::max<int64_t>(1, row_bytes));
     constexpr int64_t kLeft = round_up(kTileQueries, 32) * kStride<Operand>;
     const auto left = scratch<Operand>(chunks() * kLeft);
     const auto right = scratch<Operand>(chunks() * block / kPanel * panel);
     std::vector<float> bias(block);
     alignas(64) float c[round_up(kTileQueries, 32) * kPanel];
+    const auto pack_queries = [&](int64_t q, int64_t rows) {
+      for (int64_t chunk = 0; chunk < chunks(); ++chunk)
+        pack_left(queries + q * shape.query_stride + chunk * kMaxDepth, shape.query_stride, 1.0f,
+                  left.get() + chunk * kLeft, rows, depth_of(chunk));
+    };
+    if (one_tile) pack_queries(first_query, last_query - first_query);
     for (; begin < end; begin += block) {
+      if (one_tile)
+        for (int64_t n = begin + ahead; n < std::min(begin + ahead + kPanel, end); ++n)
+          for (int64_t at = 0; at < row_bytes; at += 64)
+            prefetch(reinterpret_cast<const char*>(items + n * shape.item_stride) + at);
       const int64_t here = std::min(block, end - begin);
       for (int64_t chunk = 0; chunk < chunks(); ++chunk)
         pack_right_transposed(items + begin * shape.item_stride + chunk * kMaxDepth, shape.item_stride,
@@ -164,9 +179,7 @@ struct Job {
       if (item_bias) std::copy_n(item_bias + begin, here, bias.data());
       for (int64_t q = first_query; q < last_query; q += kTileQueries) {
         const int64_t rows = std::min(kTileQueries, last_query - q);
-        for (int64_t chunk = 0; chunk < chunks(); ++chunk)
-          pack_left(queries + q * shape.query_stride + chunk * kMaxDepth, shape.query_stride, 1.0f,
-                    left.get() + chunk * kLeft, rows, depth_of(chunk));
+        if (!one_tile) pack_queries(q, rows);
         for (int64_t n = 0; n < here; n += kPanel) {
           for (int64_t chunk = 0; chunk < chunks(); ++chunk)
             multiply_in_order(left.get() + chunk * kLeft, right.get() + (chunk * block + n) / kPanel * panel,
