@@ -81,8 +81,14 @@ inline void pack_right_transposed(const bf16* from, int64_t from_stride, bf16* r
     for (int64_t d = 0; d < round_up(depth, kTileDepth<bf16>); d += 2 * kLanes) {
       F block[kLanes] = {};
       const int64_t here = std::clamp<int64_t>(depth - d, 0, 2 * kLanes);
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes, columns - n); ++i)
-        std::memcpy(&block[i], from + (n + i) * from_stride + d, here * sizeof(bf16));
+      const bf16* const at = from + n * from_stride + d;
+      if (here == 2 * kLanes && n + kLanes <= columns) {  // without a call for each row
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) std::memcpy(&block[i], at + i * from_stride, sizeof(F));
+      } else {
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, columns - n); ++i)
+          std::memcpy(&block[i], at + i * from_stride, here * sizeof(bf16));
+      }
       transpose(block);
       bf16* to = right + n / kPanel * panel + d * kPanel + n % kPanel * 2;
       for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(to + 2 * i * kPanel), block[i]);
