@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from lspm_kernels.compat.hugging_face_mask import WindowMask, window_mask, without_sdpa
@@ -31,6 +32,8 @@ def register() -> None:
             "hugging_face.register: transformers must be installed, with its AttentionMaskInterface"
             f" (pip install transformers), got {type(error).__name__}: {error}"
         ) from error
+    # Marked here, as what marks it imports torch._dynamo, and triton.
+    torch.compiler.assume_constant_result(without_sdpa)
     for name, function in (("lspm", attention_forward), (IN_PLACE_OF_SDPA, in_place_of_sdpa)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, partial(window_mask, masking_utils))

@@ -88,7 +88,6 @@ def window_mask(masks, **arguments) -> WindowMask | Tensor | None:
     return masks.eager_mask(**arguments)
 
 
-@torch.compiler.assume_constant_result
 def without_sdpa(config: type) -> bool:
     """Whether the model that a config is of is known not to support transformers' "sdpa".
 
