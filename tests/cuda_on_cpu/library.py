@@ -96,12 +96,15 @@ def load(flavour, *sources, ptx_kernels=""):
     return Library(build.kernels(sources, flavour, ptx_kernels))
 
 
-def with_long(flavours, long=("ptxcheck",)):
-    """Flavours as parameters: those that take long to build are left to make test-long."""
+def with_long(flavours, long=("fast", "ptxcheck")):
+    """Flavours as parameters: `fast`, which `check` includes, and what takes long are for make test-long."""
     return [pytest.param(f, marks=[pytest.mark.long] if f in long else []) for f in flavours]
 
 
-def fixture(*sources, ptx_kernels="", flavours=FLAVOURS):
+USUAL = with_long(FLAVOURS, ("fast",))
+
+
+def fixture(*sources, ptx_kernels="", flavours=USUAL):
     """A fixture that is load()'s library in each flavour, by default LSPM_CUDA_ON_CPU's or all but asan."""
 
     @pytest.fixture(params=flavours)
