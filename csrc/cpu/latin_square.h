@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/lanes.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 
 namespace lspm::cpu {
 

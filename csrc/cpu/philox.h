@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "cpu/simd.h"
+#include "cpu/lanes.h"
 
 namespace lspm::cpu {
 

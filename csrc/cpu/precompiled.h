@@ -6,5 +6,5 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/lanes.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"

@@ -7,6 +7,7 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -439,59 +440,36 @@ inline void multiply_wide(U a, uint32_t b, U& high, U& low) {
 #endif
 }
 
-// Whole vectors, or the first n lanes of one: for_each_vector() hands one of the two to its body.
-struct AllLanes {
-  template <class T>
-  auto load(const T* p) const {
-    return lspm::load(p);
-  }
-  template <class T, class V>
-  void store(T* p, V v) const {
-    lspm::store(p, v);
-  }
-  template <class T>
-  void store_unchanged(T* p, F v) const {
-    lspm::store_unchanged(p, v);
-  }
-  F keep(F v) const { return v; }
-};
-
-struct FirstLanes {
-  int n;
-  template <class T>
-  auto load(const T* p) const {  // the other lanes read as zero
-    T lanes[kLanes] = {};
-    std::memcpy(lanes, p, n * sizeof(T));
-    return lspm::load(lanes);
-  }
-  template <class T, class V>
-  void store(T* p, V v) const {
-    T lanes[kLanes];
-    lspm::store(lanes, v);
-    std::memcpy(p, lanes, n * sizeof(T));
-  }
-#if defined(__AVX512F__)  // in a register, where a copy by way of memory would wait for itself
-  F load(const float* p) const { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
-  void store(float* p, F v) const { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
+// The first n elements at p, the others as zeros, and the way back. Where there are masks it is by a
+// register: in memory a copy of n elements is a call, and what reads it waits for it.
+template <class T>
+inline void load_first(const T* p, int n, T (&lanes)[kLanes]) {
+#if defined(__AVX512F__)
+  const auto first = __mmask16((1u << n) - 1);
+  if constexpr (sizeof(T) == 1)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(lanes), _mm_maskz_loadu_epi8(first, p));
+  else if constexpr (sizeof(T) == 2)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_maskz_loadu_epi16(first, p));
+  else
+    _mm512_storeu_si512(lanes, _mm512_maskz_loadu_epi32(first, p));
+#else
+  std::fill(lanes, lanes + kLanes, T{});
+  std::memcpy(lanes, p, n * sizeof(T));
 #endif
-  template <class T>
-  void store_unchanged(T* p, F v) const {
-    T lanes[kLanes];
-    lspm::store_unchanged(lanes, v);
-    std::memcpy(p, lanes, n * sizeof(T));
-  }
-  F keep(F v) const {  // zeroes the other lanes
-    for (int i = n; i < kLanes; ++i) v[i] = 0;
-    return v;
-  }
-};
-
-// Calls body(i, lanes) for each vector of [0, n); the last one may have fewer lanes.
-template <class Body>
-inline void for_each_vector(int64_t n, Body body) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i, AllLanes{});
-  if (i < n) body(i, FirstLanes{int(n - i)});
+}
+template <class T>
+inline void store_first(T* p, int n, const T (&lanes)[kLanes]) {
+#if defined(__AVX512F__)
+  const auto first = __mmask16((1u << n) - 1);
+  if constexpr (sizeof(T) == 1)
+    _mm_mask_storeu_epi8(p, first, _mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes)));
+  else if constexpr (sizeof(T) == 2)
+    _mm256_mask_storeu_epi16(p, first, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+  else
+    _mm512_mask_storeu_epi32(p, first, _mm512_loadu_si512(lanes));
+#else
+  std::memcpy(p, lanes, n * sizeof(T));
+#endif
 }
 
 }  // namespace lspm

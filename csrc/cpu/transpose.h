@@ -1,6 +1,6 @@
 // Elements that change places between vectors.
 #pragma once
-#include "cpu/simd.h"
+#include "cpu/lanes.h"
 
 namespace lspm {
 
