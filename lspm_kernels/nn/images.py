@@ -18,7 +18,7 @@ from lspm_kernels.ops.max_pool2d import max_pool2d
 _F32 = torch.float32
 _LEAST = 2**16  # conv2d of 1x16x8x8, 3x3: 0.5 times as fast as torch's
 _LEAST_OF_POOLS = 2**19  # max_pool2d of 4x64x32x32: 0.84 to 1.16, of 1x64x112x112 1.2 to 1.8
-_VECTOR = 16  # of channels a pool takes a multiple: of 4x40x56x56 0.57 to 0.94, with gradients or without
+_VECTOR = 16  # channels: a pool of 4x40x56x56 0.57 to 0.94, before masks took the rest of a row
 _LEAST_CHANNELS = 32  # conv2d of 4x3x112x112, 3x3 with stride 2: 0.7; with norm and activation 0.95
 # What a pixel of one filter sums: conv2d_batch_norm of 4x512x14x14, 3x3: 0.9, but
 # conv2d/forward/float32/B8-256-256-k3-14-s1 1.6; of 4x3x112x112, 3x3: 0.95.
