@@ -7,6 +7,7 @@ Flavours of a kernel library:
     asan      AddressSanitizer and UBSan: local arrays, shifts, host code
 """
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -54,19 +55,29 @@ def headers():
     return "\0".join(f.read_text() for f in files)
 
 
-def cached(key, suffix, command):
-    """The file that `command(path)` makes, made once; several processes may ask for it."""
-    path = CACHE / (key + suffix)
+def made(path, make):
+    """The file that `make(unfinished)` writes, made once for all threads and processes."""
     if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        unfinished = CACHE / f"{key}.{os.getpid()}{suffix}"
-        result = subprocess.run(
-            [str(word) for word in command(unfinished)], capture_output=True, text=True, check=False
-        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                unfinished = path.with_name(f"unfinished.{path.name}")
+                make(unfinished)
+                os.replace(unfinished, path)
+    return path
+
+
+def cached(key, suffix, command):
+    """The file that the compiler writes which `command(path)` runs."""
+
+    def run(unfinished):
+        words = [str(word) for word in command(unfinished)]
+        result = subprocess.run(words, capture_output=True, text=True, check=False)
         if result.returncode:
             raise BuildError(result.stderr[-4000:])
-        os.replace(unfinished, path)
-    return path
+
+    return made(CACHE / (key + suffix), run)
 
 
 def compiled(source, options):
@@ -89,12 +100,7 @@ def ptx_of(source):
 def translated(ptx, options, export=False, only=""):
     """The object file of PTX text."""
     text = ptx2cpp.translate(ptx, export, only)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    source = CACHE / f"{digest(text)}.cpp"
-    if not source.exists():
-        unfinished = source.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(text)
-        os.replace(unfinished, source)
+    source = made(CACHE / f"{digest(text)}.cpp", lambda unfinished: unfinished.write_text(text))
     options = [*TRANSLATED_OPTIONS, *options]
     return compiled(source, [f"-I{precompiled('translated_ptx.h', options)}", *options])
 
@@ -104,7 +110,6 @@ def precompiled(header, options):
     options = [*COMMON, *options, *(f"-I{folder}" for folder in INCLUDES)]
     source = HERE / "runtime" / header
     folder = CACHE / digest(header, headers(), *options)
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"{folder.name}/{header}"
     cached(name, ".gch", lambda out: ["g++", *options, "-x", "c++-header", "-c", source, "-o", out])
     return folder
