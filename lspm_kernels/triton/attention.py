@@ -89,7 +89,7 @@ def _forward_kernel(
         sums = tl.dot(p, v_tile, sums * shrink[:, None], input_precision=_PRECISION)
         maximum = largest
     sees = row_begin < row_end
-    if extras.mask.data is not None:
+    if extras.mask.data is not None or extras.bias.data is not None:
         sees = sees & (total != 0.0)
     common = maximum
     if extras.sinks is not None:

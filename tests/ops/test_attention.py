@@ -112,12 +112,13 @@ def test_magnitudes(factor, causal):
 @pytest.mark.every_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("options", [{}, {"mask": torch.ones(70, 300, dtype=torch.bool)}], ids=["", "mask"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_spreads_as_in_the_reference(which, value, dtype):
+def test_what_is_not_finite_spreads_as_in_the_reference(which, value, options, dtype):
     given = tensors((1, 2, 1, 70, 300, 16, 16), dtype)
     given[which][0, 0, 3, 5] = value
-    expected = oracle.outputs_and_gradients(reference.attention, given)
-    for name, actual in oracle.outputs_and_gradients(lk.attention, given).items():
+    expected = oracle.outputs_and_gradients(lambda *t: reference.attention(*t, **options), given)
+    for name, actual in oracle.outputs_and_gradients(lambda *t: lk.attention(*t, **options), given).items():
         assert torch.equal(actual.isfinite(), expected[name].isfinite()), name
 
 
@@ -132,12 +133,24 @@ def test_what_is_not_finite_stays_where_a_query_sees_it():
 
 
 @pytest.mark.every_backend
-def test_a_query_that_sees_no_key():
-    q, k, v = (x.requires_grad_() for x in tensors((1, 2, 2, 400, 100, 16, 16)))
-    out = lk.attention(q, k, v, causal=True)
-    (dq,) = torch.autograd.grad(out.sum(), q)
+@pytest.mark.parametrize("hiding", ["causal", "bias", "mask"])
+def test_a_query_that_sees_no_key(hiding):
+    given = tensors((1, 2, 2, 400, 100, 16, 16))
+    added = torch.zeros(400, 100).index_fill_(0, torch.arange(300), -torch.inf)
+    hides = {"causal": True} if hiding == "causal" else {hiding: added}
+    inputs = [x.requires_grad_() for x in (*given, *([added] if hiding == "bias" else []))]
+    out, lse = lk.attention(*given, **hides, return_lse=True)
+    dq, *gradients = torch.autograd.grad(out.sum(), inputs)
     assert (out[:, :, :300] == 0).all() and (dq[:, :, :300] == 0).all()
+    assert (lse[:, :, :300] == -torch.inf).all() and all(g.isfinite().all() for g in gradients)
     assert (out[:, :, 300:] != 0).any(-1).all()
+
+
+def test_one_query_that_sees_no_key():
+    q, k, v = tensors((1, 2, 2, 1, 300, 16, 16))
+    for hides in ({"bias": torch.full((300,), -torch.inf)}, {"mask": torch.zeros(300, dtype=torch.bool)}):
+        out, lse = lk.attention(q, k, v, **hides, return_lse=True)
+        assert (out == 0).all() and (lse == -torch.inf).all()
 
 
 @pytest.mark.every_backend

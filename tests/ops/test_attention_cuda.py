@@ -168,10 +168,13 @@ def test_tiles_outside_the_window_are_not_read(library):
         assert x.grad[:, :, :256].isfinite().all() and x.grad[:, :, 320:].isnan().all()
 
 
-def test_a_query_that_sees_no_key(library):
+@pytest.mark.parametrize("hiding", ["causal", "bias"])
+def test_a_query_that_sees_no_key(library, hiding):
     given, _ = case("more queries than keys")
     q, k, v = (x.requires_grad_() for x in given)
-    out, lse = on(library)(q, k, v, causal=True, return_lse=True)
+    added = torch.zeros(1, 1, 140, 21).index_fill_(2, torch.arange(119), -torch.inf)
+    hides = {"causal": True} if hiding == "causal" else {"bias": added}
+    out, lse = on(library)(q, k, v, **hides, return_lse=True)
     (dq,) = torch.autograd.grad(out.sum(), q)
     assert (out[:, :, :119] == 0).all() and (dq[:, :, :119] == 0).all()
     assert (lse[:, :, :119] == -torch.inf).all() and lse[:, :, 119:].isfinite().all()

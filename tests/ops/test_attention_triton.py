@@ -235,10 +235,13 @@ def test_dropout_keeps_the_same_elements_whatever_the_tile(driver, columns):
 
 
 @on_sm_80
-def test_a_query_that_sees_no_key(driver):
+@pytest.mark.parametrize("hiding", ["causal", pytest.param("bias", marks=pytest.mark.long)])
+def test_a_query_that_sees_no_key(driver, hiding):
     given, _ = case("more queries than keys", F32, {})
     q, k, v = (x.requires_grad_() for x in given)
-    out, lse = lk.attention(q, k, v, causal=True, return_lse=True)
+    added = torch.zeros(q.shape[2], k.shape[2]).index_fill_(0, torch.arange(49), -torch.inf)
+    hides = {"causal": True} if hiding == "causal" else {"bias": added}
+    out, lse = lk.attention(q, k, v, **hides, return_lse=True)
     (dq,) = torch.autograd.grad(out.sum(), q)
     assert (out[:, :, :49] == 0).all() and (dq[:, :, :49] == 0).all()
     assert (lse[:, :, :49] == -torch.inf).all() and lse[:, :, 49:].isfinite().all()
