@@ -199,3 +199,21 @@ def test_bad_arguments():
         with pytest.raises(ValueError) as raised:
             call()
         assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("returns_lse", [False, True])
+def test_a_cache_in_a_model_outside_no_grad(returns_lse):
+    q, k, v = (torch.randn(1, 3, 2, 16) for _ in range(3))
+    q.requires_grad_()
+    table, ends = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    calls = {
+        "flash_attn_varlen_func": lambda q: flash_attn_varlen_func(
+            q[0], k, v, ends, ends, 3, 3, block_table=table, return_attn_probs=returns_lse
+        ),
+        "flash_attn_with_kvcache": lambda q: flash_attn_with_kvcache(q, k, v, return_softmax_lse=returns_lse),
+    }
+    for name, call in calls.items():
+        plain, wanted = ([out] if torch.is_tensor(out := call(x)) else out for x in (q.detach(), q))
+        assert all(a is b or torch.equal(a, b) for a, b in zip(plain, wanted, strict=True))
+        with pytest.raises(NotImplementedError, match=f"^{name}: there is no backward through a cache"):
+            wanted[0].sum().backward()

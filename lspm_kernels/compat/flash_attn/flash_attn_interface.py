@@ -4,9 +4,12 @@ Names, arguments, their order and defaults are FlashAttention-2's, so that anoth
 Tensors are (B, T, H, D) and read where they lie: no input is copied.
 """
 
+from functools import partial
+
 from torch import Tensor
 
 from lspm_kernels import checks
+from lspm_kernels.compat.flash_attn.forward_only import forward_only
 from lspm_kernels.compat.flash_attn.varlen import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
@@ -162,10 +165,11 @@ def flash_attn_with_kvcache(
         return_softmax_lse: return (out, softmax_lse) instead.
 
     Returns:
-        out: (B, T_q, H, D), contiguous, without a gradient. softmax_lse is (B, H, T_q) float32.
+        out: (B, T_q, H, D), contiguous, without a backward. softmax_lse is (B, H, T_q) float32.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value; the cache is too small.
+        NotImplementedError: from the backward.
 
     Source: Dao, "FlashAttention-2" (2023), and its package flash_attn.
     """
@@ -175,13 +179,14 @@ def flash_attn_with_kvcache(
             raise ValueError(
                 f"flash_attn_with_kvcache: {name} must be a tensor (B, T, H, D), got {checks.shape(x)}"
             )
-    result = attention_with_kv_cache(
-        *(x if x is None else x.transpose(1, 2) for x in given.values()), cache_seqlens=cache_seqlens,
-        block_table=block_table, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
-        cos=rotary_cos, sin=rotary_sin, interleaved=rotary_interleaved, causal=causal,
-        window=window_of(window_size), softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale,
-        return_lse=return_softmax_lse,
+    function = partial(
+        attention_with_kv_cache, cache_seqlens=cache_seqlens, block_table=block_table,
+        cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, cos=rotary_cos, sin=rotary_sin,
+        interleaved=rotary_interleaved, causal=causal, window=window_of(window_size), softcap=softcap,
+        alibi_slopes=alibi_slopes, scale=softmax_scale, return_lse=return_softmax_lse,
     )  # fmt: skip
+    inputs = {name: x if x is None else x.transpose(1, 2) for name, x in given.items()}
+    result = forward_only("flash_attn_with_kvcache", function, inputs)
     if not return_softmax_lse:
         return result.transpose(1, 2)
     return result[0].transpose(1, 2), result[1]

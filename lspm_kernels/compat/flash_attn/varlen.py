@@ -1,8 +1,11 @@
 """FlashAttention-2's functions of packed sequences, over lspm_kernels.attention_varlen."""
 
+from functools import partial
+
 from torch import Tensor
 
 from lspm_kernels import checks
+from lspm_kernels.compat.flash_attn.forward_only import forward_only
 from lspm_kernels.compat.flash_attn.windows import window_of
 from lspm_kernels.ops.attention_varlen import attention_varlen
 
@@ -31,7 +34,7 @@ def flash_attn_varlen_func(
         q: (rows of q, H, D). k, v: (rows of k, H_kv, D), or pages (N, S, H_kv, D) with a block_table.
         cu_seqlens_q, cu_seqlens_k: (B + 1,), int32 or int64, from 0 to the number of rows.
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
-        block_table: (B, P), int32 or int64; then there is no gradient.
+        block_table: (B, P), int32 or int64; then there is no backward.
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes: flash_attn_func's.
         return_attn_probs: return (out, softmax_lse, None) instead.
 
@@ -40,14 +43,22 @@ def flash_attn_varlen_func(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
+        NotImplementedError: from the backward, with a block_table.
 
     Source: Dao, "FlashAttention-2" (2023), and its package flash_attn.
     """
-    result = attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
-        window=window_of(window_size), alibi_slopes=alibi_slopes, softcap=softcap, dropout_p=dropout_p,
-        scale=softmax_scale, return_lse=return_attn_probs, block_table=block_table,
+    function = partial(
+        attention_varlen, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, causal=causal, window=window_of(window_size), alibi_slopes=alibi_slopes,
+        softcap=softcap, dropout_p=dropout_p, scale=softmax_scale, return_lse=return_attn_probs,
+        block_table=block_table,
     )  # fmt: skip
+    inputs = {"q": q, "k": k, "v": v}
+    result = (
+        function(**inputs)
+        if block_table is None
+        else forward_only("flash_attn_varlen_func", function, inputs)
+    )
     return (*result, None) if return_attn_probs else result
 
 
