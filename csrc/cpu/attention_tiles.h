@@ -76,7 +76,8 @@ class RowBuffer {
 template <class T>
 void finish_row(const ForwardViews& t, const AttentionShape& s, int64_t b, int64_t h, int64_t query,
                 float max, double sum, const float* summed) {
-  const bool hides = t.extras.mask.data || t.extras.bias.data;  // what is not finite is not hidden by itself
+  // Without a mask or a bias, scores that are all -inf have overflowed: their softmax stays NaN.
+  const bool hides = t.extras.mask.data || t.extras.bias.data;
   const bool sees = s.first_key(query) < s.end_key(query) && !(hides && sum == 0);
   const float sink = t.extras.sinks ? t.extras.sinks[h] : -kInfinity, common = std::max(max, sink);
   const double part = sees ? std::exp(double(max) - common) : 0.0;  // of all summed, under the common maximum

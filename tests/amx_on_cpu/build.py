@@ -1,6 +1,5 @@
 """Builds the CPU kernels as for AMX, over the model of its tiles; the processor needs AVX-512's bfloat16."""
 
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -11,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
+
+from build_cache import made
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("LSPM_TEST_CACHE", ROOT / "build")) / "amx_on_cpu"
@@ -35,11 +36,7 @@ def module():
     texts = [path.read_bytes() for path in (TILES, *sources, *sorted(csrc.rglob("*.h")))]
     texts += map(str.encode, SANITIZE)
     out = CACHE / hashlib.sha256(b"\0".join(texts)).hexdigest()[:16] / "_C.so"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the suite may be at it
-        if not out.exists():
-            _build(bindings, kernels, out)
+    made(out, lambda unfinished: _build(bindings, kernels, unfinished))
     spec = importlib.util.spec_from_file_location("_C", out)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
@@ -61,7 +58,4 @@ def _build(bindings, kernels, out):
     commands = [["g++", *FLAGS, *c, "-c", "-o", str(o)] for c, o in zip(commands, objects, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda command: subprocess.run(command, check=True), commands))
-    made = out.with_suffix(".made")
-    link = ["g++", "-shared", "-fopenmp", *SANITIZE, *map(str, objects), "-o", str(made)]
-    subprocess.run(link, check=True)
-    made.rename(out)
+    subprocess.run(["g++", "-shared", "-fopenmp", *SANITIZE, *map(str, objects), "-o", str(out)], check=True)

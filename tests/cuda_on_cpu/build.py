@@ -7,7 +7,6 @@ Flavours of a kernel library:
     asan      AddressSanitizer and UBSan: local arrays, shifts, host code
 """
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -16,6 +15,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from build_cache import made
 from cuda_on_cpu import ptx2cpp
 
 HERE = Path(__file__).resolve().parent
@@ -53,19 +53,6 @@ def headers():
     """The text of all that a source may include."""
     files = [f for folder in INCLUDES for pattern in ("*.h", "*.cuh") for f in sorted(folder.glob(pattern))]
     return "\0".join(f.read_text() for f in files)
-
-
-def made(path, make):
-    """The file that `make(unfinished)` writes, made once for all threads and processes."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{path}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                unfinished = path.with_name(f"unfinished.{path.name}")
-                make(unfinished)
-                os.replace(unfinished, path)
-    return path
 
 
 def cached(key, suffix, command):

@@ -1,10 +1,10 @@
-"""The cache of compiled kernels, which threads of one build and pytest's workers fill together."""
+"""A file of the cache is made once and whole, whoever wants it."""
 
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from cuda_on_cpu import build
+from build_cache import made
 
 
 def test_threads_that_want_one_file_make_it_once(tmp_path):
@@ -19,7 +19,7 @@ def test_threads_that_want_one_file_make_it_once(tmp_path):
 
     def want(_):
         together.wait()
-        return build.made(tmp_path / "folder" / "file", make).read_text()
+        return made(tmp_path / "folder" / "file", make).read_text()
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(want, range(4))) == ["half and half"] * 4
