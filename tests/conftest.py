@@ -1,5 +1,6 @@
 """Settings of the whole suite."""
 
+import collections
 import os
 import re
 
@@ -25,7 +26,22 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend_of_test", [*on_cpu, *on_gpu], indirect=True)
 
 
+def what_it_compiles(item):
+    """Of which most cases compile one of their own, for seconds; or None."""
+    if item.module.__name__.endswith("_triton"):
+        return item.function
+    return "inductor" if "inductor" in item.name else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
+    """Of the cases of a test of Triton, and of those with torch.compile, make test runs one in four."""
+    counts = collections.Counter()
+    for item in items:
+        if (what := what_it_compiles(item)) and not item.get_closest_marker("long"):
+            if counts[what] % 8:
+                item.add_marker(pytest.mark.long)
+            counts[what] += 1
     if named := next((item.nodeid for item in items if " at 0x" in item.nodeid), None):
         raise pytest.UsageError(f"a test must have the same name in every process, got {named}")
     if not torch.cuda.is_available():

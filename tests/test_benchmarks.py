@@ -258,7 +258,7 @@ template __global__ void tensor_kernel<float>(const unsigned*, float*, int, int)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention", pytest.param("gpt", marks=pytest.mark.long), "layer_norm"])
+@pytest.mark.parametrize("name", ["attention", pytest.param("gpt", marks=pytest.mark.long)])
 def test_smoke(name, tmp_path):
     path = tmp_path / "r.json"
     script = ROOT / "benchmarks" / f"bench_{name}.py"

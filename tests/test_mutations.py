@@ -22,7 +22,9 @@ def test_a_table_that_does_not_fit_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name", [QUICK[0], *(pytest.param(name, marks=pytest.mark.long) for name in QUICK[1:])]
+)
 def test_quick_mutations_turn_red(name, monkeypatch):
     monkeypatch.setenv("LSPM_CUDA_ON_CPU", "check")
     mutation = next(m for m in mutations.all_mutations() if m.name == name)

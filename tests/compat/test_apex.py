@@ -1,5 +1,7 @@
 """compat.apex: fused norms and FusedAdam, beside plain PyTorch."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,6 +114,43 @@ def test_gradients_are_set_to_none_or_to_zero():
         assert (p.grad is not None and p.grad.eq(0).all()) if kept else p.grad is None
 
 
+@pytest.mark.parametrize("options", [{}, {"master_weights": True}])
+def test_a_scaler_divides_its_scale_out(options):
+    """As with torch's AdamW: a step whose gradients overflow leaves parameters as they are."""
+    start = torch.randn(64)
+    ours, plain = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    pairs = [
+        (p, optimizer, torch.amp.GradScaler("cpu", init_scale=1024.0))
+        for p, optimizer in (
+            (ours, FusedAdam([ours], lr=0.01, **options)),
+            (plain, torch.optim.AdamW([plain], 0.01, weight_decay=0)),
+        )
+    ]
+    for overflows in (False, True, False):
+        slope = torch.randn(64)
+        slope[3] = float("inf") if overflows else 1
+        for p, optimizer, scaler in pairs:
+            before = p.detach().clone()
+            optimizer.zero_grad()
+            scaler.scale((p * slope).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(p, before) == overflows
+    assert torch.allclose(ours, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_a_copy_keeps_its_own_options():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = FusedAdam([p], adam_w_mode=False, set_grad_none=False)
+    copied = copy.deepcopy(optimizer)
+    (twin,) = copied.param_groups[0]["params"]
+    twin.grad = torch.ones(2)
+    copied.step()
+    copied.zero_grad()
+    assert twin.grad.eq(0).all()
+    assert not copied.adam_w_mode
+
+
 def adam(**options):
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
@@ -139,8 +178,6 @@ def decayed_later():
          " (torch.optim.Adam has the other), got False with 0.1"),
         (lambda: adam().step(scale=2.0), NotImplementedError,
          "FusedAdam.step: scale must be None, as gradients are those of the parameters, got 2.0"),
-        (lambda: adam().step(grad_scaler="scaler"), NotImplementedError,
-         "FusedAdam.step: grad_scaler must be None, as scaler.step(optimizer) unscales, got 'scaler'"),
         (lambda: MixedFusedLayerNorm(4, elementwise_affine=False), ValueError,
          "MixedFusedLayerNorm: elementwise_affine must be True, got False"),
         (lambda: MixedFusedRMSNorm(4, elementwise_affine=False), ValueError,

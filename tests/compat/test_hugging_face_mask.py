@@ -238,7 +238,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("name", ["Mistral", "Gemma2"])
+@pytest.mark.parametrize("name", ["Mistral", pytest.param("Gemma2", marks=pytest.mark.long)])
 def test_memory_is_linear_in_the_length(name):
     code = MEMORY.format(name=name)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -85,6 +85,16 @@ def test_mlps():
     truth = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
     assert torch.allclose(mlp(x), truth, atol=1e-6)
     assert liger.LigerSwiGLUMLP(CONFIG, 40).up_proj.weight.shape == (40, 16)
+    experts = liger.LigerQwen3MoeSwiGLUMLP(CONFIG, 40)
+    assert isinstance(experts, liger.LigerSwiGLUMLP)
+    assert experts.up_proj.weight.shape == (40, 16)
+    mlp = liger.LigerBlockSparseTop2MLP(CONFIG)
+    assert list(mlp.state_dict()) == ["w1.weight", "w2.weight", "w3.weight"]
+    assert torch.allclose(mlp(x), mlp.w2(F.silu(mlp.w1(x)) * mlp.w3(x)), atol=1e-6)
+    mlp = liger.LigerPhi3SwiGLUMLP(CONFIG)
+    assert list(mlp.state_dict()) == ["gate_up_proj.weight", "down_proj.weight"]
+    gate, up = mlp.gate_up_proj(x).chunk(2, -1)
+    assert torch.allclose(mlp(x), mlp.down_proj(F.silu(gate) * up), atol=1e-6)
     mlp = liger.LigerGEGLUMLP(CONFIG)
     truth = mlp.down_proj(F.gelu(mlp.gate_proj(x), approximate="tanh") * mlp.up_proj(x))
     assert torch.allclose(mlp(x), truth, atol=1e-6)
@@ -252,8 +262,11 @@ LOGITS, CLASSES = torch.ones(2, 4), torch.tensor([0, 1])
          "LigerRMSNorm: init_fn must be 'ones' or 'zeros', got 'randn'"),
         (lambda: liger.LigerLayerNorm(4, impl="nvidia-cutile"), NotImplementedError,
          "LigerLayerNorm: impl must be None, as it chooses among Liger's kernels, got 'nvidia-cutile'"),
-        (lambda: liger.LigerSwiGLUMLP(SimpleNamespace(hidden_act="gelu")), ValueError,
-         "LigerSwiGLUMLP: config must have hidden_act 'silu' or 'swish', got 'gelu'"),
+        *(
+            (lambda name=name: getattr(liger, name)(SimpleNamespace(hidden_act="gelu")), ValueError,
+             f"{name}: config must have hidden_act 'silu' or 'swish', got 'gelu'")
+            for name in ("LigerSwiGLUMLP", "LigerBlockSparseTop2MLP", "LigerPhi3SwiGLUMLP")
+        ),
         (lambda: liger.liger_rotary_pos_emb(*[torch.ones(2, 1, 3, 4)] * 2, *[torch.ones(3, 3, 4)] * 2),
          ValueError, "liger_rotary_pos_emb: cos must be a tensor (1 or 2, T, R), got (3, 3, 4)"),
     ],

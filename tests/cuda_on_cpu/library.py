@@ -101,7 +101,7 @@ def with_long(flavours, long=("fast", "ptxcheck")):
     return [pytest.param(f, marks=[pytest.mark.long] if f in long else []) for f in flavours]
 
 
-USUAL = with_long(FLAVOURS, ("fast",))
+USUAL = with_long(FLAVOURS)
 
 
 def fixture(*sources, ptx_kernels="", flavours=USUAL):

@@ -7,11 +7,19 @@ import pytest
 import torch
 
 from cuda_on_cpu import build, ptx2cpp
-from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, load, run_tests_under_asan, run_under_asan
+from cuda_on_cpu.library import (
+    FLAVOURS,
+    KernelError,
+    fixture,
+    load,
+    run_tests_under_asan,
+    run_under_asan,
+    with_long,
+)
 
 SELFTEST = build.HERE / "selftest.cu"
 
-library = fixture(SELFTEST)
+library = fixture(SELFTEST, flavours=with_long(FLAVOURS, ("fast",)))
 
 
 def run(library, name, *arguments, outputs):
@@ -239,6 +247,7 @@ def test_races_are_found_under_any_schedule(seed):
     library.free()
 
 
+@pytest.mark.long
 @pytest.mark.skipif("asan" in FLAVOURS, reason="this is the run under asan")
 def test_asan():
     run_tests_under_asan(__file__)

@@ -76,6 +76,7 @@ def test_a_run_says_what_it_does(trained):
     assert len(losses(folder)) == 7
 
 
+@pytest.mark.long
 def test_killed_and_resumed_it_has_the_same_losses(trained, text, tmp_path):
     kill_and_resume(tmp_path / "killed", "--corpus", text, *SMALL, *SHORT)
     assert losses(tmp_path / "killed") == losses(trained[0])

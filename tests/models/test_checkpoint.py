@@ -60,6 +60,7 @@ MOMENTS = (
 )
 
 
+@pytest.mark.long
 def test_a_run_killed_again_and_again_has_the_losses_of_one_that_was_not(tmp_path, uninterrupted):
     folder, seen = tmp_path / "checkpoints", []
     for moment in MOMENTS:

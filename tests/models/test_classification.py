@@ -176,6 +176,7 @@ def test_the_folder_gives_the_model_back(trained):
     assert (look.classes, look.size, task.training) == (("0", "1", "2"), 8, False)
 
 
+@pytest.mark.long
 def test_killed_and_resumed_it_has_the_same_losses(trained, folder, tmp_path):
     path, command = tmp_path / "killed", [sys.executable, SCRIPTS / "pretrain.py"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

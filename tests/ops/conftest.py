@@ -39,7 +39,26 @@ def most_allocated():
     return most_allocated
 
 
-@pytest.fixture(params=list(reversed(compiled.NEEDS)))
+@pytest.fixture(scope="session")
+def amx():
+    """The kernels on AMX tiles: the processor's, or a model of the instructions where it has none."""
+    try:
+        return compiled.load_cpu("amx")
+    except ImportError:
+        if not compiled.NEEDS["avx512_bf16"] <= compiled.cpu_flags() or not shutil.which("g++"):
+            pytest.skip("needs a processor with avx512_bf16, and g++")
+        return pytest.importorskip("amx_on_cpu.build", reason="pybind11 is not installed").module()
+
+
+OF_TEST_LONG = ("base", "avx512")  # make test does not build them
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.long] if name in OF_TEST_LONG else [])
+        for name in reversed(compiled.NEEDS)
+    ]
+)
 def isa(request, monkeypatch):
     """The ops run the CPU kernels of each instruction set that was built and that this machine has."""
     try:

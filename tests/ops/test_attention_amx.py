@@ -1,10 +1,7 @@
 """attention's products on AMX tiles, by a model of the instructions where the processor has none."""
 
-import shutil
-
 import pytest
 import torch
-from amx_on_cpu import build
 
 import lspm_kernels as lk
 import oracle
@@ -21,22 +18,15 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def amx():
-    if not compiled.NEEDS["avx512_bf16"] <= compiled.cpu_flags() or not shutil.which("g++"):
-        pytest.skip("needs a processor with avx512_bf16, and g++")
-    return build.module()
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_on_modelled_tiles(amx, name, monkeypatch):
+def test_on_tiles(amx, name, monkeypatch):
     monkeypatch.setattr(compiled, "cpu", amx)
     (B, H, H_kv, T_q, T_k, D, Dv), options = CASES[name]
     given = [torch.randn(s).bfloat16() for s in ((B, H, T_q, D), (B, H_kv, T_k, D), (B, H_kv, T_k, Dv))]
     oracle.check(*(lambda *t, f=f: f(*t, **options) for f in (lk.attention, reference.attention)), given)
 
 
-def test_the_model_is_what_ran(amx, monkeypatch):
+def test_tiles_are_what_ran(amx, monkeypatch):
     """The same bits as without tiles would mean that none was used: their sums are of another order."""
     q, k, v = torch.randn(3, 1, 1, 64, 200).bfloat16()
     found = []

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan, with_long
+from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan
 from ops.test_batch_norm_act import BF16, F16, F32, check, function, tensors
 
 import lspm_kernels as lk
@@ -19,7 +19,7 @@ SOURCES = (build.ROOT / "csrc/cuda/batch_norm_act.cu", build.HERE / "entries/bat
 PTX_KERNELS = r"(merge|sum_runs)_kernel|kernelI(fLi[14]|13__nv_bfloat16Li8|6__half?Li1)E"
 DTYPES = {F32: 0, BF16: 1, F16: 2}
 
-library = fixture(*SOURCES, ptx_kernels=PTX_KERNELS, flavours=with_long(FLAVOURS))
+library = fixture(*SOURCES, ptx_kernels=PTX_KERNELS)
 
 
 class Kernels:

@@ -1,10 +1,7 @@
 """conv2d's products on AMX tiles, by a model of the instructions where the processor has none."""
 
-import shutil
-
 import pytest
 import torch
-from amx_on_cpu import build
 from ops.test_conv2d import SHAPES, both, tensors
 
 import lspm_kernels as lk
@@ -14,20 +11,13 @@ from lspm_kernels import compiled
 NAMES = ("1x1", "3x3", "3x3-strided", "3x3-odd-channels", "7x7-stem", "grouped", "rows-of-many-tiles")
 
 
-@pytest.fixture(scope="module")
-def amx():
-    if not compiled.NEEDS["avx512_bf16"] <= compiled.cpu_flags() or not shutil.which("g++"):
-        pytest.skip("needs a processor with avx512_bf16, and g++")
-    return build.module()
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_on_modelled_tiles(amx, name, monkeypatch):
+def test_on_tiles(amx, name, monkeypatch):
     monkeypatch.setattr(compiled, "cpu", amx)
     oracle.check(*both(name, activation="relu"), tensors(name, torch.bfloat16, bias=True))
 
 
-def test_the_model_is_what_ran(amx, monkeypatch):
+def test_tiles_are_what_ran(amx, monkeypatch):
     """The same bits as without tiles would mean that none was used: their sums are of another order."""
     x, weight, _ = tensors("3x3")
     x, weight = x.bfloat16(), (weight * 50).bfloat16()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cuda_on_cpu import build
 from cuda_on_cpu.attention import FLAVOURS, structure
-from cuda_on_cpu.library import KernelError, fixture, run_under_asan
+from cuda_on_cpu.library import KernelError, fixture, run_under_asan, with_long
 
 import oracle
 from lspm_kernels import compiled, conv2d_scratch
@@ -29,7 +29,9 @@ Shape = structure(
     ), weight_strides=c_int64 * 4, dtype=c_int,
 )  # fmt: skip
 
-emulator = fixture(*FILES, build.HERE / "entries/conv2d.cpp", ptx_kernels=PTX_KERNELS, flavours=FLAVOURS)
+emulator = fixture(
+    *FILES, build.HERE / "entries/conv2d.cpp", ptx_kernels=PTX_KERNELS, flavours=with_long(FLAVOURS)
+)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan, with_long
+from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan
 from ops.matrices import matrix
 from ops.test_mf_als import EACH_OBJECTIVE, EACH_SOLVER, EXPLICIT, IMPLICIT, SOLVERS, check, factors
 
@@ -16,7 +16,7 @@ from lspm_kernels.ops import mf_als
 
 SOURCES = [build.ROOT / "csrc/cuda" / name for name in ("mf_als.cu", "mf_als_loss.cu")]
 CHOLESKY, CG = SOLVERS
-library = fixture(*SOURCES, build.HERE / "entries/mf_als.cpp", flavours=with_long(FLAVOURS))
+library = fixture(*SOURCES, build.HERE / "entries/mf_als.cpp")
 
 
 class Options(ctypes.Structure):

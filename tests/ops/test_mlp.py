@@ -11,7 +11,7 @@ from lspm_kernels.ops import swiglu
 from lspm_kernels.reference import mlp as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (6, 40), (2, 3, 37), (300, 64), (7,), (3, 0), (0, 5)]
+SHAPES = [(5, 1), (6, 40), (2, 3, 37), (300, 64), (7,), (3, 0), (0, 5)]
 
 
 def tensors(shape=(6, 40), dtype=torch.float32, bias_dtype=None, hidden=50, out=30):

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan, with_long
+from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan
 from ops import test_nmf as on_cpu
 from ops.matrices import K_OF_EACH_KIND, matrix
 from ops.test_nmf import check
@@ -15,9 +15,7 @@ import lspm_kernels as lk
 from lspm_kernels import dispatch
 from lspm_kernels.ops import nmf
 
-library = fixture(
-    build.ROOT / "csrc/cuda/nmf.cu", build.HERE / "entries/nmf.cpp", flavours=with_long(FLAVOURS)
-)
+library = fixture(build.ROOT / "csrc/cuda/nmf.cu", build.HERE / "entries/nmf.cpp")
 
 
 class Kernel:

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan, with_long
+from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan
 from ops import test_bpr as on_pairs
 from ops import test_mf_sgd as on_ratings
 
@@ -25,7 +25,7 @@ SOURCES = [
     path for op in OPS for path in (build.ROOT / f"csrc/cuda/{op}.cu", build.HERE / f"entries/{op}.cpp")
 ]
 
-library = fixture(*SOURCES, flavours=with_long(FLAVOURS))
+library = fixture(*SOURCES)
 
 
 class Kernels:

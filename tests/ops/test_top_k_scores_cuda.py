@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan, with_long
+from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan
 from ops import test_top_k_scores as on_cpu
 from ops.test_top_k_scores import DTYPES, check_exact, check_scores, exclusions, identical, integers
 
@@ -19,7 +19,6 @@ SHAPES = [(1, 1, 1, 1), (3, 20, 7, 30), (17, 300, 64, 10), (20, 130, 72, 65), (7
 library = fixture(
     build.ROOT / "csrc/cuda/top_k_scores.cu",
     build.HERE / "entries/top_k_scores.cpp",
-    flavours=with_long(FLAVOURS),
 )
 
 

@@ -14,6 +14,8 @@ _OP = "FusedAdam"
 class FusedAdam(AdamW):
     """AdamW's step in one pass; moments are in float32 whatever the parameters are, as apex' are.
 
+    torch.amp.GradScaler divides its scale out of gradients before the step, or with master_weights in it.
+
     Args:
         params, lr, betas, eps, weight_decay: those of torch.optim.AdamW; weight_decay is 0 if not given.
         bias_correction: only True.
@@ -51,6 +53,7 @@ class FusedAdam(AdamW):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, master_weights=bool(master_weights)
         )  # fmt: skip
+        self._step_supports_amp_scaling = bool(master_weights)  # else a scaler unscales p.grad itself
 
     def add_param_group(self, param_group: dict) -> None:
         """torch's."""
@@ -68,15 +71,17 @@ class FusedAdam(AdamW):
         output_params: object = None,
         scale: object = None,
         grad_norms: object = None,
-        grad_scaler: object = None,
     ) -> float | None:
-        """One step. All but closure are of older versions of apex, and of capturable: only None."""
+        """One step. All but closure are of older versions of apex: only None."""
         given = {"grads": grads, "output_params": output_params, "scale": scale, "grad_norms": grad_norms}
         for name, value in given.items():
             refuse(f"{_OP}.step", name, value, None, "gradients are those of the parameters")
-        refuse(f"{_OP}.step", "grad_scaler", grad_scaler, None, "scaler.step(optimizer) unscales")
         self._check_decay()
         return super().step(closure)
+
+    def __getstate__(self) -> dict:
+        kept = ("adam_w_mode", "set_grad_none")
+        return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def _check_decay(self):
         for group in self.param_groups:

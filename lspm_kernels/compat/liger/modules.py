@@ -118,13 +118,46 @@ class LigerSwiGLUMLP(nn.Module):
 
     def __init__(self, config: Any, intermediate_size: int | None = None):
         super().__init__()
-        if config.hidden_act not in ("silu", "swish"):
-            rule = "have hidden_act 'silu' or 'swish'"
-            raise ValueError(f"LigerSwiGLUMLP: config must {rule}, got {config.hidden_act!r}")
+        _check_silu("LigerSwiGLUMLP", config)
         _make_layers(self, config, intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.liger_swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class LigerQwen3MoeSwiGLUMLP(LigerSwiGLUMLP):
+    """LigerSwiGLUMLP under the name of a mixture's experts."""
+
+
+class LigerBlockSparseTop2MLP(nn.Module):
+    """w2(silu(w1(x)) * w3(x)): LigerSwiGLUMLP with the names of Mixtral's experts."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        _check_silu("LigerBlockSparseTop2MLP", config)
+        self.hidden_dim, self.ffn_dim = config.hidden_size, config.intermediate_size
+        self.w1 = nn.Linear(self.hidden_dim, self.ffn_dim, bias=False)
+        self.w2 = nn.Linear(self.ffn_dim, self.hidden_dim, bias=False)
+        self.w3 = nn.Linear(self.hidden_dim, self.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.liger_swiglu(self.w1(x), self.w3(x)))
+
+
+class LigerPhi3SwiGLUMLP(nn.Module):
+    """down_proj(silu(gate) * up), where gate_up_proj(x) is gate and up side by side."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        _check_silu("LigerPhi3SwiGLUMLP", config)
+        self.config = config
+        self.hidden_size, self.intermediate_size = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Linear(self.hidden_size, 2 * self.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.liger_swiglu(gate, up))
 
 
 class LigerGEGLUMLP(nn.Module):
@@ -136,6 +169,11 @@ class LigerGEGLUMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.liger_geglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _check_silu(op, config):
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"{op}: config must have hidden_act 'silu' or 'swish', got {config.hidden_act!r}")
 
 
 def _make_layers(module, config, intermediate_size):
