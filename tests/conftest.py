@@ -27,19 +27,19 @@ def pytest_generate_tests(metafunc):
 
 
 def what_it_compiles(item):
-    """Of which most cases compile one of their own, for seconds; or None."""
+    """Of which most tests compile their own, for seconds; or None."""
     if item.module.__name__.endswith("_triton"):
-        return item.function
+        return item.module
     return "inductor" if "inductor" in item.name else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    """Of the cases of a test of Triton, and of those with torch.compile, make test runs one in four."""
+    """Of the tests of a file that runs Triton, and of those with torch.compile, make test runs one in six."""
     counts = collections.Counter()
     for item in items:
         if (what := what_it_compiles(item)) and not item.get_closest_marker("long"):
-            if counts[what] % 8:
+            if counts[what] % 6:
                 item.add_marker(pytest.mark.long)
             counts[what] += 1
     if named := next((item.nodeid for item in items if " at 0x" in item.nodeid), None):

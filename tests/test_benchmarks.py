@@ -257,8 +257,8 @@ template __global__ void tensor_kernel<float>(const unsigned*, float*, int, int)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention", pytest.param("gpt", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["attention", "gpt", "layer_norm"])
 def test_smoke(name, tmp_path):
     path = tmp_path / "r.json"
     script = ROOT / "benchmarks" / f"bench_{name}.py"

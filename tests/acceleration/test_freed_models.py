@@ -17,7 +17,7 @@ def alive(parts):
     return [type(part()).__name__ for part in parts if part() is not None]
 
 
-@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("restored", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "bert", "llama", "transformer", "lightning"])
 def test_an_accelerated_model_is_freed(name, restored):
     pytest.importorskip(zoo.PACKAGES[name])

@@ -49,6 +49,7 @@ def test_autocast_is_as_accurate_as_the_reference_under_it():
     check_step(ours, truth, eager, torch.bfloat16)
 
 
+@pytest.mark.long
 def test_compiles_to_one_graph():
     task, tokens = make_task(LLAMA), make_tokens()
     eager = step(task, tokens)

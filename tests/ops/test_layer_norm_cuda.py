@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan, with_long
+from cuda_on_cpu.library import FLAVOURS, KernelError, fixture, run_tests_under_asan
 from ops.norms import EPS, plain, tensors
 
 import oracle
@@ -16,7 +16,7 @@ SOURCES = (build.ROOT / "csrc/cuda/layer_norm.cu", build.HERE / "entries/layer_n
 PTX_KERNELS = r"kernelI(f|13__nv_bfloat16[fE]|6__half[SE])"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-library = fixture(*SOURCES, ptx_kernels=PTX_KERNELS, flavours=with_long(FLAVOURS, ("fast",)))
+library = fixture(*SOURCES, ptx_kernels=PTX_KERNELS)
 
 
 class LayerNorm:

@@ -133,7 +133,13 @@ def test_tables_that_are_not_contiguous():
 @pytest.mark.every_backend
 @STYLES
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim, rotated", [(128, 128), (128, 64), (128, 72), (132, 64)])
+@pytest.mark.parametrize(
+    "dim, rotated",
+    [
+        (128, 72),
+        *(pytest.param(*dims, marks=pytest.mark.long) for dims in ((128, 128), (128, 64), (132, 64))),
+    ],
+)
 def test_large_outputs(dim, rotated, dtype, interleaved):
     check((1, 4, 4200, dim, rotated), dtype, F32, interleaved=interleaved)  # streamed where lines are whole
 
