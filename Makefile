@@ -24,7 +24,7 @@ help:
 
 .venv/installed: EXTRAS := models,test,bench,lint
 # AVX2 is tested wherever there is more; make test-long builds all instruction sets, and CUDA.
-.venv/installed: export LSPM_ISAS ?= avx2,$(NEWEST_ISAS)
+.venv/installed: export LSPM_ISAS ?= $(NEWEST_ISAS:%=avx2,%)
 # Kernels for this machine alone, which take one minute and not six.
 .venv/installed_for_this_machine: EXTRAS := models,bench
 .venv/installed_for_this_machine: export LSPM_ISAS ?= $(NEWEST_ISAS)
