@@ -35,11 +35,11 @@ def what_it_compiles(item):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    """Of the tests of a file that runs Triton, and of those with torch.compile, make test runs one in six."""
+    """Of the tests of a file that runs Triton, and of those with inductor, make test runs one in eight."""
     counts = collections.Counter()
     for item in items:
         if (what := what_it_compiles(item)) and not item.get_closest_marker("long"):
-            if counts[what] % 6:
+            if counts[what] % 8:
                 item.add_marker(pytest.mark.long)
             counts[what] += 1
     if named := next((item.nodeid for item in items if " at 0x" in item.nodeid), None):

@@ -42,7 +42,12 @@ def trained(made, folder, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=["plain", "bf16", "checkpointed"]
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"bf16": True}, id="bf16", marks=pytest.mark.long),
+        pytest.param({"gradient_checkpointing": True}, id="checkpointed", marks=pytest.mark.long),
+    ],
 )
 def test_it_trains_as_it_did(options, tmp_path):
     made = model()

@@ -118,6 +118,7 @@ def kill_and_resume(folder, *arguments):
     subprocess.run([*command, "--resume", folder], env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.long
 def test_killed_and_resumed_it_has_the_same_losses(trained, text, tmp_path):
     kill_and_resume(tmp_path / "killed", "--corpus", text, *SMALL, *SHORT)
     assert losses(tmp_path / "killed") == losses(trained[0])
