@@ -14,7 +14,7 @@ GPUS = $(shell nvidia-smi -L 2>&-)
 help:
 	@echo 'make demo         train a Llama on the standard library for three minutes, sample it, compare with plain PyTorch'
 	@echo 'make test         the test suite'
-	@echo 'make test-long    what takes minutes more: larger tiles and PTX of the GPU kernels, and AddressSanitizer'
+	@echo 'make test-long    what takes minutes more: all instruction sets, GPU kernels in full, and AddressSanitizer'
 	@echo 'make asan         the tests of the ops on CPU kernels built with AddressSanitizer, for each instruction set'
 	@echo 'make bench        measure this machine into benchmarks/results/'
 	@echo 'make docs         the documentation, into site/'

@@ -140,7 +140,7 @@ for isa, flags in ISAS.items():  # a compiler that cannot use the compiled heade
 RULES["bindings"] = compiling(CXX, *BINDINGS)
 RULES["link"] = f"{CXX} -shared $in -o $out -fopenmp {shlex.join(SANITIZE) or '-Wl,-s'}"
 known = list(ISAS) if platform.machine() == "x86_64" else ["base"]
-isas = dict.fromkeys(chosen("LSPM_ISAS", known, known, ", "))
+isas = chosen("LSPM_ISAS", known, known, ", ")
 modules = [Extension(f"lspm_kernels._cpu.{isa}._C", sorted(glob("csrc/cpu/*.cpp"))) for isa in isas]
 if NVCC:
     RULES["cuda"] = compiling(NVCC, "-Xcompiler=-fPIC,-fvisibility=hidden,-O1", *gencode())  # for the host
