@@ -106,6 +106,16 @@ def gemma3():
     return transformers.Gemma3ForCausalLM(config)
 
 
+def gemma4():
+    """Its last two layers share the keys of the two before them."""
+    config = transformers.Gemma4TextConfig(
+        num_kv_shared_layers=2, sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2,
+        global_head_dim=16, vocab_size_per_layer_input=97, hidden_size_per_layer_input=16,
+        **GROUPED | {"num_hidden_layers": 4}, **TEXT,
+    )  # fmt: skip
+    return transformers.Gemma4ForCausalLM(config)
+
+
 def modernbert():
     """Windows to both sides."""
     config = transformers.ModernBertConfig(

@@ -79,8 +79,13 @@ def window_mask(masks, **arguments) -> WindowMask | Tensor | None:
     """
     if isinstance(arguments.get("attention_mask"), WindowMask):  # made already, by generate()
         return arguments["attention_mask"]
-    like_eager = without_sdpa(type(arguments.get("config")))
-    mask = _unwritten(masks, like_eager, **arguments)
+    config = arguments.get("config")
+    like_eager = without_sdpa(type(config))
+    # gemma4 cuts queries, and masks with them, before layers that share keys: there None hides other keys.
+    cut = arguments.get("q_length") != 1 and getattr(config, "num_kv_shared_layers", 0) > 0
+    mask = _unwritten(masks, like_eager, not (like_eager or cut), **arguments)
+    if cut:
+        arguments["allow_is_causal_skip"] = False
     if mask is not None or not like_eager:
         return mask or masks.sdpa_mask(**arguments)
     if arguments.get("q_length") == 1 and masks.sdpa_mask(**arguments) is None:  # a lone query sees all
@@ -106,9 +111,9 @@ def _without_sdpa(config):
 
 
 def _unwritten(
-    masks, like_eager, *, batch_size, kv_length, q_length=None, q_offset=0, kv_offset=0, mask_function=None,
-    attention_mask=None, local_size=None, allow_is_causal_skip=True, allow_is_bidirectional_skip=False,
-    **rest,
+    masks, like_eager, none_is_causal, *, batch_size, kv_length, q_length=None, q_offset=0, kv_offset=0,
+    mask_function=None, attention_mask=None, local_size=None, allow_is_causal_skip=True,
+    allow_is_bidirectional_skip=False, **rest,
 ) -> WindowMask | None:  # fmt: skip
     """The mask where it is proven a window that hides something, else None."""
     # transformers before 5 tells no q_length; a graph that is traced must hold for other values and lengths.
@@ -131,7 +136,7 @@ def _unwritten(
             return None
         padding = None if padding.all() else padding[:, None, None]
     # Here None says as much: a causal mask is then taken to begin at the first key, a lone query to see all.
-    placed = shift == 0 and not like_eager if q_length > 1 else keys == kv_length
+    placed = shift == 0 and none_is_causal if q_length > 1 else keys == kv_length
     if padding is None and (local_size is None or kv_length < local_size) and (placed or window[1] is None):
         return None
     given = {

@@ -3,6 +3,7 @@
 import hugging_face_models as models
 import pytest
 import torch
+import transformers
 from hugging_face_models import inputs, logits_and_gradients, prompts, three
 
 import oracle
@@ -45,6 +46,20 @@ def test_models_that_do_not_support_sdpa_see_what_eager_sees(name, calls):
             floats = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in given.items()}
             found.append(model(input_ids=ids, **floats).logits)
     assert calls or name == "git"
+    oracle.compare("logits", *found)
+
+
+@pytest.mark.parametrize("way", ["dynamic", "static", pytest.param("compiled", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kept", [1, 3])
+def test_queries_are_cut_before_layers_that_share_keys(kept, way):
+    """Not the first query stands at the first key then, though nothing is padding."""
+    ids, _ = prompts()
+    found = []
+    for model in three(models.build("gemma4"), torch.float32):
+        cache = transformers.StaticCache(model.config, max_cache_len=32) if way == "static" else None
+        forward = torch.compile(model, backend="eager") if way == "compiled" else model
+        with torch.no_grad():
+            found.append(forward(ids, cache=cache, logits_to_keep=kept).logits)
     oracle.compare("logits", *found)
 
 
