@@ -125,6 +125,13 @@ def modernbert():
     return transformers.ModernBertForMaskedLM(config)
 
 
+def clip():
+    """Its text and its images have a config each, within its own."""
+    text = {**SIZES, **TEXT, "max_position_embeddings": 64}
+    vision = {"image_size": 32, "patch_size": 8, **SIZES}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+
+
 def git():
     """Its text layers have code of their own, which adds masks to scores."""
     vision = {"image_size": 32, "patch_size": 16, **SIZES}

@@ -39,7 +39,7 @@ def replace_attention(model: nn.Module, is_chosen: Callable[[str], bool], report
             hugging_face.register()
             base = next(c for c in type(module.config).__mro__ if c.__name__ in _CONFIGS)
             owners = _own_config(module, base)
-            module.set_attn_implementation(hugging_face.IN_PLACE_OF_SDPA)
+            module.set_attn_implementation(_in_place_of_sdpa(module.config))
             made: dict = {}
             for owner in owners:
                 vars(owner)["lspm_config"] += (copy.deepcopy(owner.config, made),)
@@ -64,6 +64,15 @@ def _carry_over(ours, made, config) -> None:
             _carry_over(value, before, vars(config)[name])
         elif value is not before and value != before:
             vars(config)[name] = value
+
+
+def _in_place_of_sdpa(config) -> str | dict:
+    """What set_attn_implementation takes for ours where a config or one within it has "sdpa", there alone."""
+    kind = config._attn_implementation
+    kind = hugging_face.IN_PLACE_OF_SDPA if kind == "sdpa" else kind
+    within = {name: getattr(config, name) for name in config.sub_configs}
+    kinds = {name: _in_place_of_sdpa(inner) for name, inner in within.items() if inner is not None}
+    return {"": kind, **kinds} if kinds else kind
 
 
 def _own_config(model, base) -> list[nn.Module]:

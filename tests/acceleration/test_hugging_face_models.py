@@ -163,6 +163,19 @@ def test_attention_that_was_chosen_stays(name):
     assert report.left["config"] == f"its attention is {name!r}: only what is 'sdpa' is replaced"
 
 
+def test_attention_that_was_chosen_for_a_part_stays():
+    model = models.build("clip")
+    model.config.text_config._attn_implementation = "eager"
+    lk.accelerate(model)
+    assert model.text_model.config._attn_implementation == "eager"
+    assert model.text_model.config is model.config.text_config
+    ours = model.config._attn_implementation, model.vision_model.config._attn_implementation
+    assert ours == ("lspm_in_place_of_sdpa",) * 2
+    lk.restore(model)
+    assert model.vision_model.config._attn_implementation == model.config._attn_implementation == "sdpa"
+    assert model.text_model.config._attn_implementation == "eager"
+
+
 def test_probabilities_that_are_asked_for_are_none_as_with_sdpa():
     model = models.build("gpt2").eval()
     ids, _ = prompts()
