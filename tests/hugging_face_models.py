@@ -125,6 +125,16 @@ def modernbert():
     return transformers.ModernBertForMaskedLM(config)
 
 
+def deepseek_v32():
+    """Its indexer chooses 4 keys for a query, and hides the others where its attention is called "sdpa"."""
+    config = transformers.DeepseekV32Config(
+        index_topk=4, index_n_heads=2, index_head_dim=16, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=16, first_k_dense_replace=2, n_routed_experts=4, n_group=1,
+        topk_group=1, moe_intermediate_size=32, num_key_value_heads=4, **SIZES, **TEXT,
+    )  # fmt: skip
+    return transformers.DeepseekV32ForCausalLM(config)
+
+
 def clip():
     """Its text and its images have a config each, within its own."""
     text = {**SIZES, **TEXT, "max_position_embeddings": 64}

@@ -1,12 +1,16 @@
 """The attention of one model of transformers, chosen by its own interface; and that undone."""
 
 import copy
+import inspect
+import re
 import sys
 from collections.abc import Callable
+from functools import cache
 
 from torch import nn
 
 from lspm_kernels.acceleration.report import Report
+from lspm_kernels.acceleration.swap import original
 from lspm_kernels.compat import hugging_face
 
 _CONFIGS = "PreTrainedConfig", "PretrainedConfig"
@@ -35,6 +39,8 @@ def replace_attention(model: nn.Module, is_chosen: Callable[[str], bool], report
             report.left[place] = f"its attention is {kind!r}: only what is 'sdpa' is replaced"
         elif not module._can_set_attn_implementation():
             report.left[place] = "its attention does not ask transformers' interface"
+        elif any(_asks_for_sdpa(original(each).__module__) for each in module.modules()):
+            report.left[place] = "its code does something else where its attention is not called 'sdpa'"
         else:
             hugging_face.register()
             base = next(c for c in type(module.config).__mro__ if c.__name__ in _CONFIGS)
@@ -64,6 +70,16 @@ def _carry_over(ours, made, config) -> None:
             _carry_over(value, before, vars(config)[name])
         elif value is not before and value != before:
             vars(config)[name] = value
+
+
+@cache
+def _asks_for_sdpa(name: str) -> bool:
+    """Whether a file asks for that name: DeepSeek V3.2's hides the keys that it drops for that alone."""
+    try:
+        code = inspect.getsource(sys.modules[name])
+    except (KeyError, OSError, TypeError):
+        return False
+    return re.search(r"""_attn_implementation\b.*["']sdpa["']""", code) is not None
 
 
 def _in_place_of_sdpa(config) -> str | dict:

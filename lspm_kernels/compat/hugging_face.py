@@ -77,7 +77,7 @@ def attention_forward(
 
     Raises:
         ValueError: attention probabilities are asked for, which are never stored.
-        NotImplementedError: a paged cache is given.
+        NotImplementedError: a paged cache is given, or which keys are chosen for each query.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
@@ -88,6 +88,12 @@ def attention_forward(
         raise NotImplementedError(
             f"attention_forward: lspm needs a cache that is not paged, got {type(kwargs['cache']).__name__}"
         )
+    for name in ("indices", "block_indices"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f'attention_forward: lspm needs {name} written into the mask, as for "sdpa",'
+                f" got them for {type(module).__name__}"
+            )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)

@@ -176,6 +176,15 @@ def test_attention_that_was_chosen_for_a_part_stays():
     assert model.text_model.config._attn_implementation == "eager"
 
 
+def test_attention_whose_name_is_asked_for_keeps_it():
+    model = models.build("deepseek_v32").eval()
+    ids, _ = prompts()
+    before = model(ids).logits
+    report = lk.accelerate(model)
+    assert report.left["config"] == "its code does something else where its attention is not called 'sdpa'"
+    torch.testing.assert_close(model(ids).logits, before)
+
+
 def test_probabilities_that_are_asked_for_are_none_as_with_sdpa():
     model = models.build("gpt2").eval()
     ids, _ = prompts()

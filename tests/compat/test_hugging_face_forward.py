@@ -40,6 +40,11 @@ def test_errors():
     with pytest.raises(NotImplementedError) as raised:
         hugging_face.attention_forward(torch.nn.Module(), q, q, q, None, cache=object())
     assert str(raised.value) == "attention_forward: lspm needs a cache that is not paged, got object"
+    with pytest.raises(NotImplementedError) as raised:
+        hugging_face.attention_forward(torch.nn.Module(), q, q, q, None, indices=torch.zeros(1, 5, 4).long())
+    assert str(raised.value) == (
+        'attention_forward: lspm needs indices written into the mask, as for "sdpa", got them for Module'
+    )
 
 
 def test_without_transformers(monkeypatch):
