@@ -39,25 +39,40 @@ void linear_forward(const TensorView& x, const TensorView& weight, const Optiona
   lspm::cpu::linear_forward(px, pw, pb, ps, out, s, threads);
 }
 
-lspm::MatrixView matrix_view(const TensorView& x, const char* name, const TensorView& beside) {
+template <class T>
+lspm::MatrixView<T> matrix_view(const TensorView& x, const char* name, const TensorView& beside) {
   if (x.dim() != 2) TensorView::refuse(name, "have 2 dimensions");
   if (x.size(1) > 1 && x.stride(1) != 1 && x.size(0) > 1 && x.stride(0) != 1)
     TensorView::refuse(name, "have a dimension that is contiguous");
-  auto* data = static_cast<float*>(x.data(name, beside, DType::f32));
+  constexpr DType kDType = std::is_same_v<T, float> ? DType::f32 : DType::bf16;
+  auto* data = static_cast<T*>(x.data(name, beside, kDType));
   return {data, x.size(0), x.size(1), x.stride(0), x.stride(1)};
 }
 
-void matmul(const TensorView& a, const TensorView& b, const OptionalView& bias, const TensorView& c,
-            bool accumulate, int threads) {
-  check_first(a, "a");
-  const auto pa = matrix_view(a, "a", a), pb = matrix_view(b, "b", a), pc = matrix_view(c, "c", a);
+template <class T, class C, class Call>
+void multiply(const TensorView& a, const TensorView& b, const OptionalView& bias, const TensorView& c,
+              bool accumulate, int threads, Call call) {
+  const auto pa = matrix_view<T>(a, "a", a), pb = matrix_view<T>(b, "b", a);
+  const auto pc = matrix_view<C>(c, "c", a);
   if (pb.rows != pa.cols) TensorView::refuse("b", "have a row for each column of a");
   if (pc.rows != pa.rows || pc.cols != pb.cols) TensorView::refuse("c", "have the product's shape");
   if (pc.cols > 1 && pc.col_stride != 1) TensorView::refuse("c", "have a contiguous last dimension");
   if (bias && accumulate) TensorView::refuse("bias", "be None where c is added to");
   const auto* from = static_cast<float*>(optional(bias, "bias", a, DType::f32, pc.cols));
   py::gil_scoped_release unlocked;
-  lspm::cpu::matmul(pa, pb, from, pc, accumulate, threads);
+  call(pa, pb, from, pc, accumulate, threads);
+}
+
+void matmul(const TensorView& a, const TensorView& b, const OptionalView& bias, const TensorView& c,
+            bool accumulate, int threads) {
+  using lspm::bf16, lspm::cpu::matmul_bf16;
+  check_first(a, "a");
+  if (a.dtype() != DType::bf16)
+    multiply<float, float>(a, b, bias, c, accumulate, threads, &lspm::cpu::matmul);
+  else if (c.dtype() == DType::f32)
+    multiply<bf16, float>(a, b, bias, c, accumulate, threads, &matmul_bf16<float>);
+  else
+    multiply<bf16, bf16>(a, b, bias, c, accumulate, threads, &matmul_bf16<bf16>);
 }
 
 }  // namespace

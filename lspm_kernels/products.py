@@ -1,8 +1,9 @@
 """The products of matrices that ops are made of: torch's, or ours where those are faster.
 
 torch's products in float32 are MKL's, which gives processors of other makers than Intel its code for AVX2: on
-a Zen 5 that takes twice as long as ours, for AVX-512 (benchmarks/bench_linear_many_rows.py). On Intel's own,
-and in half types, which are oneDNN's, torch's are near the peak: there ours would bring nothing.
+a Zen 5 that takes twice as long as ours, for AVX-512 (benchmarks/bench_linear_many_rows.py). On Intel's own
+they are near the peak: there ours would bring nothing. In bfloat16 torch's are oneDNN's, which reach half of
+what ours do on AMX tiles where a side is not laid out as they like it: there ours are taken, too.
 """
 
 import torch
@@ -16,12 +17,14 @@ from lspm_kernels.operator import Operator
 _F32 = torch.float32
 LEAST = 32  # of each size: packing would take longer than a thinner product
 faster = compiled.cpu.isa.startswith(("avx512", "amx")) and compiled.cpu_maker() != "GenuineIntel"
-_ROW = Backend("cpu", "cpu", (_F32,), compiled.cpu_kernel("matmul"), None, compiled.nothing_missing)
+_DTYPES = _F32, torch.bfloat16
+_ROW = Backend("cpu", "cpu", _DTYPES, compiled.cpu_kernel("matmul"), None, compiled.nothing_missing)
 
 
 def is_ours(a: Tensor, b: Tensor) -> bool:
     """Whether a @ b of matrices is better done by our kernel."""
-    if not faster or a.dtype != _F32 or b.dtype != _F32 or a.device.type != "cpu":
+    wanted = faster if a.dtype == _F32 else a.dtype == torch.bfloat16 and compiled.cpu.isa == "amx"
+    if not wanted or b.dtype != a.dtype or a.device.type != "cpu":
         return False
     if b.layout is not torch.strided:
         return False
@@ -74,12 +77,12 @@ def flat(x: Tensor) -> Tensor:
 
 def put(c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
     """c = a @ b + bias, rounded to c's dtype; with out=, so that autocast lets dtypes alone."""
-    if c.dtype != a.dtype:
-        put(made := a.new_empty(c.shape), a, b, bias)
-        c.copy_(made)
-    elif is_ours(a, b):
+    if _is_ours_into(c, a, b):
         bias = None if bias is None else bias.to(_F32).contiguous()
         _ROW.forward(_dense(a), _dense(b), bias, c, False)
+    elif c.dtype != a.dtype:
+        put(made := a.new_empty(c.shape), a, b, bias)
+        c.copy_(made)
     elif bias is None:
         torch.mm(a, b, out=c)
     else:
@@ -88,13 +91,17 @@ def put(c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
 
 def add(c: Tensor, a: Tensor, b: Tensor) -> None:
     """c += a @ b; in place, so that autocast lets dtypes alone."""
-    if c.dtype != a.dtype:
+    if _is_ours_into(c, a, b):
+        _ROW.forward(_dense(a), _dense(b), None, c, True)
+    elif c.dtype != a.dtype:
         put(made := a.new_empty(c.shape), a, b)
         c.add_(made)
-    elif is_ours(a, b):
-        _ROW.forward(_dense(a), _dense(b), None, c, True)
     else:
         c.addmm_(a, b)
+
+
+def _is_ours_into(c, a, b):
+    return c.dtype in (a.dtype, _F32) and is_ours(a, b)
 
 
 def _dense(t):

@@ -80,8 +80,9 @@ void finish_row(const ForwardViews& t, const AttentionShape& s, int64_t b, int64
   const bool hides = t.extras.mask.data || t.extras.bias.data;
   const bool sees = s.first_key(query) < s.end_key(query) && !(hides && sum == 0);
   const float sink = t.extras.sinks ? t.extras.sinks[h] : -kInfinity, common = std::max(max, sink);
-  const double part = sees ? std::exp(double(max) - common) : 0.0;  // of all summed, under the common maximum
-  const double total = sees || t.extras.sinks ? sum * part + std::exp(double(sink) - common) : 0.0;
+  const double below = double(max) - common;  // mostly 0, whose exponential need not be computed
+  const double part = !sees ? 0.0 : below == 0 ? 1.0 : std::exp(below);  // of all summed
+  const double total = sum * part + (t.extras.sinks ? std::exp(double(sink) - common) : 0.0);
   const int64_t row = s.row(b, h, query), rows = s.rows();
   t.lse[row] = total == 0 ? -kInfinity : float(common + std::log(total));
   if (t.statistics) {

@@ -60,17 +60,39 @@ inline void pack_left(const bf16* from, int64_t from_stride, float, bf16* left, 
   }
 }
 
+// Columns [n, n + kLanes) of row d of a matrix as the high halves of floats, zeros beyond its ends.
+inline U row_part(const bf16* from, int64_t from_stride, int64_t d, int64_t depth, int64_t n,
+                  int64_t columns) {
+  const int64_t here = d < depth ? std::min<int64_t>(columns - n, kLanes) : 0;
+  const bf16* at = from + d * from_stride + n;
+  return reinterpret_cast<U>(here == kLanes ? load(at) : here > 0 ? FirstLanes{int(here)}.load(at) : F{});
+}
+inline U row_pairs(const bf16* from, int64_t from_stride, int64_t d, int64_t depth, int64_t n,
+                   int64_t columns) {
+  return row_part(from, from_stride, d, depth, n, columns) >> 16 |
+         row_part(from, from_stride, d + 1, depth, n, columns);
+}
+
 inline void pack_right(const bf16* from, int64_t from_stride, bf16* right, int64_t panel, int64_t depth,
                        int64_t columns) {
-  const auto row = [&](int64_t d, int64_t n) {  // kLanes columns of a row, as the high halves of floats
-    const int64_t here = d < depth ? std::min<int64_t>(columns - n, kLanes) : 0;
-    const bf16* at = from + d * from_stride + n;
-    return reinterpret_cast<U>(here == kLanes ? load(at) : here > 0 ? FirstLanes{int(here)}.load(at) : F{});
-  };
   for (int64_t n = 0; n < round_up(columns, kPanel); n += kLanes)
     for (int64_t d = 0; d < round_up(depth, kTileDepth<bf16>); d += 2) {
-      const U pairs = row(d, n) >> 16 | row(d + 1, n);
+      const U pairs = row_pairs(from, from_stride, d, depth, n, columns);
       std::memcpy(right + n / kPanel * panel + d * kPanel + n % kPanel * 2, &pairs, sizeof pairs);
+    }
+}
+
+// A left side of which `from` has the transpose: depth by rows.
+inline void pack_left_transposed(const bf16* from, int64_t from_stride, bf16* left, int64_t stride,
+                                 int64_t rows, int64_t depth) {
+  for (int64_t d = 0; d < depth; d += 2 * kLanes)
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      F block[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = reinterpret_cast<F>(row_pairs(from, from_stride, d + 2 * i, depth, r, rows));
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i)
+        store(reinterpret_cast<float*>(left + (r + i) * stride + d), block[i]);
     }
 }
 
@@ -124,6 +146,7 @@ struct Step<bf16> {
 template <bool kTwoRows>
 void tile_block(const bf16* left, int64_t stride, const int64_t* runs, int64_t count, int64_t depth,
                 const bf16* right, float* c, int64_t c_stride, bool accumulate) {
+  asm volatile("" ::: "memory");  // the compiler does not know that a tile load reads memory
   constexpr int64_t kRightBytes = 2 * kPanel * sizeof(bf16);
   const int64_t left_bytes = stride * sizeof(bf16), c_bytes = c_stride * sizeof(float);
   float* second = c + 16 * c_stride;
@@ -162,7 +185,6 @@ void tile_block(const bf16* left, int64_t stride, const int64_t* runs, int64_t c
 // Rows of C are written up to the next multiple of 16, columns up to the next multiple of kPanel.
 inline void multiply(const bf16* left, const bf16* right, int64_t panel, float* c, int64_t c_stride,
                      int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
-  asm volatile("" ::: "memory");  // the compiler does not know that a tile load reads memory
   constexpr int64_t kNoRuns[] = {0};
   for (int64_t n = 0; n < columns; n += kPanel, right += panel, c += kPanel)
     for (int64_t r = 0; r < rows; r += 32)
@@ -191,18 +213,7 @@ inline void multiply_in_order(const bf16* left, const bf16* right, int64_t panel
 inline void multiply_transposed(const bf16* left, bf16* workspace, const bf16* right, int64_t panel, float* c,
                                 int64_t c_stride, int64_t rows, int64_t columns, int64_t depth,
                                 bool accumulate) {
-  for (int64_t d = 0; d < depth; d += 2 * kLanes)
-    for (int64_t r = 0; r < rows; r += kLanes) {
-      F block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const bf16* pair = left + (d + 2 * i) * kStride<bf16> + r;
-        block[i] = reinterpret_cast<F>(reinterpret_cast<U>(load(pair)) >> 16 |
-                                       reinterpret_cast<U>(load(pair + kStride<bf16>)));
-      }
-      transpose(block);
-      for (int i = 0; i < kLanes; ++i)
-        store(reinterpret_cast<float*>(workspace + (r + i) * kStride<bf16> + d), block[i]);
-    }
+  pack_left_transposed(left, kStride<bf16>, workspace, kStride<bf16>, rows, depth);
   multiply(workspace, right, panel, c, c_stride, rows, columns, depth, accumulate);
 }
 

@@ -21,11 +21,11 @@ struct Scratch {
 };
 
 struct Product {
-  const MatrixView &a, &b, &c;
+  const MatrixView<float> &a, &b, &c;
   const float* bias;
   bool accumulate;
 
-  static bool is_transposed(const MatrixView& x) { return x.cols > 1 && x.col_stride != 1; }
+  static bool is_transposed(const MatrixView<float>& x) { return x.cols > 1 && x.col_stride != 1; }
 
   void pack_b(int64_t d, int64_t depth, int64_t n, int64_t columns, float* right) const {
     const int64_t panel = panel_size(depth);
@@ -83,8 +83,8 @@ struct Product {
 
 }  // namespace
 
-void matmul(const MatrixView& a, const MatrixView& b, const float* bias, const MatrixView& c, bool accumulate,
-            int threads) {
+void matmul(const MatrixView<float>& a, const MatrixView<float>& b, const float* bias,
+            const MatrixView<float>& c, bool accumulate, int threads) {
   const Product product{a, b, c, bias, accumulate};
   if (a.cols == 0 && !accumulate)
     for (int64_t r = 0; r < c.rows; ++r)
