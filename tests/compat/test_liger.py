@@ -1,4 +1,4 @@
-"""compat.liger: Liger-Kernel's modules and functions, beside plain PyTorch."""
+"""compat.liger: Liger-Kernel's norms, MLPs and rotary embedding, beside plain PyTorch."""
 
 from types import SimpleNamespace
 
@@ -125,101 +125,6 @@ def test_rotary(batch, dtype):
     assert all(map(torch.equal, given, functional.liger_rope(q, k, cos, sin)))
 
 
-LOSSES = {
-    "plain": {},
-    "sum": {"reduction": "sum", "label_smoothing": 0.1},
-    "none": {"reduction": "none", "softcap": 3.0},
-    "z": {"lse_square_scale": 0.02, "softcap": 3.0, "label_smoothing": 0.1},
-    "weighted": {"weight": True, "label_smoothing": 0.1},
-    "weighted z": {"weight": True, "lse_square_scale": 0.02},
-}
-
-
-def plain_loss(
-    logits, target, weight=None, reduction="mean", label_smoothing=0.0, lse_square_scale=0.0, softcap=None
-):
-    """Liger's: the z-loss is not weighted, and is divided by the number of rows."""
-    wide = logits.to(torch.promote_types(logits.dtype, F32))
-    wide = wide if softcap is None else softcap * torch.tanh(wide / softcap)
-    weight = None if weight is None else weight.to(wide.dtype)
-    loss = F.cross_entropy(wide, target, weight, reduction=reduction, label_smoothing=label_smoothing)
-    z = (lse_square_scale * wide.logsumexp(-1).square()).where(target != -100, 0)
-    rows = (target != -100).sum()
-    return loss + {"none": z, "sum": z.sum(), "mean": z.sum() / rows}[reduction]
-
-
-def case_of(name):
-    options, target = dict(LOSSES[name]), torch.randint(37, (9,))
-    target[4] = -100
-    weight = torch.rand(37) + 0.5 if options.pop("weight", False) else None
-    return options, target, weight
-
-
-@DTYPES
-@pytest.mark.parametrize("case", LOSSES)
-def test_cross_entropy(case, dtype):
-    options, target, weight = case_of(case)
-    loss = liger.LigerCrossEntropyLoss(weight, **options)
-    oracle.check(
-        lambda t: loss(t, target),
-        lambda t: plain_loss(t, target, weight, **options).to(t.dtype),
-        [3 * torch.randn(9, 37).to(dtype)],
-    )
-
-
-@DTYPES
-@pytest.mark.parametrize("case", LOSSES)
-def test_fused_linear_cross_entropy(case, dtype):
-    options, target, weight = case_of(case)
-    loss = liger.LigerFusedLinearCrossEntropyLoss(weight, **options)
-    wide = torch.promote_types(dtype, F32)
-    oracle.check(
-        lambda w, x, b: loss(w, x, target, b),
-        lambda w, x, b: plain_loss(F.linear(x, w, b), target, weight, **options).to(
-            torch.promote_types(x.dtype, wide)
-        ),
-        [torch.randn(37, 16).to(dtype), torch.randn(9, 16).to(dtype), torch.randn(37).to(dtype)],
-    )
-
-
-@pytest.mark.parametrize("case", LOSSES)
-@pytest.mark.parametrize("rows", [9, 0])
-def test_of_rows_that_are_all_ignored_the_loss_is_0(rows, case):
-    """Liger divides row by row; torch's mean of nothing is NaN."""
-    options, _, weight = case_of(case)
-    target = torch.full((rows,), -100)
-    x, head = torch.randn(rows, 16, requires_grad=True), torch.randn(37, 16, requires_grad=True)
-    loss = liger.LigerCrossEntropyLoss(weight, **options)(x @ head.t(), target)
-    fused = liger.LigerFusedLinearCrossEntropyLoss(weight, return_z_loss=True, **options)
-    fused = fused(head, x, target)
-    alone = liger.LigerFusedLinearCrossEntropyLoss(weight, **options)(head, x, target)
-    for value in (loss, fused.loss, alone):
-        assert value.detach().count_nonzero() == 0
-        assert all(grad.count_nonzero() == 0 for grad in torch.autograd.grad(value.sum(), [x, head]))
-    assert fused.z_loss.count_nonzero() == 0
-
-
-@pytest.mark.parametrize("weight", [None, torch.rand(37)], ids=["", "weighted"])
-def test_what_is_returned_beside_the_loss(weight):
-    logits, target = torch.randn(9, 37), torch.randint(37, (9,))
-    target[2], target[3], target[4] = logits[2].argmax(), logits[3].argmax(), -100
-    asked = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
-    found = liger.LigerCrossEntropyLoss(weight, lse_square_scale=0.1, **asked)(logits, target)
-    counts = target != -100
-    z = 0.1 * logits.logsumexp(-1).square()[counts].mean()
-    assert torch.allclose(found.z_loss, z) and not found.z_loss.requires_grad
-    assert torch.allclose(found.loss, F.cross_entropy(logits, target, weight) + z)
-    predicted = logits.argmax(-1).where(counts, -1)
-    assert torch.equal(found.predicted_tokens, predicted)
-    assert found.token_accuracy == (predicted == target).sum() / 8
-    each = liger.LigerCrossEntropyLoss(reduction="none", return_token_accuracy=True)(logits, target)
-    assert torch.equal(each.token_accuracy, (predicted == target).float())
-    linear = liger.LigerFusedLinearCrossEntropyLoss(weight, lse_square_scale=0.1, return_z_loss=True)
-    found = linear(torch.eye(37), logits, target)
-    assert torch.allclose(found.z_loss, z) and not found.z_loss.requires_grad
-    assert torch.allclose(found.loss, F.cross_entropy(logits, target, weight) + z)
-
-
 def call(function, **options):
     return lambda: function(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 1]), **options)
 
@@ -231,15 +136,6 @@ LOGITS, CLASSES = torch.ones(2, 4), torch.tensor([0, 1])
 @pytest.mark.parametrize(
     "attempt, kind, message",
     [
-        (call(FUSED, use_token_scaling=True), NotImplementedError,
-         "liger_fused_linear_cross_entropy: use_token_scaling must be False, as losses are not scaled by"
-         " probabilities, got True"),
-        (call(FUSED, return_token_accuracy=True), NotImplementedError,
-         "liger_fused_linear_cross_entropy: return_token_accuracy must be False, as logits are not kept,"
-         " got True"),
-        (call(FUSED, return_predicted_tokens=True), NotImplementedError,
-         "liger_fused_linear_cross_entropy: return_predicted_tokens must be False, as logits are not kept,"
-         " got True"),
         (call(FUSED, accum_dtype=torch.float64), NotImplementedError,
          "liger_fused_linear_cross_entropy: accum_dtype must be None or torch.float32, got torch.float64"),
         (call(FUSED, reduction="max"), ValueError,
