@@ -13,6 +13,7 @@ from lspm_kernels.compat.apex.normalization import (
     MixedFusedLayerNorm,
     MixedFusedRMSNorm,
 )
+from lspm_kernels.compat.apex.normalization import fused_layer_norm as fused
 from lspm_kernels.compat.apex.optimizers import FusedAdam
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -55,6 +56,43 @@ def test_mixed_norms_give_the_weights_dtype(inputs, weights):
         assert y.dtype == weights
         truth = norm(x.double(), (24,), eps=1e-5)
         oracle.compare("y", y, truth, truth.to(weights))
+
+
+NORMS = [FusedLayerNorm, FusedRMSNorm, MixedFusedLayerNorm, MixedFusedRMSNorm]
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("kind", NORMS)
+def test_autocast_takes_inputs_and_parameters_in_its_dtype(kind, dtype):
+    """Outputs have that dtype, gradients those of what was given, and both the bits of a norm without it."""
+    module, x = kind((4, 6)), torch.randn(5, 4, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = module(x)
+    same, given = kind((4, 6)).to(dtype), x.detach().to(dtype).requires_grad_()
+    truth, dy = same(given), torch.randn(5, 4, 6).to(dtype)
+    assert y.dtype == dtype and torch.equal(y, truth)
+    found = torch.autograd.grad(y, [x, *module.parameters()], dy)
+    expected = torch.autograd.grad(truth, [given, *same.parameters()], dy)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == F32 and torch.equal(ours, theirs.float())
+
+
+def test_functions_are_the_modules_with_given_parameters():
+    x, weight, bias = torch.randn(5, 4, 6).to(BF16), torch.randn(4, 6), torch.randn(4, 6)
+    plain = F.layer_norm(x.float(), (4, 6), weight, bias, 1e-6)
+    assert torch.allclose(
+        fused.mixed_dtype_fused_layer_norm_affine(x, weight, bias, [4, 6]), plain, atol=1e-5
+    )
+    assert torch.equal(fused.fused_layer_norm_affine(x, weight, bias, torch.Size([4, 6])), plain.to(BF16))
+    assert torch.allclose(
+        fused.fused_layer_norm(x.float(), 6), F.layer_norm(x.float(), (6,), eps=1e-6), atol=1e-5
+    )
+    plain = F.rms_norm(x.float(), (4, 6), weight, 1e-6)
+    assert torch.allclose(fused.mixed_dtype_fused_rms_norm_affine(x, weight, (4, 6)), plain, atol=1e-5)
+    assert fused.fused_rms_norm_affine(x, weight, (4, 6)).dtype == BF16
+    assert torch.allclose(
+        fused.fused_rms_norm(x.float(), 6), F.rms_norm(x.float(), (6,), eps=1e-6), atol=1e-5
+    )
 
 
 def test_adam_is_torchs():
