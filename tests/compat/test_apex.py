@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import oracle
+from lspm_kernels.compat.apex.contrib.xentropy import SoftmaxCrossEntropyLoss
 from lspm_kernels.compat.apex.normalization import (
     FusedLayerNorm,
     FusedRMSNorm,
@@ -189,6 +190,25 @@ def test_a_copy_keeps_its_own_options():
     assert not copied.adam_w_mode
 
 
+@pytest.mark.parametrize("padding", [0, -100])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_cross_entropy_of_rows(dtype, padding):
+    labels = torch.tensor([5, padding, 8, 3, padding, 1])
+    options = {"ignore_index": padding, "label_smoothing": 0.1, "reduction": "none"}
+    oracle.check(
+        lambda x: SoftmaxCrossEntropyLoss.apply(x, labels, 0.1, padding),
+        lambda x: F.cross_entropy(x.to(torch.promote_types(x.dtype, F32)), labels, **options).to(x.dtype),
+        [torch.randn(6, 9).to(dtype)],
+    )
+
+
+def test_cross_entropy_of_rows_may_be_float32_and_leaves_class_0_out():
+    x, labels = torch.randn(4, 9).to(BF16), torch.tensor([2, 0, 8, 1])
+    losses = SoftmaxCrossEntropyLoss.apply(x, labels, half_to_float=True)
+    plain = F.cross_entropy(x.float(), labels, reduction="none", ignore_index=0)
+    assert losses.dtype == F32 and torch.allclose(losses, plain, atol=1e-5)
+
+
 def adam(**options):
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
@@ -224,6 +244,8 @@ def decayed_later():
          "FusedLayerNorm: input must be a floating-point tensor (..., 2, 4), got (3, 4) torch.float32"),
         (lambda: FusedRMSNorm(4)(torch.ones(3, 4).int()), ValueError,
          "FusedRMSNorm: input must be a floating-point tensor (..., 4), got (3, 4) torch.int32"),
+        (lambda: SoftmaxCrossEntropyLoss.apply(torch.ones(2, 4), torch.tensor([1, 4])), ValueError,
+         "SoftmaxCrossEntropyLoss: target must be from 0 to 3 or 0, got 4"),
     ],
 )  # fmt: skip
 def test_bad_input(call, kind, message):
