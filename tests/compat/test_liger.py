@@ -1,4 +1,4 @@
-"""compat.liger: Liger-Kernel's norms, MLPs and rotary embedding, beside plain PyTorch."""
+"""compat.liger_kernel: Liger-Kernel's norms, MLPs and rotary embedding, beside plain PyTorch."""
 
 from types import SimpleNamespace
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import oracle
-from lspm_kernels.compat import liger
-from lspm_kernels.compat.liger import functional
+from lspm_kernels.compat.liger_kernel import transformers as liger
+from lspm_kernels.compat.liger_kernel.transformers import functional
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16])

@@ -1,12 +1,12 @@
-"""compat.liger: Liger-Kernel's losses, beside plain PyTorch."""
+"""compat.liger_kernel: Liger-Kernel's losses, beside plain PyTorch."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import oracle
-from lspm_kernels.compat import liger
-from lspm_kernels.compat.liger import losses
+from lspm_kernels.compat.liger_kernel import transformers as liger
+from lspm_kernels.compat.liger_kernel.transformers import losses
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16])

@@ -162,6 +162,15 @@ def check_reduction(op: str, reduction: str) -> None:
     checks.one_of(op, "reduction", reduction, _REDUCTIONS)
 
 
+def check_options(op: str, label_smoothing: float, reduction: str, softcap: float | None) -> None:
+    """Raises ValueError unless a loss can have these."""
+    check_reduction(op, reduction)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be from 0 to 1, got {label_smoothing!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be above 0 or None, got {softcap!r}")
+
+
 def _divisor(share, counts):
     """share, or 1 where no row counts: of nothing the mean is 0, as Liger divides row by row."""
     return share.where(counts.any(), 1)
