@@ -100,6 +100,81 @@ def test_mlps():
     assert torch.allclose(mlp(x), truth, atol=1e-6)
 
 
+def test_mlps_that_keep_less():
+    x = torch.randn(2, 37, 16, requires_grad=True)
+    gelu = SimpleNamespace(**{**vars(CONFIG), "hidden_act": "gelu_pytorch_tanh"})
+    for made, plain in (
+        (liger.LigerMLP(CONFIG), liger.LigerSwiGLUMLP(CONFIG)),
+        (liger.LigerTiledSwiGLUMLP(CONFIG), liger.LigerSwiGLUMLP(CONFIG)),
+        (liger.LigerTiledGEGLUMLP(gelu, num_shards=5), liger.LigerGEGLUMLP(gelu)),
+    ):
+        plain.load_state_dict(made.state_dict())
+        given = [(m(x), [x, *m.parameters()]) for m in (made, plain)]
+        assert torch.allclose(given[0][0], given[1][0], atol=1e-6)
+        found = [torch.autograd.grad(y.square().sum(), wanted) for y, wanted in given]
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+    assert liger.LigerTiledSwiGLUMLP(CONFIG)(x[0, :0]).shape == (0, 16)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_falcon_h1s_mlps_have_multipliers(bias):
+    x, config = torch.randn(5, 16), SimpleNamespace(**vars(CONFIG), mlp_bias=bias, mlp_multipliers=[0.5, 3])
+    mlp = liger.LigerFalconH1SwiGLUMLP(config)
+    assert ("up_proj.bias" in mlp.state_dict()) == bias
+    truth = 3 * mlp.down_proj(F.silu(0.5 * mlp.gate_proj(x)) * mlp.up_proj(x))
+    assert torch.allclose(mlp(x), truth, atol=1e-6)
+    if not bias:
+        other = liger.LigerFalconH1MLP(config)
+        other.load_state_dict(mlp.state_dict())
+        assert torch.equal(other(x), mlp(x))
+
+
+@DTYPES
+def test_experts(dtype):
+    """Of 5 experts one has no token; a token's two are never the same."""
+    config = SimpleNamespace(**vars(CONFIG), num_local_experts=5, moe_intermediate_size=8)
+    experts = liger.LigerExperts(config)
+    assert {n: p.shape for n, p in experts.named_parameters()} == {
+        "gate_up_proj": (5, 16, 16),
+        "down_proj": (5, 16, 8),
+    }
+    index = torch.rand(2, 7, 4).argsort(-1)[..., :2] + 1
+
+    def plain(x, weights, gate_up, down):
+        gate, up = torch.einsum("btc,eic->btei", x, gate_up).chunk(2, -1)
+        each = torch.einsum("btei,eci->btec", F.silu(gate) * up, down)
+        chosen = each.gather(2, index[..., None].expand(-1, -1, -1, 16))
+        return (weights[..., None].to(x.dtype) * chosen).sum(2)
+
+    def ours(x, weights, gate_up, down):
+        parameters = {"gate_up_proj": gate_up, "down_proj": down}
+        return torch.func.functional_call(experts, parameters, (x, index, weights))
+
+    shapes = (2, 7, 16), (2, 7, 2), (5, 16, 16), (5, 16, 8)
+    oracle.check(ours, plain, [torch.randn(shape).to(dtype) for shape in shapes])
+
+
+@DTYPES
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotary_by_complex_numbers(batch, dtype):
+    q, k = torch.randn(2, 7, 4, 12).to(dtype), torch.randn(2, 7, 2, 12).to(dtype)
+    freqs = torch.polar(torch.ones(batch, 7, 6), torch.rand(batch, 7, 6) * 6)
+
+    def plain(*given):
+        wide = torch.complex128 if given[0].dtype == torch.float64 else torch.complex64
+        pairs = [t.to(wide.to_real()).unflatten(-1, (-1, 2)).contiguous() for t in given]
+        made = [torch.view_as_complex(t) * freqs[:, :, None].to(wide) for t in pairs]
+        return tuple(torch.view_as_real(t).flatten(3).to(given[0].dtype) for t in made)
+
+    oracle.check(lambda q, k: liger.liger_llama4_text_rotary_pos_emb(q, k, freqs), plain, [q, k])
+    alone = liger.liger_llama4_text_rotary_pos_emb(q, k, freqs[0])
+    for given in (freqs[0], freqs[0, :, None], freqs[:1, :, None]):
+        assert all(map(torch.equal, liger.liger_llama4_vision_rotary_pos_emb(q, k, given), alone))
+    real = liger.liger_llama4_vision_rotary_pos_emb(q, k, freqs[0].real)[0]
+    assert torch.allclose(real, q * freqs[0].real.repeat_interleave(2, -1)[:, None].to(dtype), atol=0.05)
+
+
 def rotate(x, cos, sin):
     """transformers' apply_rotary_pos_emb of x (B, H, T, D), over the columns that cos has."""
     turned, passed = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
@@ -161,8 +236,13 @@ LOGITS, CLASSES = torch.ones(2, 4), torch.tensor([0, 1])
         *(
             (lambda name=name: getattr(liger, name)(SimpleNamespace(hidden_act="gelu")), ValueError,
              f"{name}: config must have hidden_act 'silu' or 'swish', got 'gelu'")
-            for name in ("LigerSwiGLUMLP", "LigerBlockSparseTop2MLP", "LigerPhi3SwiGLUMLP")
+            for name in ("LigerSwiGLUMLP", "LigerBlockSparseTop2MLP", "LigerPhi3SwiGLUMLP", "LigerExperts",
+                         "LigerFalconH1SwiGLUMLP")
         ),
+        (lambda: liger.LigerFalconH1MLP(SimpleNamespace(mlp_bias=True)), ValueError,
+         "LigerFalconH1MLP: config must have mlp_bias False, got True"),
+        (lambda: liger.LigerTiledGEGLUMLP(CONFIG), ValueError,
+         "LigerTiledGEGLUMLP: config must have hidden_act gelu, gelu_new, gelu_pytorch_tanh, got 'silu'"),
         (lambda: liger.liger_rotary_pos_emb(*[torch.ones(2, 1, 3, 4)] * 2, *[torch.ones(3, 3, 4)] * 2),
          ValueError, "liger_rotary_pos_emb: cos must be a tensor (1 or 2, T, R), got (3, 3, 4)"),
     ],
