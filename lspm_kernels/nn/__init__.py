@@ -1,6 +1,7 @@
 """Drop-in modules: subclasses of torch.nn's of the same name, with their constructors and state_dicts.
 
 Each decides at every call whether a kernel takes it and is the faster way; else it is torch's own forward.
+So is what a kernel refuses then, as an id outside a table: the error is the one that torch's callers expect.
 """
 
 from lspm_kernels.nn.attentions import MultiheadAttention

@@ -31,7 +31,9 @@ class GELU(nn.GELU):
     def forward(self, input: Tensor) -> Tensor:
         if self.approximate == "none":
             return bias_act(input) if takes(input, 1) else super().forward(input)
-        return bias_act(input, None, "gelu_tanh") if takes(input, _LEAST_OF_TANH) else super().forward(input)
+        if self.approximate == "tanh" and takes(input, _LEAST_OF_TANH):
+            return bias_act(input, None, "gelu_tanh")
+        return super().forward(input)
 
 
 class SiLU(nn.SiLU):
@@ -50,6 +52,6 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not self.p or self.inplace or not takes(input, _LEAST_OF_DROPOUT):
+        if not self.training or not 0 < self.p <= 1 or self.inplace or not takes(input, _LEAST_OF_DROPOUT):
             return super().forward(input)
         return dropout(input, self.p)

@@ -32,7 +32,10 @@ class Embedding(nn.Embedding):
             and input.dim() > 0
             and _trains(self, weight)
         ):
-            return embedding(input, weight, self.padding_idx)
+            try:
+                return embedding(input, weight, self.padding_idx)
+            except ValueError:  # of ids, which only the kernel reads
+                return super().forward(input)
         return super().forward(input)
 
 
@@ -55,15 +58,18 @@ class EmbeddingBag(nn.EmbeddingBag):
             and _trains(self, weight)
             and _are_bags(weight, input, offsets, per_sample_weights)
         ):
-            return embedding_bag(
-                weight,
-                input,
-                offsets,
-                mode=mode,
-                per_sample_weights=per_sample_weights,
-                padding_idx=self.padding_idx,
-                include_last_offset=self.include_last_offset,
-            )
+            try:
+                return embedding_bag(
+                    weight,
+                    input,
+                    offsets,
+                    mode=mode,
+                    per_sample_weights=per_sample_weights,
+                    padding_idx=self.padding_idx,
+                    include_last_offset=self.include_last_offset,
+                )
+            except ValueError:  # of ids or of offsets; torch's may end before the ids do
+                return super().forward(input, offsets, per_sample_weights)
         return super().forward(input, offsets, per_sample_weights)
 
 

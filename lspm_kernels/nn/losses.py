@@ -34,14 +34,17 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             and _are_targets(target, input, self.ignore_index)
             and (weight is None or (calls.alike(input, weight) and weight.shape == input.shape[1:]))
         ):
-            return cross_entropy(
-                input,
-                target,
-                weight,
-                ignore_index=self.ignore_index,
-                reduction=self.reduction,
-                label_smoothing=self.label_smoothing,
-            )
+            try:
+                return cross_entropy(
+                    input,
+                    target,
+                    weight,
+                    ignore_index=self.ignore_index,
+                    reduction=self.reduction,
+                    label_smoothing=self.label_smoothing,
+                )
+            except ValueError:  # of targets, which only the kernel reads, or of an option
+                return super().forward(input, target)
         return super().forward(input, target)
 
 
@@ -70,16 +73,19 @@ class LinearCrossEntropyLoss(nn.LinearCrossEntropyLoss):
             autocasts = checks.autocasts(input.device)
             ours = products.faster and input.dtype is _F32 and not autocasts
             if self.num_classes >= (_LEAST_CLASSES if ours else _LEAST_CLASSES_OF_OTHERS):
-                loss = linear_cross_entropy(
-                    input,
-                    weight,
-                    target,
-                    bias=bias,
-                    class_weight=class_weight,
-                    ignore_index=-100 if self.ignore_index is None else self.ignore_index,
-                    label_smoothing=self.label_smoothing,
-                    reduction=self.reduction,
-                )
+                try:
+                    loss = linear_cross_entropy(
+                        input,
+                        weight,
+                        target,
+                        bias=bias,
+                        class_weight=class_weight,
+                        ignore_index=-100 if self.ignore_index is None else self.ignore_index,
+                        label_smoothing=self.label_smoothing,
+                        reduction=self.reduction,
+                    )
+                except ValueError:  # as of CrossEntropyLoss
+                    return super().forward(input, target)
                 return loss if autocasts else loss.to(input.dtype)
         return super().forward(input, target)
 

@@ -81,13 +81,14 @@ def bias_act(
     The backward reads x again instead of keeping x + bias, and sums dbias in the same pass.
 
     Args:
-        x: (..., C), float32, bfloat16 or float16. The sum and its activation are computed in float32.
+        x: (..., C), float32, bfloat16 or float16; without a bias also of no dimension. The sum and its
+            activation are computed in float32.
         bias: (C,), x's dtype or float32, or None.
         activation: "gelu" (by erf), "gelu_tanh", "silu" or "relu".
         backend: "cpu", "triton" or "reference"; None takes the first that admits the call.
 
     Returns:
-        y: (..., C), x's dtype.
+        y: of x's shape and dtype.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or there is no such activation.
@@ -106,6 +107,8 @@ def bias_gelu(
 
 
 def _call(op, x, bias, activation, backend):
+    if bias is None and isinstance(x, Tensor) and x.dim() == 0:
+        return _call(op, x[None], None, activation, backend)[0]
     checks.floating(op, "x", x)
     if bias is not None:
         checks.parameter(op, "bias", bias, x.shape[-1], x.device, (x.dtype, torch.float32))

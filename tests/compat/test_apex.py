@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 
 import oracle
+from lspm_kernels.compat.apex.contrib.xentropy import SoftmaxCrossEntropyLoss
 from lspm_kernels.compat.apex.normalization import (
     FusedLayerNorm,
     FusedRMSNorm,
     MixedFusedLayerNorm,
     MixedFusedRMSNorm,
 )
+from lspm_kernels.compat.apex.normalization import fused_layer_norm as fused
 from lspm_kernels.compat.apex.optimizers import FusedAdam
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -55,6 +57,43 @@ def test_mixed_norms_give_the_weights_dtype(inputs, weights):
         assert y.dtype == weights
         truth = norm(x.double(), (24,), eps=1e-5)
         oracle.compare("y", y, truth, truth.to(weights))
+
+
+NORMS = [FusedLayerNorm, FusedRMSNorm, MixedFusedLayerNorm, MixedFusedRMSNorm]
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("kind", NORMS)
+def test_autocast_takes_inputs_and_parameters_in_its_dtype(kind, dtype):
+    """Outputs have that dtype, gradients those of what was given, and both the bits of a norm without it."""
+    module, x = kind((4, 6)), torch.randn(5, 4, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = module(x)
+    same, given = kind((4, 6)).to(dtype), x.detach().to(dtype).requires_grad_()
+    truth, dy = same(given), torch.randn(5, 4, 6).to(dtype)
+    assert y.dtype == dtype and torch.equal(y, truth)
+    found = torch.autograd.grad(y, [x, *module.parameters()], dy)
+    expected = torch.autograd.grad(truth, [given, *same.parameters()], dy)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == F32 and torch.equal(ours, theirs.float())
+
+
+def test_functions_are_the_modules_with_given_parameters():
+    x, weight, bias = torch.randn(5, 4, 6).to(BF16), torch.randn(4, 6), torch.randn(4, 6)
+    plain = F.layer_norm(x.float(), (4, 6), weight, bias, 1e-6)
+    assert torch.allclose(
+        fused.mixed_dtype_fused_layer_norm_affine(x, weight, bias, [4, 6]), plain, atol=1e-5
+    )
+    assert torch.equal(fused.fused_layer_norm_affine(x, weight, bias, torch.Size([4, 6])), plain.to(BF16))
+    assert torch.allclose(
+        fused.fused_layer_norm(x.float(), 6), F.layer_norm(x.float(), (6,), eps=1e-6), atol=1e-5
+    )
+    plain = F.rms_norm(x.float(), (4, 6), weight, 1e-6)
+    assert torch.allclose(fused.mixed_dtype_fused_rms_norm_affine(x, weight, (4, 6)), plain, atol=1e-5)
+    assert fused.fused_rms_norm_affine(x, weight, (4, 6)).dtype == BF16
+    assert torch.allclose(
+        fused.fused_rms_norm(x.float(), 6), F.rms_norm(x.float(), (6,), eps=1e-6), atol=1e-5
+    )
 
 
 def test_adam_is_torchs():
@@ -151,6 +190,25 @@ def test_a_copy_keeps_its_own_options():
     assert not copied.adam_w_mode
 
 
+@pytest.mark.parametrize("padding", [0, -100])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_cross_entropy_of_rows(dtype, padding):
+    labels = torch.tensor([5, padding, 8, 3, padding, 1])
+    options = {"ignore_index": padding, "label_smoothing": 0.1, "reduction": "none"}
+    oracle.check(
+        lambda x: SoftmaxCrossEntropyLoss.apply(x, labels, 0.1, padding),
+        lambda x: F.cross_entropy(x.to(torch.promote_types(x.dtype, F32)), labels, **options).to(x.dtype),
+        [torch.randn(6, 9).to(dtype)],
+    )
+
+
+def test_cross_entropy_of_rows_may_be_float32_and_leaves_class_0_out():
+    x, labels = torch.randn(4, 9).to(BF16), torch.tensor([2, 0, 8, 1])
+    losses = SoftmaxCrossEntropyLoss.apply(x, labels, half_to_float=True)
+    plain = F.cross_entropy(x.float(), labels, reduction="none", ignore_index=0)
+    assert losses.dtype == F32 and torch.allclose(losses, plain, atol=1e-5)
+
+
 def adam(**options):
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
@@ -186,6 +244,8 @@ def decayed_later():
          "FusedLayerNorm: input must be a floating-point tensor (..., 2, 4), got (3, 4) torch.float32"),
         (lambda: FusedRMSNorm(4)(torch.ones(3, 4).int()), ValueError,
          "FusedRMSNorm: input must be a floating-point tensor (..., 4), got (3, 4) torch.int32"),
+        (lambda: SoftmaxCrossEntropyLoss.apply(torch.ones(2, 4), torch.tensor([1, 4])), ValueError,
+         "SoftmaxCrossEntropyLoss: target must be from 0 to 3 or 0, got 4"),
     ],
 )  # fmt: skip
 def test_bad_input(call, kind, message):

@@ -1,4 +1,4 @@
-"""compat.liger: Liger-Kernel's modules and functions, beside plain PyTorch."""
+"""compat.liger_kernel: Liger-Kernel's norms, MLPs and rotary embedding, beside plain PyTorch."""
 
 from types import SimpleNamespace
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import oracle
-from lspm_kernels.compat import liger
-from lspm_kernels.compat.liger import functional
+from lspm_kernels.compat.liger_kernel import transformers as liger
+from lspm_kernels.compat.liger_kernel.transformers import functional
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16])
@@ -100,6 +100,81 @@ def test_mlps():
     assert torch.allclose(mlp(x), truth, atol=1e-6)
 
 
+def test_mlps_that_keep_less():
+    x = torch.randn(2, 37, 16, requires_grad=True)
+    gelu = SimpleNamespace(**{**vars(CONFIG), "hidden_act": "gelu_pytorch_tanh"})
+    for made, plain in (
+        (liger.LigerMLP(CONFIG), liger.LigerSwiGLUMLP(CONFIG)),
+        (liger.LigerTiledSwiGLUMLP(CONFIG), liger.LigerSwiGLUMLP(CONFIG)),
+        (liger.LigerTiledGEGLUMLP(gelu, num_shards=5), liger.LigerGEGLUMLP(gelu)),
+    ):
+        plain.load_state_dict(made.state_dict())
+        given = [(m(x), [x, *m.parameters()]) for m in (made, plain)]
+        assert torch.allclose(given[0][0], given[1][0], atol=1e-6)
+        found = [torch.autograd.grad(y.square().sum(), wanted) for y, wanted in given]
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+    assert liger.LigerTiledSwiGLUMLP(CONFIG)(x[0, :0]).shape == (0, 16)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_falcon_h1s_mlps_have_multipliers(bias):
+    x, config = torch.randn(5, 16), SimpleNamespace(**vars(CONFIG), mlp_bias=bias, mlp_multipliers=[0.5, 3])
+    mlp = liger.LigerFalconH1SwiGLUMLP(config)
+    assert ("up_proj.bias" in mlp.state_dict()) == bias
+    truth = 3 * mlp.down_proj(F.silu(0.5 * mlp.gate_proj(x)) * mlp.up_proj(x))
+    assert torch.allclose(mlp(x), truth, atol=1e-6)
+    if not bias:
+        other = liger.LigerFalconH1MLP(config)
+        other.load_state_dict(mlp.state_dict())
+        assert torch.equal(other(x), mlp(x))
+
+
+@DTYPES
+def test_experts(dtype):
+    """Of 5 experts one has no token; a token's two are never the same."""
+    config = SimpleNamespace(**vars(CONFIG), num_local_experts=5, moe_intermediate_size=8)
+    experts = liger.LigerExperts(config)
+    assert {n: p.shape for n, p in experts.named_parameters()} == {
+        "gate_up_proj": (5, 16, 16),
+        "down_proj": (5, 16, 8),
+    }
+    index = torch.rand(2, 7, 4).argsort(-1)[..., :2] + 1
+
+    def plain(x, weights, gate_up, down):
+        gate, up = torch.einsum("btc,eic->btei", x, gate_up).chunk(2, -1)
+        each = torch.einsum("btei,eci->btec", F.silu(gate) * up, down)
+        chosen = each.gather(2, index[..., None].expand(-1, -1, -1, 16))
+        return (weights[..., None].to(x.dtype) * chosen).sum(2)
+
+    def ours(x, weights, gate_up, down):
+        parameters = {"gate_up_proj": gate_up, "down_proj": down}
+        return torch.func.functional_call(experts, parameters, (x, index, weights))
+
+    shapes = (2, 7, 16), (2, 7, 2), (5, 16, 16), (5, 16, 8)
+    oracle.check(ours, plain, [torch.randn(shape).to(dtype) for shape in shapes])
+
+
+@DTYPES
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotary_by_complex_numbers(batch, dtype):
+    q, k = torch.randn(2, 7, 4, 12).to(dtype), torch.randn(2, 7, 2, 12).to(dtype)
+    freqs = torch.polar(torch.ones(batch, 7, 6), torch.rand(batch, 7, 6) * 6)
+
+    def plain(*given):
+        wide = torch.complex128 if given[0].dtype == torch.float64 else torch.complex64
+        pairs = [t.to(wide.to_real()).unflatten(-1, (-1, 2)).contiguous() for t in given]
+        made = [torch.view_as_complex(t) * freqs[:, :, None].to(wide) for t in pairs]
+        return tuple(torch.view_as_real(t).flatten(3).to(given[0].dtype) for t in made)
+
+    oracle.check(lambda q, k: liger.liger_llama4_text_rotary_pos_emb(q, k, freqs), plain, [q, k])
+    alone = liger.liger_llama4_text_rotary_pos_emb(q, k, freqs[0])
+    for given in (freqs[0], freqs[0, :, None], freqs[:1, :, None]):
+        assert all(map(torch.equal, liger.liger_llama4_vision_rotary_pos_emb(q, k, given), alone))
+    real = liger.liger_llama4_vision_rotary_pos_emb(q, k, freqs[0].real)[0]
+    assert torch.allclose(real, q * freqs[0].real.repeat_interleave(2, -1)[:, None].to(dtype), atol=0.05)
+
+
 def rotate(x, cos, sin):
     """transformers' apply_rotary_pos_emb of x (B, H, T, D), over the columns that cos has."""
     turned, passed = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
@@ -125,101 +200,6 @@ def test_rotary(batch, dtype):
     assert all(map(torch.equal, given, functional.liger_rope(q, k, cos, sin)))
 
 
-LOSSES = {
-    "plain": {},
-    "sum": {"reduction": "sum", "label_smoothing": 0.1},
-    "none": {"reduction": "none", "softcap": 3.0},
-    "z": {"lse_square_scale": 0.02, "softcap": 3.0, "label_smoothing": 0.1},
-    "weighted": {"weight": True, "label_smoothing": 0.1},
-    "weighted z": {"weight": True, "lse_square_scale": 0.02},
-}
-
-
-def plain_loss(
-    logits, target, weight=None, reduction="mean", label_smoothing=0.0, lse_square_scale=0.0, softcap=None
-):
-    """Liger's: the z-loss is not weighted, and is divided by the number of rows."""
-    wide = logits.to(torch.promote_types(logits.dtype, F32))
-    wide = wide if softcap is None else softcap * torch.tanh(wide / softcap)
-    weight = None if weight is None else weight.to(wide.dtype)
-    loss = F.cross_entropy(wide, target, weight, reduction=reduction, label_smoothing=label_smoothing)
-    z = (lse_square_scale * wide.logsumexp(-1).square()).where(target != -100, 0)
-    rows = (target != -100).sum()
-    return loss + {"none": z, "sum": z.sum(), "mean": z.sum() / rows}[reduction]
-
-
-def case_of(name):
-    options, target = dict(LOSSES[name]), torch.randint(37, (9,))
-    target[4] = -100
-    weight = torch.rand(37) + 0.5 if options.pop("weight", False) else None
-    return options, target, weight
-
-
-@DTYPES
-@pytest.mark.parametrize("case", LOSSES)
-def test_cross_entropy(case, dtype):
-    options, target, weight = case_of(case)
-    loss = liger.LigerCrossEntropyLoss(weight, **options)
-    oracle.check(
-        lambda t: loss(t, target),
-        lambda t: plain_loss(t, target, weight, **options).to(t.dtype),
-        [3 * torch.randn(9, 37).to(dtype)],
-    )
-
-
-@DTYPES
-@pytest.mark.parametrize("case", LOSSES)
-def test_fused_linear_cross_entropy(case, dtype):
-    options, target, weight = case_of(case)
-    loss = liger.LigerFusedLinearCrossEntropyLoss(weight, **options)
-    wide = torch.promote_types(dtype, F32)
-    oracle.check(
-        lambda w, x, b: loss(w, x, target, b),
-        lambda w, x, b: plain_loss(F.linear(x, w, b), target, weight, **options).to(
-            torch.promote_types(x.dtype, wide)
-        ),
-        [torch.randn(37, 16).to(dtype), torch.randn(9, 16).to(dtype), torch.randn(37).to(dtype)],
-    )
-
-
-@pytest.mark.parametrize("case", LOSSES)
-@pytest.mark.parametrize("rows", [9, 0])
-def test_of_rows_that_are_all_ignored_the_loss_is_0(rows, case):
-    """Liger divides row by row; torch's mean of nothing is NaN."""
-    options, _, weight = case_of(case)
-    target = torch.full((rows,), -100)
-    x, head = torch.randn(rows, 16, requires_grad=True), torch.randn(37, 16, requires_grad=True)
-    loss = liger.LigerCrossEntropyLoss(weight, **options)(x @ head.t(), target)
-    fused = liger.LigerFusedLinearCrossEntropyLoss(weight, return_z_loss=True, **options)
-    fused = fused(head, x, target)
-    alone = liger.LigerFusedLinearCrossEntropyLoss(weight, **options)(head, x, target)
-    for value in (loss, fused.loss, alone):
-        assert value.detach().count_nonzero() == 0
-        assert all(grad.count_nonzero() == 0 for grad in torch.autograd.grad(value.sum(), [x, head]))
-    assert fused.z_loss.count_nonzero() == 0
-
-
-@pytest.mark.parametrize("weight", [None, torch.rand(37)], ids=["", "weighted"])
-def test_what_is_returned_beside_the_loss(weight):
-    logits, target = torch.randn(9, 37), torch.randint(37, (9,))
-    target[2], target[3], target[4] = logits[2].argmax(), logits[3].argmax(), -100
-    asked = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
-    found = liger.LigerCrossEntropyLoss(weight, lse_square_scale=0.1, **asked)(logits, target)
-    counts = target != -100
-    z = 0.1 * logits.logsumexp(-1).square()[counts].mean()
-    assert torch.allclose(found.z_loss, z) and not found.z_loss.requires_grad
-    assert torch.allclose(found.loss, F.cross_entropy(logits, target, weight) + z)
-    predicted = logits.argmax(-1).where(counts, -1)
-    assert torch.equal(found.predicted_tokens, predicted)
-    assert found.token_accuracy == (predicted == target).sum() / 8
-    each = liger.LigerCrossEntropyLoss(reduction="none", return_token_accuracy=True)(logits, target)
-    assert torch.equal(each.token_accuracy, (predicted == target).float())
-    linear = liger.LigerFusedLinearCrossEntropyLoss(weight, lse_square_scale=0.1, return_z_loss=True)
-    found = linear(torch.eye(37), logits, target)
-    assert torch.allclose(found.z_loss, z) and not found.z_loss.requires_grad
-    assert torch.allclose(found.loss, F.cross_entropy(logits, target, weight) + z)
-
-
 def call(function, **options):
     return lambda: function(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 1]), **options)
 
@@ -231,15 +211,6 @@ LOGITS, CLASSES = torch.ones(2, 4), torch.tensor([0, 1])
 @pytest.mark.parametrize(
     "attempt, kind, message",
     [
-        (call(FUSED, use_token_scaling=True), NotImplementedError,
-         "liger_fused_linear_cross_entropy: use_token_scaling must be False, as losses are not scaled by"
-         " probabilities, got True"),
-        (call(FUSED, return_token_accuracy=True), NotImplementedError,
-         "liger_fused_linear_cross_entropy: return_token_accuracy must be False, as logits are not kept,"
-         " got True"),
-        (call(FUSED, return_predicted_tokens=True), NotImplementedError,
-         "liger_fused_linear_cross_entropy: return_predicted_tokens must be False, as logits are not kept,"
-         " got True"),
         (call(FUSED, accum_dtype=torch.float64), NotImplementedError,
          "liger_fused_linear_cross_entropy: accum_dtype must be None or torch.float32, got torch.float64"),
         (call(FUSED, reduction="max"), ValueError,
@@ -265,8 +236,13 @@ LOGITS, CLASSES = torch.ones(2, 4), torch.tensor([0, 1])
         *(
             (lambda name=name: getattr(liger, name)(SimpleNamespace(hidden_act="gelu")), ValueError,
              f"{name}: config must have hidden_act 'silu' or 'swish', got 'gelu'")
-            for name in ("LigerSwiGLUMLP", "LigerBlockSparseTop2MLP", "LigerPhi3SwiGLUMLP")
+            for name in ("LigerSwiGLUMLP", "LigerBlockSparseTop2MLP", "LigerPhi3SwiGLUMLP", "LigerExperts",
+                         "LigerFalconH1SwiGLUMLP")
         ),
+        (lambda: liger.LigerFalconH1MLP(SimpleNamespace(mlp_bias=True)), ValueError,
+         "LigerFalconH1MLP: config must have mlp_bias False, got True"),
+        (lambda: liger.LigerTiledGEGLUMLP(CONFIG), ValueError,
+         "LigerTiledGEGLUMLP: config must have hidden_act gelu, gelu_new, gelu_pytorch_tanh, got 'silu'"),
         (lambda: liger.liger_rotary_pos_emb(*[torch.ones(2, 1, 3, 4)] * 2, *[torch.ones(3, 3, 4)] * 2),
          ValueError, "liger_rotary_pos_emb: cos must be a tensor (1 or 2, T, R), got (3, 3, 4)"),
     ],

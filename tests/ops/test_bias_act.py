@@ -31,7 +31,7 @@ def check(inputs, activation="gelu", **options):
 
 
 def tensors(shape=(6, 40), dtype=torch.float32, bias_dtype=None):
-    return [torch.randn(shape).mul(2).to(dtype), torch.randn(shape[-1]).to(bias_dtype or dtype)]
+    return [torch.randn(shape).mul(2).to(dtype), torch.randn(shape[-1:]).to(bias_dtype or dtype)]
 
 
 @pytest.mark.every_backend
@@ -44,7 +44,7 @@ def test_against_the_reference(activation, shape, dtype):
 
 @pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1,), (37,), (5, 100), (2, 3, 64), (70_001,)])
+@pytest.mark.parametrize("shape", [(), (1,), (37,), (5, 100), (2, 3, 64), (70_001,)])
 @EACH
 def test_without_a_bias(activation, shape, dtype):
     check([tensors(shape, dtype)[0], None], activation)
@@ -198,7 +198,7 @@ ONES = torch.ones(2, 4)
 NO_TENSOR = "x must be a floating-point tensor of one dimension or more, got"
 BAD = {
     f"bias_act: {NO_TENSOR} list": lambda: lk.bias_act([1.0]),
-    f"bias_act: {NO_TENSOR} () torch.float32": lambda: lk.bias_act(torch.ones(())),
+    f"bias_act: {NO_TENSOR} () torch.float32": lambda: lk.bias_act(torch.ones(()), ONES[0]),
     f"bias_gelu: {NO_TENSOR} (2, 4) torch.int64": lambda: lk.bias_gelu(ONES.long()),
     "bias_act: bias must be a tensor of shape (4,), got (3,)": lambda: lk.bias_act(ONES, torch.ones(3)),
     "bias_act: bias must have dtype torch.float32, got torch.float16": lambda: lk.bias_act(

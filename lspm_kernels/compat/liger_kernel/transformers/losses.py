@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lspm_kernels import checks
@@ -11,6 +12,7 @@ from lspm_kernels.compat.refusals import refuse
 from lspm_kernels.ops.linear_cross_entropy import linear_cross_entropy
 
 _REDUCTIONS = ("mean", "sum", "none")
+_BLOCK = 64 << 20  # bytes of logits that are there at once to find the largest of each row
 
 
 @dataclass
@@ -73,14 +75,10 @@ def liger_cross_entropy(
     found = CrossEntropyOutput((loss + z_loss if lse_square_scale else loss).to(input.dtype))
     if return_z_loss:
         found.z_loss = z_loss.detach().to(input.dtype)
-    if return_token_accuracy or return_predicted_tokens:
-        predicted = input.detach().argmax(-1).where(counts, -1)
-        if return_predicted_tokens:
-            found.predicted_tokens = predicted
-        if return_token_accuracy:
-            hits = (predicted == target.where(counts, -2)).float()
-            found.token_accuracy = hits if reduction == "none" else hits.sum() / counts.sum()
-    return found if return_z_loss or return_token_accuracy or return_predicted_tokens else found.loss
+    if not (return_token_accuracy or return_predicted_tokens):
+        return found if return_z_loss else found.loss
+    predicted = input.detach().argmax(-1).where(counts, -1)
+    return _with_tokens(found, predicted, target, reduction, return_token_accuracy, return_predicted_tokens)
 
 
 def liger_fused_linear_cross_entropy(
@@ -107,54 +105,70 @@ def liger_fused_linear_cross_entropy(
         input: (N, D), float32, bfloat16 or float16. weight: (V, D). bias: (V,) or None.
         ce_weight: (V,), of classes.
         accum_dtype, chunk_mem_const: taken and not needed: sums are in float32, blocks are sized to caches.
-        use_token_scaling, return_token_accuracy, return_predicted_tokens: only False.
+        use_token_scaling: each row's loss, z-loss included, is multiplied by the probability of its class,
+            which has no gradient. Beside class weights, smoothing or a z-loss it costs a product more.
+        return_token_accuracy, return_predicted_tokens: as of liger_cross_entropy, for a product more.
         target, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss: those of
             liger_cross_entropy.
 
     Returns:
-        The loss, float32, or a CrossEntropyOutput with return_z_loss.
+        The loss, float32, or a CrossEntropyOutput where anything is returned beside it.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
         NotImplementedError: an option is asked for that is not carried.
     """
     op = "liger_fused_linear_cross_entropy"
-    refuse(op, "use_token_scaling", use_token_scaling, False, "losses are not scaled by probabilities")
-    refuse(op, "return_token_accuracy", return_token_accuracy, False, "logits are not kept")
-    refuse(op, "return_predicted_tokens", return_predicted_tokens, False, "logits are not kept")
     if accum_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise NotImplementedError(f"{op}: accum_dtype must be None or torch.float32, got {accum_dtype}")
     check_reduction(op, reduction)
+    given = input, weight, target
+    options = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap}
     # Only without class weights is Liger's z-loss weighted as ours is.
     apart = bool(lse_square_scale) and ce_weight is not None
     needs_lse = apart or return_z_loss
-    found = linear_cross_entropy(
-        input,
-        weight,
-        target,
-        bias=bias,
+    loss = linear_cross_entropy(
+        *given,
+        **options,
         class_weight=ce_weight,
-        ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=0.0 if apart else lse_square_scale,
-        softcap=softcap,
-        reduction=reduction,
+        reduction="none" if use_token_scaling else reduction,
         return_lse=needs_lse,
     )
-    loss, lse = found if needs_lse else (found, None)
-    counts = target != ignore_index
-    if reduction == "mean":
+    loss, lse = loss if needs_lse else (loss, None)
+    counts, scale = target != ignore_index, 1.0
+    if use_token_scaling:
+        is_plain = ce_weight is None and not label_smoothing and not lse_square_scale
+        with torch.no_grad():
+            scale = (-(loss if is_plain else linear_cross_entropy(*given, **options, reduction="none"))).exp()
+        loss = reduced(scale * loss, _divisor(_share(target, ce_weight, counts), counts), reduction)
+    elif reduction == "mean":
         loss = loss.where(counts.any(), 0.0)
-    if not needs_lse:
-        return loss
-    z_loss = reduced(lse_square_scale * lse.square(), _divisor(counts.sum(), counts), reduction)
-    loss = loss + z_loss if apart else loss
-    return CrossEntropyOutput(loss, z_loss.detach()) if return_z_loss else loss
+    found = CrossEntropyOutput(loss)
+    if needs_lse:
+        z_losses = scale * lse_square_scale * lse.square()
+        z_loss = reduced(z_losses, _divisor(counts.sum(), counts), reduction)
+        found.loss = loss + z_loss if apart else loss
+        found.z_loss = z_loss.detach() if return_z_loss else None
+    if not (return_token_accuracy or return_predicted_tokens):
+        return found if return_z_loss else found.loss
+    predicted = _predicted(input, weight, bias).where(counts, -1)
+    return _with_tokens(found, predicted, target, reduction, return_token_accuracy, return_predicted_tokens)
 
 
 def check_reduction(op: str, reduction: str) -> None:
     """Raises ValueError unless reduction is known."""
     checks.one_of(op, "reduction", reduction, _REDUCTIONS)
+
+
+def check_options(op: str, label_smoothing: float, reduction: str, softcap: float | None) -> None:
+    """Raises ValueError unless a loss can have these."""
+    check_reduction(op, reduction)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be from 0 to 1, got {label_smoothing!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be above 0 or None, got {softcap!r}")
 
 
 def _divisor(share, counts):
@@ -166,3 +180,22 @@ def _share(target, weight, counts):
     if weight is None:
         return counts.sum()
     return weight.float()[target.where(counts, 0)].where(counts, 0).sum()
+
+
+@torch.no_grad()
+def _predicted(input, weight, bias):
+    """The largest logit's class of each row (N,), from a block of rows at a time."""
+    input = input.to(weight.dtype)
+    bias = None if bias is None else bias.to(weight.dtype)
+    rows = max(_BLOCK // (len(weight) * weight.element_size()), 1)
+    return torch.cat([F.linear(block, weight, bias).argmax(-1) for block in input.split(rows)])
+
+
+def _with_tokens(found, predicted, target, reduction, return_token_accuracy, return_predicted_tokens):
+    """What was found, and of the predicted classes, -1 where the target is ignored, what is asked for."""
+    if return_predicted_tokens:
+        found.predicted_tokens = predicted
+    if return_token_accuracy:
+        hits = ((predicted == target) & (predicted >= 0)).float()
+        found.token_accuracy = hits if reduction == "none" else hits.sum() / (predicted >= 0).sum()
+    return found

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lspm_kernels import checks
-from lspm_kernels.compat.liger.losses import (
+from lspm_kernels.compat.liger_kernel.transformers.losses import (
     CrossEntropyOutput,
     liger_cross_entropy,
     liger_fused_linear_cross_entropy,
