@@ -91,8 +91,7 @@ inline void pack_left_transposed(const bf16* from, int64_t from_stride, bf16* le
       for (int i = 0; i < kLanes; ++i)
         block[i] = reinterpret_cast<F>(row_pairs(from, from_stride, d + 2 * i, depth, r, rows));
       transpose(block);
-      for (int i = 0; i < kLanes; ++i)
-        store(reinterpret_cast<float*>(left + (r + i) * stride + d), block[i]);
+      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(left + (r + i) * stride + d), block[i]);
     }
 }
 

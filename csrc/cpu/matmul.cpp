@@ -21,7 +21,7 @@ struct Scratch {
 };
 
 struct Product {
-  const MatrixView<float> &a, &b, &c;
+  const MatrixView<float>&a, &b, &c;
   const float* bias;
   bool accumulate;
 

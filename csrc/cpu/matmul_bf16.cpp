@@ -95,8 +95,9 @@ struct Product {
         for (int64_t j = 0; j < columns; j += kPanel) {
           float* const sums = parts > 1 ? w.sums + (r - first_row) * kColumns + j : w.tile;
           const int64_t sums_stride = parts > 1 ? kColumns : kPanel;
-          (rows > kTile / 2 ? tile_block<true> : tile_block<false>)(
-              from, stride, kNoRuns, 1, depth, w.right + j / kPanel * panel, sums, sums_stride, d > 0);
+          (rows > kTile / 2 ? tile_block<true> : tile_block<false>)(from, stride, kNoRuns, 1, depth,
+                                                                    w.right + j / kPanel * panel, sums,
+                                                                    sums_stride, d > 0);
           if (last) put(r, rows, n + j, std::min(kPanel, columns - j), sums, sums_stride);
         }
       }
@@ -105,8 +106,8 @@ struct Product {
 };
 
 template <class C>
-void multiply_matrices(const MatrixView<bf16>& a, const MatrixView<bf16>& b, const float* bias, const MatrixView<C>& c,
-              bool accumulate, int threads) {
+void multiply_matrices(const MatrixView<bf16>& a, const MatrixView<bf16>& b, const float* bias,
+                       const MatrixView<C>& c, bool accumulate, int threads) {
   const Product<C> product{a, b, bias, c, accumulate};
   const int64_t across = product.blocks, items = (c.rows + kRows - 1) / kRows * across;
   parallel_claim(items, c.rows * c.cols * std::max<int64_t>(1, a.cols), threads, [&](auto next, int) {

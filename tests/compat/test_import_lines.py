@@ -1,4 +1,7 @@
-"""The import lines of other libraries' users: lspm_kernels.compat. before the name is the whole change."""
+"""The import lines of other libraries' users: lspm_kernels.compat. before the name is the whole change.
+
+liger is the shorter name of liger_kernel.transformers.
+"""
 
 import pytest
 
@@ -20,6 +23,8 @@ from flash_attn.ops.layer_norm import DropoutAddLayerNorm, dropout_add_layer_nor
 from flash_attn.ops.rms_norm import RMSNorm, rms_norm
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
+from liger import LigerFusedLinearCrossEntropyLoss, LigerRMSNorm
+from liger.functional import liger_rms_norm, liger_swiglu
 from liger_kernel.transformers import LigerCrossEntropyLoss, LigerRMSNorm, liger_rotary_pos_emb
 from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss
 from liger_kernel.transformers.functional import liger_cross_entropy, liger_fused_linear_cross_entropy

@@ -1,4 +1,4 @@
-"""Bugs in the CPU's product of float32 matrices, and in where ops take it."""
+"""Bugs in the CPU's products of matrices, and in where ops take them."""
 
 from functools import partial
 
@@ -8,6 +8,7 @@ from mutation_tables.cross_entropy import build
 
 TESTS = ("tests/ops/test_matmul.py", "-x", "-k", "not compile")
 in_cpu = partial(Mutation, file="csrc/cpu/matmul.cpp", tests=TESTS, command=build("avx2"))
+in_tiles = partial(in_cpu, file="csrc/cpu/matmul_bf16.cpp", command=build("avx512_bf16"))
 in_products = partial(Mutation, file="lspm_kernels/products.py", tests=TESTS)
 
 MUTATIONS = [
@@ -35,6 +36,26 @@ MUTATIONS = [
         name="matmul, cpu: a transposed left side taken for one by rows",
         old="is_transposed(a) ? &multiply_tiles<true, float>",
         new="false ? &multiply_tiles<true, float>",
+    ),
+    in_tiles(
+        name="matmul, tiles: a part of the depth forgets those before it",
+        old="sums, sums_stride, d > 0);",
+        new="sums, sums_stride, false);",
+    ),
+    in_tiles(
+        name="matmul, tiles: what is behind the depth is not zero",
+        old="round_up(depth, kTile) - depth, bf16{});",
+        new="0, bf16{});",
+    ),
+    in_tiles(
+        name="matmul, tiles: a transposed left side taken for one by rows",
+        old="if (is_transposed(a)) {",
+        new="if (false) {",
+    ),
+    in_tiles(
+        name="matmul, tiles: what was in c is lost",
+        old="if (accumulate) sum += lanes.load(to + j);",
+        new="",
     ),
     in_products(
         name="products: thin ones are packed",

@@ -1,4 +1,4 @@
-"""The CPU's own product of float32 matrices, and where the ops take it in place of torch's."""
+"""The CPU's own products of matrices, and where the ops take them in place of torch's."""
 
 import itertools
 
@@ -22,22 +22,23 @@ def ours(monkeypatch):
     monkeypatch.setattr(products, "faster", True)
 
 
-def matrix(rows, cols, transposed=False):
+def matrix(rows, cols, transposed=False, dtype=torch.float32):
     """One of those that lie in a larger one, by rows or by columns."""
     whole = torch.randn(cols + 2, rows + 3).t() if transposed else torch.randn(rows + 2, cols + 3)
-    return whole[:rows, :cols]
+    return whole.to(dtype)[:rows, :cols]
 
 
-def check(size, layout, threads=2):
+def check(size, layout, kernels=None, dtype=torch.float32, into=torch.float32):
     rows, depth, columns = size
-    a, b, bias = matrix(rows, depth, layout[0]), matrix(depth, columns, layout[1]), torch.randn(columns)
+    a, b = matrix(rows, depth, layout[0], dtype), matrix(depth, columns, layout[1], dtype)
+    bias = torch.randn(columns)
     for accumulate, beside in ((False, None), (False, bias), (True, None)):
-        whole = torch.randn(rows + 1, columns + 2)
+        whole = torch.randn(rows + 1, columns + 2).to(into)
         before, c = whole.clone(), whole[:rows, :columns]
         begin = before[:rows, :columns] if accumulate else torch.zeros(columns) if beside is None else bias
-        forms = (begin.to(t) + a.to(t) @ b.to(t) for t in (torch.float64, torch.float32))
-        compiled.cpu.matmul(a, b, beside, c, accumulate, threads)
-        oracle.compare("product", c, *forms)
+        exact, plain = (begin.to(t) + a.to(t) @ b.to(t) for t in (torch.float64, torch.float32))
+        (kernels or compiled.cpu).matmul(a, b, beside, c, accumulate, 2)
+        oracle.compare("product", c, exact, plain.to(into))
         beyond = torch.ones_like(whole, dtype=torch.bool)
         beyond[:rows, :columns] = False
         assert torch.equal(whole[beyond], before[beyond])
@@ -52,6 +53,52 @@ def test_against_torch(size, layout):
 def test_every_instruction_set(isa):
     for size, layout in itertools.product(SIZES, LAYOUTS):
         check(size, layout)
+
+
+# Rows and columns that fill tiles and that do not, beyond a block; depths of one part and of several.
+TILES = [(1, 1, 1), (3, 0, 5), (0, 3, 5), (32, 64, 32), (47, 70, 33), (530, 96, 1030), (40, 4130, 70)]
+
+
+@pytest.mark.parametrize("into", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", TILES)
+def test_bfloat16_on_tiles(size, layout, into, amx):
+    check(size, layout, amx, torch.bfloat16, into)
+
+
+@pytest.mark.parametrize("size", [(600, 64, 1030), (40, 4130, 70)])
+def test_same_bits_on_tiles_for_any_number_of_threads(size, amx):
+    rows, depth, columns = size
+    a, b, found = torch.randn(rows, depth).bfloat16(), torch.randn(depth, columns).bfloat16(), []
+    for threads in (1, 2, 3):
+        found.append(torch.ones(rows, columns))
+        amx.matmul(a, b, None, found[-1], True, threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_layers_in_bfloat16(amx, monkeypatch):
+    """Those of autocast, too, whose weights and gradients are float32."""
+    monkeypatch.setattr(compiled, "cpu", amx)
+    plain = lambda x, w, bias: reference.linear(x, w, bias, None)  # noqa: E731
+    given = layers()
+    assert products.is_ours(given[0][0].bfloat16(), given[1].bfloat16().t())
+    oracle.check(lk.linear, plain, [t.bfloat16() for t in given])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [torch.func.grad(lambda w, f=f: f(*given[:1], w, given[2]).float().sin().sum())(given[1])
+                 for f in (lk.linear, F.linear)]  # fmt: skip
+    torch.testing.assert_close(*found, rtol=2**-6, atol=2**-4)
+
+
+def test_bfloat16_takes_amx(monkeypatch):
+    x = torch.ones(40, 40).bfloat16()
+    try:
+        kernels = compiled.load_cpu("avx512_bf16")
+    except ImportError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(compiled, "cpu", kernels)
+    assert not products.is_ours(x, x)
+    with pytest.raises(ValueError, match="a must be float32 where there is no AMX"):
+        kernels.matmul(x, x, None, x.clone(), False, 1)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +168,8 @@ def test_what_is_thin_or_of_another_dtype_stays_with_torch(ours):
         (torch.ones(31, 40), torch.ones(40, 32), False),
         (torch.ones(32, 31), torch.ones(31, 32), False),
         (torch.ones(32, 40), torch.ones(40, 31), False),
-        (torch.ones(32, 40).bfloat16(), torch.ones(40, 32).bfloat16(), False),
+        (torch.ones(32, 40).half(), torch.ones(40, 32).half(), False),
+        (torch.ones(32, 40).bfloat16(), torch.ones(40, 32), False),
         (torch.ones(32, 40, device="meta"), torch.ones(40, 32, device="meta"), False),
     ):
         assert products.is_ours(a, b) is expected
