@@ -16,7 +16,7 @@ namespace lspm::cpu {
 namespace {
 
 constexpr int64_t kForwardQueries = 32;  // queries in a tile: few, so that the mask wastes little
-constexpr int64_t kBlock = 256;          // queries that share a packed tile of keys
+constexpr int64_t kBlock = 512;          // queries that share a packed tile of keys
 
 template <class O>
 struct ForwardScratch {

@@ -250,11 +250,8 @@ template <bool kTransposed, class O>
 void multiply_runs(const O* left, int64_t stride, const std::vector<int64_t>& runs, int64_t depth,
                    const O* right, float* c, int64_t rows, int64_t columns, bool accumulate) {
 #if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<O, bf16> && !kTransposed) {
-    asm volatile("" ::: "memory");  // the compiler does not know that a tile load reads memory
-    return (rows > 16 ? tile_block<true> : tile_block<false>)(left, stride, runs.data(), runs.size(), depth,
-                                                              right, c, kPanel, accumulate);
-  }
+  if constexpr (std::is_same_v<O, bf16> && !kTransposed)
+    return tile_block(left, stride, runs.data(), runs.size(), depth, right, c, kPanel, rows, accumulate);
 #endif
   constexpr auto kRows = std::make_integer_sequence<int, kTileRows>();
   constexpr auto kHalf = runs_tiles<kTransposed, 1, O>(kRows), kWhole = runs_tiles<kTransposed, 2, O>(kRows);

@@ -1,9 +1,9 @@
 // Products of bfloat16 matrices on AMX tiles; see matmul.cpp for those of float32.
 //
 // Who is free takes a block of c: as many columns as lie packed in the second-level cache over kDepth of
-// depth. Rows of a that are contiguous are read where they lie. Sums of up to kDepth products stay in tile
-// registers and are rounded once, into c; of more they go on in memory, as float32. How they are split does
-// not depend on blocks, so neither do they on the number of threads.
+// depth. Rows of a that are contiguous are read where they lie. Sums go on in memory, as float32, and are
+// rounded once, into c. How their products are split does not depend on blocks, so neither do they on the
+// number of threads.
 #include <memory>
 #include <stdexcept>
 
@@ -19,11 +19,12 @@ namespace {
 constexpr int64_t kDepth = 2048, kTile = 32;
 constexpr int64_t kPacked = 256 * kDepth;       // elements of b
 constexpr int64_t kRows = 512, kColumns = 512;  // of a block of c at most
+constexpr int64_t kInCache = 256;               // of depth: kTile rows and a panel in the first-level cache
 
 struct Scratch {
   alignas(64) bf16 right[kPacked];
   bf16 left[kTile * (kDepth + kTile)];  // kTile rows; a stride that is no power of two
-  float sums[kRows * kColumns], tile[kTile * kPanel];
+  float sums[kRows * kColumns];
 };
 
 template <class C>
@@ -71,8 +72,8 @@ struct Product {
     return {w.left, kLeftStride};
   }
 
-  void put(int64_t r, int64_t rows, int64_t n, int64_t columns, const float* sums, int64_t stride) const {
-    for (int64_t i = 0; i < rows; ++i, sums += stride) {
+  void put(int64_t r, int64_t rows, int64_t n, int64_t columns, const float* sums) const {
+    for (int64_t i = 0; i < rows; ++i, sums += kColumns) {
       C* const to = c.data + (r + i) * c.row_stride + n;
       for_each_vector(columns, [&](int64_t j, auto lanes) {
         F sum = lanes.load(sums + j);
@@ -92,14 +93,12 @@ struct Product {
       for (int64_t r = first_row; r < last_row; r += kTile) {
         const int64_t rows = std::min(kTile, last_row - r);
         const auto [from, stride] = left(r, rows, d, depth, w);
-        for (int64_t j = 0; j < columns; j += kPanel) {
-          float* const sums = parts > 1 ? w.sums + (r - first_row) * kColumns + j : w.tile;
-          const int64_t sums_stride = parts > 1 ? kColumns : kPanel;
-          (rows > kTile / 2 ? tile_block<true> : tile_block<false>)(from, stride, kNoRuns, 1, depth,
-                                                                    w.right + j / kPanel * panel, sums,
-                                                                    sums_stride, d > 0);
-          if (last) put(r, rows, n + j, std::min(kPanel, columns - j), sums, sums_stride);
-        }
+        float* const sums = w.sums + (parts > 1 ? (r - first_row) * kColumns : 0);
+        for (int64_t k = 0; k == 0 || k < depth; k += kInCache)
+          for (int64_t j = 0; j < columns; j += kPanel)
+            tile_block(from + k, stride, kNoRuns, 1, std::min(kInCache, depth - k),
+                       w.right + j / kPanel * panel + k * kPanel, sums + j, kColumns, rows, d + k > 0);
+        if (last) put(r, rows, n, columns, sums);
       }
     }
   }

@@ -39,8 +39,8 @@ MUTATIONS = [
     ),
     in_tiles(
         name="matmul, tiles: a part of the depth forgets those before it",
-        old="sums, sums_stride, d > 0);",
-        new="sums, sums_stride, false);",
+        old="kColumns, rows, d + k > 0);",
+        new="kColumns, rows, k > 0);",
     ),
     in_tiles(
         name="matmul, tiles: what is behind the depth is not zero",
