@@ -16,8 +16,8 @@ namespace lspm::cpu {
 #if defined(__AMX_BF16__)
 namespace {
 
-constexpr int64_t kDepth = 2048, kTile = 32;
-constexpr int64_t kPacked = 256 * kDepth;       // elements of b
+constexpr int64_t kDepth = 4096, kTile = 32;
+constexpr int64_t kPacked = 128 * kDepth;       // elements of b
 constexpr int64_t kRows = 512, kColumns = 512;  // of a block of c at most
 constexpr int64_t kInCache = 256;               // of depth: kTile rows and a panel in the first-level cache
 

@@ -82,7 +82,7 @@ def window_mask(masks, **arguments) -> WindowMask | Tensor | None:
     config = arguments.get("config")
     like_eager = without_sdpa(type(config))
     # gemma4 cuts queries, and masks with them, before layers that share keys: there None hides other keys.
-    cut = arguments.get("q_length") != 1 and getattr(config, "num_kv_shared_layers", 0) > 0
+    cut = arguments.get("q_length") != 1 and bool(getattr(config, "num_kv_shared_layers", None))
     mask = _unwritten(masks, like_eager, not (like_eager or cut), **arguments)
     if cut:
         arguments["allow_is_causal_skip"] = False

@@ -64,7 +64,7 @@ MUTATIONS = [
     ),
     in_mask(
         name="hugging_face: a part behind a cache is taken to begin at the first key",
-        old="placed = shift == 0 and not like_eager if q_length > 1 else keys == kv_length",
+        old="placed = shift == 0 and none_is_causal if q_length > 1 else keys == kv_length",
         new="placed = True",
     ),
     in_mask(
@@ -73,8 +73,13 @@ MUTATIONS = [
         new="if tuple(",
     ),
     in_mask(
+        name="hugging_face: a mask that a model cuts is None",
+        old="if cut:",
+        new="if False:",
+    ),
+    in_mask(
         name="hugging_face: every mask is written",
-        old="mask = _unwritten(masks, like_eager, **arguments)",
+        old="mask = _unwritten(masks, like_eager, not (like_eager or cut), **arguments)",
         new="mask = None",
     ),
     in_mask(
