@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "cpu/gemm.h"
+#include "cpu/matmul_packing.h"
 #include "cpu/parallel.h"
 
 namespace lspm::cpu {
@@ -24,16 +25,6 @@ struct Product {
   const MatrixView<float>&a, &b, &c;
   const float* bias;
   bool accumulate;
-
-  static bool is_transposed(const MatrixView<float>& x) { return x.cols > 1 && x.col_stride != 1; }
-
-  void pack_b(int64_t d, int64_t depth, int64_t n, int64_t columns, float* right) const {
-    const int64_t panel = panel_size(depth);
-    if (is_transposed(b))
-      pack_right_transposed(b.data + n * b.col_stride + d, b.col_stride, right, panel, depth, columns);
-    else
-      pack_right(b.data + d * b.row_stride + n, b.row_stride, right, panel, depth, columns);
-  }
 
   void pack_a(int64_t r, int64_t rows, int64_t d, int64_t depth, float* left) const {
     if (is_transposed(a))
@@ -68,7 +59,7 @@ struct Product {
       const int64_t columns = std::min(kColumns, last - n);
       for (int64_t d = 0; d < a.cols; d += kMaxDepth) {
         const int64_t depth = std::min(kMaxDepth, a.cols - d);
-        pack_b(d, depth, n, columns, w.right);
+        pack_right(b, d, depth, n, columns, w.right);
         for (int64_t r = first_row, rows; r < last_row; r += rows) {
           rows = std::min(kRows, last_row - r);
           if (rows > kTileRows) rows -= rows % kTileRows;  // whole tiles, and then the last one

@@ -8,8 +8,8 @@
 #include <stdexcept>
 
 #include "cpu/gemm_bf16.h"
+#include "cpu/matmul_packing.h"
 #include "cpu/parallel.h"
-#include "matmul.h"
 
 namespace lspm::cpu {
 
@@ -41,19 +41,6 @@ struct Product {
   static int64_t shares(int64_t n, int64_t most) { return std::max<int64_t>(1, (n + most - 1) / most); }
   static int64_t share(int64_t n, int64_t shares, int64_t unit) {
     return std::max(unit, round_up((n + shares - 1) / shares, unit));
-  }
-
-  template <class T>
-  static bool is_transposed(const MatrixView<T>& x) {
-    return x.cols > 1 && x.col_stride != 1;
-  }
-
-  void pack_b(int64_t d, int64_t depth, int64_t n, int64_t columns, bf16* right) const {
-    const int64_t panel = panel_size(depth);
-    if (is_transposed(b))
-      pack_right_transposed(b.data + n * b.col_stride + d, b.col_stride, right, panel, depth, columns);
-    else
-      pack_right(b.data + d * b.row_stride + n, b.row_stride, right, panel, depth, columns);
   }
 
   // Rows of a, and the stride between them, so that whole tiles can be read.
@@ -89,7 +76,7 @@ struct Product {
     for (int64_t d = 0; d == 0 || d < a.cols; d += part) {
       const int64_t depth = std::min(part, a.cols - d), panel = panel_size(depth);
       const bool last = d + part >= a.cols;
-      pack_b(d, depth, n, columns, w.right);
+      pack_right(b, d, depth, n, columns, w.right);
       for (int64_t r = first_row; r < last_row; r += kTile) {
         const int64_t rows = std::min(kTile, last_row - r);
         const auto [from, stride] = left(r, rows, d, depth, w);
