@@ -86,9 +86,9 @@ def linear(
 
     Of up to 8 rows without a gradient a kernel reads the weight once, as it is stored, and adds up in
     float32; on a CPU of up to 512 where the weight has another dtype than x. With more rows, or gradients,
-    such a weight is written out in x's dtype first; products in float32 are then ours on CPUs where those
-    are faster than torch's, see lspm_kernels/products.py. Ours have the same bits for any number of
-    threads; torch's may differ.
+    such a weight is written out in x's dtype first; products are then ours on CPUs where those are faster
+    than torch's, see lspm_kernels/products.py. Ours have the same bits for any number of threads; torch's
+    may differ.
 
     Args:
         x: (..., K), float32, bfloat16 or float16.
