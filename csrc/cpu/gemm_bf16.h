@@ -6,8 +6,7 @@
 // [depth / 2][kPanel][2]. A tile register holds 16 rows of 64 bytes, and a block of 16 x 32 of C is two
 // tiles over one of A and two of B: five registers. A block of 32 x 32, which takes all eight, is up to a
 // tenth faster where a thread has its core for itself, and takes 1.4 times as long where it has half of it.
-// The instructions take subnormal numbers for zero; so may then what is
-// rounded for them here.
+// The instructions take subnormal numbers for zero; so may then what is rounded for them here.
 #pragma once
 #include <type_traits>
 
